@@ -1,0 +1,296 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+)
+
+// WithLock runs fn while holding the session-level advisory lock of key, waiting for
+// it first if another holds it, and releases it afterwards.
+//
+// A nil error means: fn returned nil, and the lock was held from before fn began
+// until after it ended. If the lock is lost meanwhile, the ctx that fn was given
+// ends, with a cause that matches [ErrLost], and so does the error of WithLock,
+// joined with fn's own, even if fn did not look. fn is not stopped otherwise; for
+// writes that must not happen late, see [Token] and [WithTxLock].
+//
+// If the lock is not acquired, fn does not run, and the error matches
+// [ErrNotAcquired] (NoWait, Timeout, end of ctx), [ErrReentrant] (ctx is one that a
+// function holding the lock was given), [ErrDeadlock], or the driver's error. The
+// waiting outlives a restart or failover of the server; a server that cannot be
+// reached at first is an error at once.
+//
+// If fn panics or calls runtime.Goexit, the lock is released, and that goes on its way.
+//
+// fn must not hold on to its ctx, which ends with it. It takes the options Shared,
+// NoWait, Timeout, Heartbeat, HolderTimeout and Logger. WithLock is safe to call
+// from several goroutines.
+func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
+	return withLocks(ctx, "WithLock", db, []Key{key}, fn, opts)
+}
+
+// WithLocks is [WithLock] for several keys: fn runs while all of them are held.
+// They are taken in an order of their own, whatever the order of keys, so that
+// callers cannot deadlock with each other; repeated keys count once.
+func WithLocks(ctx context.Context, db *sql.DB, keys []Key, fn func(context.Context) error, opts ...Option) error {
+	keys = slices.Clone(keys)
+	slices.SortStableFunc(keys, compareKeys)
+	keys = slices.CompactFunc(keys, func(a, b Key) bool { return a.lockID() == b.lockID() })
+	return withLocks(ctx, "WithLocks", db, keys, fn, opts)
+}
+
+func withLocks(ctx context.Context, fname string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) error {
+	c := call{fname, sessionOptions, db, missing("db", db == nil, "fn", fn == nil)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return err
+	}
+	h, err := acquire(ctx, ctx, db, keys, &cfg)
+	if err != nil {
+		return err
+	}
+	return h.run(fn)
+}
+
+// Acquire takes the lock that [WithLock] takes, for critical sections that are no
+// function. The caller must call Release. ctx bounds the acquisition alone: its end
+// does not release the lock. It takes WithLock's options and has WithLock's errors.
+//
+// A Lock that is garbage-collected unreleased is released, with a warning to the
+// Logger. That is a safety net: it may be minutes late.
+func Acquire(ctx context.Context, db *sql.DB, key Key, opts ...Option) (*Lock, error) {
+	keys := []Key{key}
+	c := call{"Acquire", sessionOptions, db, missing("db", db == nil, "", false)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return nil, err
+	}
+	h, err := acquire(ctx, context.WithoutCancel(ctx), db, keys, &cfg)
+	if err != nil {
+		return nil, err
+	}
+	l := &Lock{hold: h}
+	l.cleanup = runtime.AddCleanup(l, abandoned, h)
+	return l, nil
+}
+
+// A Lock is a held session-level lock. Its methods are safe to call from several
+// goroutines.
+type Lock struct {
+	hold    *hold
+	cleanup runtime.Cleanup
+}
+
+// Key returns the key that was acquired.
+func (l *Lock) Key() Key { return l.hold.mark.keys[0] }
+
+// Context returns a context that ends when the lock is released or lost:
+// [context.Cause] then matches [context.Canceled] or [ErrLost]. It carries the values
+// of Acquire's ctx, and the mark that makes taking the key again [ErrReentrant].
+//
+// It does not keep the Lock from being garbage-collected.
+func (l *Lock) Context() context.Context { return l.hold.ctx }
+
+// Token returns the fencing token of the lock: see the function [Token]. ctx bounds
+// nothing but the start: the question is asked on the session that holds the lock,
+// and breaking it off would lose the lock.
+func (l *Lock) Token(ctx context.Context) (int64, error) {
+	defer runtime.KeepAlive(l)
+	return l.hold.mark.token.get(ctx)
+}
+
+// Release releases the lock. It ends Context first, takes a few seconds at most even
+// if the server is out of reach, and may be called again, with the same result.
+//
+// A nil error means that the lock was held until now. Otherwise the error matches
+// [ErrLost]. In either case the lock is not held any more, as far as this process
+// can see to it: a connection on which the release failed is closed.
+func (l *Lock) Release() error {
+	l.cleanup.Stop()
+	return l.hold.release()
+}
+
+// abandoned releases the lock of a garbage-collected Lock.
+func abandoned(h *hold) {
+	// Not on the goroutine that runs all cleanups.
+	go func() {
+		h.s.log.Warn("advisory: Lock was garbage-collected without Release", "key", keyList(h.mark.keys))
+		if err := h.release(); err != nil {
+			h.s.log.Warn("advisory: abandoned Lock", "error", err)
+		}
+	}()
+}
+
+// A hold is the locks that one caller holds on a session, and what ends with them.
+type hold struct {
+	s      *session
+	watch  *watch // nil where the caller drives the session
+	mark   *mark
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	once sync.Once // the release
+	err  error     // its result
+}
+
+// acquire acquires keys on a session of their own and watches it. The hold's
+// context is made from base.
+func acquire(ctx, base context.Context, db *sql.DB, keys []Key, cfg *config) (*hold, error) {
+	s, err := keepTrying(ctx, db, keys, cfg, func(s *session, deadline time.Time) error {
+		return s.acquire(ctx, keys, cfg.noWait, deadline)
+	})
+	if err != nil {
+		return nil, err
+	}
+	h := newHold(base, db, keys, s)
+	h.watch = &watch{s: s, every: cfg.heartbeat, silent: cfg.holderTimeout, lost: h.lost}
+	h.watch.start()
+	return h, nil
+}
+
+func newHold(base context.Context, db *sql.DB, keys []Key, s *session) *hold {
+	h := &hold{s: s}
+	base, h.mark = withMark(base, db, keys)
+	h.mark.token.run, h.mark.token.target = &s.runner, s.conn
+	h.ctx, h.cancel = context.WithCancelCause(base)
+	return h
+}
+
+// lost ends the hold's context. The release is still to come.
+func (h *hold) lost(cause error) {
+	h.mark.ended.Store(true)
+	h.cancel(lostError("hold", h.mark.keys, cause))
+}
+
+// run runs fn under the locks, and releases them whatever becomes of fn.
+func (h *hold) run(fn func(context.Context) error) (err error) {
+	returned := false
+	defer func() {
+		lost := h.release()
+		switch {
+		case returned:
+			err = join(err, lost)
+		case lost != nil: // a panic or Goexit is on its way, and no error can be
+			h.s.log.Error("advisory: while fn panicked", "error", lost)
+		}
+	}()
+	err = fn(h.ctx)
+	returned = true
+	return err
+}
+
+// release ends the hold, once.
+func (h *hold) release() error {
+	h.once.Do(func() {
+		var err error
+		if h.watch != nil {
+			err = h.watch.stop()
+		}
+		// Work that goes by the context ends before another holder's begins.
+		h.mark.ended.Store(true)
+		h.cancel(nil)
+		if err == nil {
+			err = h.s.release()
+		}
+		if err != nil {
+			h.err = lostError("release", h.mark.keys, err)
+		}
+	})
+	return h.err
+}
+
+// A call is what an exported function is called with, for checking it before
+// anything is sent.
+type call struct {
+	function string
+	options  optionSet // those that apply
+	db       *sql.DB   // nil where the function is not given one
+	missing  string    // the argument that is nil, or ""
+}
+
+// missing is the first name that goes with true.
+func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
+	switch {
+	case nil1:
+		return name1
+	case nil2:
+		return name2
+	default:
+		return ""
+	}
+}
+
+// prepare checks the call of an acquiring function, and reads its options.
+func (c call) prepare(ctx context.Context, keys []Key, opts []Option) (config, error) {
+	cfg, err := c.check(ctx, "acquire", keys, opts)
+	if err != nil {
+		return cfg, err
+	}
+	return cfg, checkReentrant(ctx, c.db, keys)
+}
+
+func (c call) check(ctx context.Context, op string, keys []Key, opts []Option) (config, error) {
+	cfg, err := newConfig(c.function, c.options, opts)
+	switch {
+	case ctx == nil:
+		err = errors.New("nil ctx")
+	case c.missing != "":
+		err = errors.New("nil " + c.missing)
+	case len(keys) == 0:
+		err = errors.New("no keys")
+	case slices.ContainsFunc(keys, func(k Key) bool { return k.space == noSpace }):
+		err = errors.New(`the zero Key, or Name(""), is no key`)
+	}
+	if err != nil {
+		return cfg, &lockError{op: op, key: keyList(keys), msg: err.Error(), errs: []error{err}}
+	}
+	return cfg, nil
+}
+
+// acquireError is the error of a failed acquisition. err is what ended it.
+func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error {
+	e := &lockError{op: "acquire", key: keyList(keys)}
+	switch {
+	case errors.Is(err, errRefused):
+		e.msg = "not acquired: " + err.Error()
+		e.errs = []error{ErrNotAcquired}
+	case errors.Is(err, errTimeout):
+		e.msg = "not acquired within " + cfg.timeout.String()
+		e.errs = []error{ErrNotAcquired}
+	case ctx.Err() != nil:
+		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx)}
+		e.msg = "not acquired: " + context.Cause(ctx).Error()
+	case sqlState(err) == deadlockDetected:
+		e.msg = explain(err)
+		e.errs = []error{ErrDeadlock, err}
+	default:
+		e.msg = explain(err)
+		e.errs = []error{err}
+	}
+	return e
+}
+
+// join is errors.Join, but leaves a lone error as it is.
+func join(a, b error) error {
+	switch {
+	case a == nil:
+		return b
+	case b == nil:
+		return a
+	default:
+		return errors.Join(a, b)
+	}
+}
+
+func plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}

@@ -1,0 +1,656 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// waitBound is the longest that one statement waits in the server's queue. A
+	// waiting statement holds a snapshot, which CREATE INDEX CONCURRENTLY waits
+	// for: if the holder runs one, the two wait for each other. Ending the wait
+	// before deadlock_timeout (default 1 s) lets the index build pass before the
+	// server calls it a deadlock (golang-migrate/migrate#960).
+	waitBound = 400 * time.Millisecond
+
+	// answerBound is how long past its own wait a statement may go unanswered
+	// before its session is given up.
+	answerBound = 10 * time.Second
+
+	// releaseBound is how long a release may take, whatever happens.
+	releaseBound = 5 * time.Second
+
+	// abandonAfter is how long a driver may take to return from a statement whose
+	// context has ended. Drivers differ: lib/pq asks the server to cancel and reads
+	// on, for as long as the network keeps it waiting.
+	abandonAfter = time.Second
+
+	// dialBound is how long a connection may take to be made where the pool has no
+	// limit, so that waiting for one cannot mean waiting for others.
+	dialBound = 30 * time.Second
+
+	// reconnectFor is how long a wait that has lost its session goes on without a
+	// server: longer than a restart or a failover.
+	reconnectFor = 30 * time.Second
+)
+
+// The session-level statements. They go out without arguments: both drivers then
+// use the simple protocol, one round trip that leaves no prepared statement behind,
+// and the answer is the number of rows in the command tag. Integers are the only
+// text ever put in, and every function and operator is PostgreSQL's own, whatever
+// the search path says.
+
+// tryStatement: one row if all the locks were granted. If not, some may have been.
+func tryStatement(keys []Key, shared bool) string {
+	return statement("SELECT WHERE ", "pg_try_advisory_lock", keys, shared)
+}
+
+// waitStatement: one row, when the lock is granted. lock_timeout is set for this
+// statement alone.
+func waitStatement(bound time.Duration, k Key, shared bool) string {
+	return statement("SELECT pg_catalog.set_config('lock_timeout', '"+milliseconds(bound)+"', true), ",
+		"pg_advisory_lock", []Key{k}, shared)
+}
+
+// waitAgainStatement: like waitStatement, and no row if the session holds the lock
+// already.
+func waitAgainStatement(bound time.Duration, k Key, shared bool) string {
+	return waitStatement(bound, k, shared) + " WHERE NOT EXISTS (" + heldStatement([]Key{k}, shared) + ")"
+}
+
+// unlockStatement: one row if all the locks were held.
+func unlockStatement(keys []Key, shared bool) string {
+	return statement("SELECT WHERE ", "pg_advisory_unlock", keys, shared)
+}
+
+// unlockAllStatement: the same, and frees whatever else the session holds.
+func unlockAllStatement(keys []Key, shared bool) string {
+	return statement("SELECT pg_catalog.pg_advisory_unlock_all() WHERE ", "pg_advisory_unlock", keys, shared)
+}
+
+// armStatement goes before another statement, and has the server end the session
+// once it has heard nothing for d.
+func armStatement(d time.Duration) string {
+	return "SET idle_session_timeout = " + milliseconds(d) + "; "
+}
+
+const (
+	freeStatement   = "SELECT pg_catalog.pg_advisory_unlock_all()"
+	disarmStatement = "RESET idle_session_timeout; "
+)
+
+// heldStatement: one row for each of the locks that this session holds.
+func heldStatement(keys []Key, shared bool) string {
+	mode := "ExclusiveLock"
+	if shared {
+		mode = "ShareLock"
+	}
+	var b strings.Builder
+	b.WriteString("SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()" +
+		" AND granted AND mode OPERATOR(pg_catalog.=) '" + mode + "' AND (")
+	for i, k := range keys {
+		if i > 0 {
+			b.WriteString(" OR ")
+		}
+		b.WriteString(lockRow(k))
+	}
+	b.WriteByte(')')
+	return b.String()
+}
+
+// lockRow is the condition on pg_locks that finds the lock of k in any database:
+// the manual's section "pg_locks" tells how a key is spread over the columns.
+func lockRow(k Key) string {
+	subid := "1"
+	if k.space == pairSpace {
+		subid = "2"
+	}
+	return "locktype OPERATOR(pg_catalog.=) 'advisory'" +
+		" AND classid OPERATOR(pg_catalog.=) '" + strconv.FormatUint(uint64(k.id)>>32, 10) +
+		"' AND objid OPERATOR(pg_catalog.=) '" + strconv.FormatUint(uint64(uint32(k.id)), 10) +
+		"' AND objsubid OPERATOR(pg_catalog.=) " + subid
+}
+
+// statement is prefix and the calls of the lock function for keys, joined by AND.
+func statement(prefix, function string, keys []Key, shared bool) string {
+	b := make([]byte, 0, 96*len(keys)+len(prefix))
+	b = append(b, prefix...)
+	for i, k := range keys {
+		if i > 0 {
+			b = append(b, " AND "...)
+		}
+		b = append(b, "pg_catalog."...)
+		b = append(b, function...)
+		if shared {
+			b = append(b, "_shared"...)
+		}
+		b = append(b, '(')
+		b = k.appendSQL(b)
+		b = append(b, ')')
+	}
+	return string(b)
+}
+
+// A runner sends statements over one connection or transaction, one at a time, from
+// any goroutine.
+type runner struct {
+	target interface {
+		ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
+	}
+
+	// busy is held by the statement under way. A channel, because waiting for it
+	// must end with a context: the lock inside database/sql waits for ever.
+	busy chan struct{}
+
+	// abandoned: the driver did not return from a statement. Nothing more is sent.
+	abandoned atomic.Bool
+}
+
+// exec sends one statement, without arguments, and returns the number of rows in
+// its command tag.
+func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	var n int64 // f's until do returns nil: f may outlive it
+	err = r.do(ctx, bound, func(ctx context.Context) error {
+		result, err := r.target.ExecContext(ctx, query)
+		if err == nil {
+			n, err = result.RowsAffected()
+		}
+		return err
+	})
+	if err == nil {
+		rows = n
+	}
+	return rows, err
+}
+
+// do runs f, which sends one statement; a bound of 0 is none. It returns at most abandonAfter past bound
+// or the end of ctx, even if the driver does not: f is then still under way, on its
+// own goroutine, which ends when the driver returns. After an error that is not the
+// server's, nothing but discard may follow.
+func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	if bound > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
+		defer cancel()
+	}
+	if r.abandoned.Load() {
+		return errAbandoned
+	}
+	select {
+	case r.busy <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		err := f(ctx)
+		<-r.busy
+		answered <- err
+	}()
+	var err error
+	select {
+	case err = <-answered:
+	case <-ctx.Done():
+		grace := time.NewTimer(abandonAfter)
+		defer grace.Stop()
+		select {
+		case err = <-answered:
+		case <-grace.C:
+			r.abandoned.Store(true)
+			return context.Cause(ctx)
+		}
+	}
+	if err != nil && ctx.Err() != nil {
+		// Whatever the driver makes of it: it may report a statement that it has
+		// cancelled as the server's error, on a connection that it has closed.
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+var errAbandoned = errors.New("the driver has not returned from the statement before")
+
+// A session is one connection and the session-level locks that it carries. It is
+// either ours alone, borrowed from the pool, or the caller's *sql.Conn (ours is
+// false). Ours ends with exactly one of handBack and discard.
+type session struct {
+	runner
+	conn *sql.Conn
+	ours bool
+	log  *slog.Logger
+
+	// The rest belongs to the goroutine that acquires or releases, but for armed,
+	// which is the watch's until that has stopped.
+
+	shared   bool
+	held     []Key
+	waited   bool // the server has answered, and the lock was taken
+	armed    bool // idle_session_timeout may be set on the session
+	doubtful bool // it may hold more than held: a lock twice, or one that fn left
+	broken   bool // its state is unknown, whatever the last error says
+}
+
+// openSession borrows a connection.
+func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
+	if db.Stats().MaxOpenConnections == 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, dialBound, noAnswer{dialBound})
+		defer cancel()
+	}
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.DeadlineExceeded) {
+			err = cause
+		}
+		return nil, err
+	}
+	return newSession(conn, true, cfg), nil
+}
+
+func newSession(conn *sql.Conn, ours bool, cfg *config) *session {
+	return &session{
+		runner: runner{target: conn, busy: make(chan struct{}, 1)},
+		conn:   conn, ours: ours, log: cfg.logger, shared: cfg.shared,
+	}
+}
+
+// acquire takes the locks of keys, which are sorted. deadline is the Timeout's, or
+// zero. After any error but errRefused and errTimeout the state of the session is
+// unknown.
+func (s *session) acquire(ctx context.Context, keys []Key, noWait bool, deadline time.Time) error {
+	rows, err := s.exec(ctx, answerWithin(0, deadline), tryStatement(keys, s.shared))
+	switch {
+	case err != nil:
+		return err
+	case rows > 0:
+		s.held = keys
+	case len(keys) > 1:
+		// Some of them may be held. Start anew: waiting for one while holding
+		// another is safe only in order.
+		if _, err := s.exec(ctx, answerWithin(0, deadline), freeStatement); err != nil {
+			return err
+		}
+		fallthrough
+	default:
+		if noWait {
+			return errRefused
+		}
+		s.waited = true
+		for _, k := range keys {
+			if err := s.wait(ctx, k, deadline); err != nil {
+				return err
+			}
+			s.held = append(s.held, k)
+		}
+	}
+	// A grant that comes too late is not used: the driver may have closed the
+	// connection when ctx ended.
+	return ctx.Err()
+}
+
+// errRefused and errTimeout end an acquisition that leaves the session usable.
+var (
+	errRefused = errors.New("another holds the lock")
+	errTimeout = errors.New("timeout")
+)
+
+// wait waits for the lock of k in the server's queue. On the caller's session, a try
+// has just refused it: the session does not hold it.
+func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
+	failed := false // a wait has failed: it may nevertheless have been granted
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		bound := within(waitBound, deadline)
+		if bound <= 0 {
+			return s.timedOut(ctx, k, failed)
+		}
+		query := waitStatement(bound, k, s.shared)
+		if failed && !s.ours {
+			query = waitAgainStatement(bound, k, s.shared)
+		}
+		start := time.Now()
+		_, err := s.exec(ctx, answerWithin(bound, deadline), query)
+		if err == nil {
+			return nil // granted now; or, without a row, by the wait that failed
+		}
+		if ctx.Err() != nil || !waitEnded(err) {
+			return err
+		}
+		failed = true
+		s.doubtful = true
+		if sqlState(err) == queryCanceled {
+			pause(ctx, start)
+		}
+	}
+}
+
+// timedOut is wait's answer at the deadline: errTimeout, unless the last wait was
+// granted in the moment in which it failed.
+func (s *session) timedOut(ctx context.Context, k Key, failed bool) error {
+	if !failed {
+		return errTimeout
+	}
+	if s.ours {
+		return errTimeout // giveUp frees all of it
+	}
+	rows, err := s.exec(ctx, answerBound, heldStatement([]Key{k}, s.shared))
+	switch {
+	case err != nil:
+		return err
+	case rows > 0:
+		return nil
+	default:
+		return errTimeout
+	}
+}
+
+// waitEnded tells whether err ended one bounded wait and not the waiting:
+// lock_timeout, or a statement_timeout that is shorter than our bound. Either may
+// hide a grant (madelson/DistributedLock#147): the server grants a lock to a
+// process that has already decided to give up.
+func waitEnded(err error) bool {
+	state := sqlState(err)
+	return state == lockNotAvailable || state == queryCanceled
+}
+
+// pause keeps a very short statement_timeout from turning bounded waits into a
+// busy loop.
+func pause(ctx context.Context, start time.Time) {
+	const floor = 50 * time.Millisecond
+	if d := floor - time.Since(start); d > 0 {
+		sleep(ctx, d)
+	}
+}
+
+// sleep sleeps for d or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// within is bound, or what is left until deadline if that is set and sooner.
+func within(bound time.Duration, deadline time.Time) time.Duration {
+	if deadline.IsZero() {
+		return bound
+	}
+	return min(bound, time.Until(deadline))
+}
+
+// answerWithin is how long a statement that itself waits for at most wait may go
+// unanswered. A Timeout is kept without cancelling statements, which would cost
+// the connection, but a server that is out of reach must not outlast it by much.
+func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
+	if deadline.IsZero() {
+		return wait + answerBound
+	}
+	return min(wait+answerBound, max(0, time.Until(deadline))+time.Second)
+}
+
+// release unlocks what the session holds in one round trip, and hands it back. It
+// returns nil only if the server says that every lock was still held; otherwise
+// the session is discarded. It takes no context, because it must happen when the
+// caller's has ended.
+func (s *session) release() error {
+	query := unlockStatement
+	if s.doubtful && s.ours {
+		query = unlockAllStatement
+	}
+	rows, err := s.exec(context.Background(), releaseBound, s.undo()+query(s.held, s.shared))
+	if err == nil && rows == 0 {
+		err = errNotHeld
+	}
+	if err != nil {
+		s.discard()
+		return err
+	}
+	s.handBack()
+	return nil
+}
+
+var errNotHeld = errors.New("this session did not hold it (behind a transaction pooler, use WithTxLock; Check tells)")
+
+func (s *session) undo() string {
+	if s.armed {
+		return disarmStatement
+	}
+	return ""
+}
+
+// giveUp ends a session of ours on which an acquisition failed with err: clean if
+// the error says that it can be, for good otherwise.
+func (s *session) giveUp(err error) {
+	if !s.broken && (errors.Is(err, errRefused) || errors.Is(err, errTimeout)) {
+		if len(s.held) == 0 && !s.doubtful {
+			s.handBack()
+			return
+		}
+		if _, err := s.exec(context.Background(), releaseBound, freeStatement); err == nil {
+			s.handBack()
+			return
+		}
+	}
+	s.discard()
+}
+
+// handBack returns the connection to the pool. It is clean.
+func (s *session) handBack() {
+	if !s.ours {
+		return
+	}
+	if err := s.conn.Close(); err != nil && !errors.Is(err, sql.ErrConnDone) {
+		s.log.Warn("advisory: connection not handed back to the pool", "error", err)
+	}
+}
+
+// discard closes the connection for good: the server then frees its locks. It
+// waits a moment, so that the pool's place is usually free when it returns; if the
+// driver is slower than that, a goroutine of its own goes on until the driver
+// returns.
+func (s *session) discard() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.busy <- struct{}{} // not given back: nothing is sent any more
+		// driver.ErrBadConn is database/sql's word for "do not use it again".
+		err := s.conn.Raw(func(any) error { return driver.ErrBadConn })
+		if !errors.Is(err, driver.ErrBadConn) && !errors.Is(err, sql.ErrConnDone) {
+			s.log.Warn("advisory: connection not discarded", "error", err)
+		}
+		if s.ours {
+			_ = s.conn.Close() // sql.ErrConnDone by now
+		}
+	}()
+	t := time.NewTimer(abandonAfter)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	}
+}
+
+// keepTrying opens sessions until attempt succeeds on one, or fails for a reason
+// that another session would not mend. On a failed one, attempt leaves no
+// transaction open; the session is ended here.
+//
+//   - Connections in the pool may be dead, after a restart of the server, say: as
+//     database/sql does, such a one is dropped and the next one tried.
+//   - A session that dies while it waits is replaced, for as long as reconnectFor
+//     without a server: a wait outlives a restart or a failover.
+//   - Anything else is final. So is a server that cannot be reached at first.
+func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attempt func(*session, time.Time) error) (*session, error) {
+	var deadline time.Time
+	openCtx := ctx
+	if cfg.timeout > 0 {
+		deadline = time.Now().Add(cfg.timeout)
+		var cancel context.CancelFunc
+		openCtx, cancel = context.WithDeadline(ctx, deadline)
+		defer cancel()
+	}
+	var (
+		stale  = db.Stats().OpenConnections
+		waited bool
+		outage time.Time // when the server was first missed, while waiting
+	)
+	for {
+		if err := ctx.Err(); err != nil {
+			return nil, acquireError(ctx, keys, cfg, err)
+		}
+		s, err := openSession(openCtx, db, cfg)
+		opened := err == nil
+		if opened {
+			if err = attempt(s, deadline); err == nil {
+				return s, nil
+			}
+			s.giveUp(err)
+			if s.waited {
+				waited, outage = true, time.Time{}
+			}
+		}
+		if ctx.Err() == nil && !deadline.IsZero() && !time.Now().Before(deadline) {
+			if !opened {
+				err = errors.Join(errTimeout, err)
+			} else if sessionGone(err) {
+				err = errTimeout
+			}
+		}
+		switch {
+		case ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
+			return nil, acquireError(ctx, keys, cfg, poolHint(db, opened, err))
+		case !sessionGone(err) && !(waited && sqlState(err) == tooManyConnections):
+			return nil, acquireError(ctx, keys, cfg, err)
+		case waited:
+			if outage.IsZero() {
+				outage = time.Now()
+			}
+			if time.Since(outage) > reconnectFor {
+				return nil, acquireError(ctx, keys, cfg, err)
+			}
+			cfg.logger.Warn("advisory: session lost while waiting; opening another", "key", keyList(keys), "error", err)
+			sleep(openCtx, 50*time.Millisecond+rand.N(100*time.Millisecond))
+		case opened && stale > 0:
+			stale--
+		default:
+			return nil, acquireError(ctx, keys, cfg, err)
+		}
+	}
+}
+
+// poolHint adds to err, which ended the wait for a connection, that the pool's
+// limit is the reason.
+func poolHint(db *sql.DB, opened bool, err error) error {
+	if stats := db.Stats(); !opened && stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections {
+		return fmt.Errorf("%w: all %s of the pool in use", err, plural(stats.MaxOpenConnections, "connection"))
+	}
+	return err
+}
+
+// WithConnLock is [WithLock] for work that has to run on the very session that
+// holds the lock, like migrations: fn is given the connection. What fn does on conn
+// cannot happen after the lock is lost, because the lock is lost with the session.
+// Therefore there is no heartbeat. [HolderTimeout] has no default here, because
+// the server counts as silence whatever fn does between two statements; if the
+// option is given, the server ends the session, and with it the lock, after such a
+// silence.
+//
+// conn is handed back to the pool after fn, without any advisory lock on it. fn must
+// not close it, nor leave a transaction open or a setting changed on it.
+//
+// It takes the options Shared, NoWait, Timeout, HolderTimeout and Logger. Errors
+// and panics are as with WithLock.
+func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) (err error) {
+	keys := []Key{key}
+	c := call{"WithConnLock", withConnOptions, db, missing("db", db == nil, "fn", fn == nil)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return err
+	}
+	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
+			return err
+		}
+		s.doubtful = true // fn may take locks of its own, and forget them
+		if cfg.given.has(optHolderTimeout) {
+			s.armed = true
+			_, err := s.exec(ctx, answerWithin(0, deadline), armStatement(cfg.holderTimeout)+heldStatement(keys, cfg.shared))
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	h := newHold(ctx, db, keys, s)
+	return h.run(func(ctx context.Context) error { return fn(ctx, s.conn) })
+}
+
+// AcquireConn takes the session-level lock of key on the caller's conn, where it
+// stays until [ReleaseConn], or until the session ends; neither fn nor ctx ends it.
+// Nothing watches the session: a lost lock is noticed by the next statement on it.
+// conn must not be in a transaction and must not be used by others meanwhile.
+//
+// It takes the options Shared, NoWait, Timeout and Logger. After an error that
+// matches [ErrReentrant], or [ErrNotAcquired] by NoWait or Timeout, conn is as it was
+// before. After any other error, the end of ctx during the wait included, the state of the
+// session would be in doubt, and conn has been closed for good.
+//
+// If ctx carries key already, the result is ErrReentrant even if that was acquired
+// on another database: conn does not tell.
+func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
+	keys := []Key{key}
+	c := call{"AcquireConn", acquireOptions, nil, missing("conn", conn == nil, "", false)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return acquireError(ctx, keys, &cfg, err) // nothing was sent
+	}
+	var deadline time.Time
+	if cfg.timeout > 0 {
+		deadline = time.Now().Add(cfg.timeout)
+	}
+	s := newSession(conn, false, &cfg)
+	if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
+		if !errors.Is(err, errRefused) && !errors.Is(err, errTimeout) {
+			s.discard()
+		}
+		return acquireError(ctx, keys, &cfg, err)
+	}
+	return nil
+}
+
+// ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same
+// [Shared] option, and takes Logger. It is not bounded by ctx, which may have ended,
+// but takes no more than a few seconds.
+//
+// If the server does not confirm that the session held the lock, the error matches
+// [ErrLost], and conn has been closed for good: whatever it still held is free.
+func ReleaseConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
+	keys := []Key{key}
+	c := call{"ReleaseConn", releaseConnOptions, nil, missing("conn", conn == nil, "", false)}
+	cfg, err := c.check(ctx, "release", keys, opts)
+	if err != nil {
+		return err
+	}
+	s := newSession(conn, false, &cfg)
+	s.held = keys
+	if err := s.release(); err != nil {
+		return lostError("release", keys, err)
+	}
+	return nil
+}

@@ -1,0 +1,128 @@
+package advisory
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"strings"
+	"time"
+)
+
+// Every error of this package says the operation and the key, and matches, with
+// errors.Is, at most one of these and the errors of the driver or the context
+// beneath it.
+var (
+	// ErrNotAcquired: the lock was not taken and is not held, because NoWait found
+	// it taken, Timeout was over, or the context ended while waiting (then
+	// errors.Is finds the context's error too).
+	ErrNotAcquired = errors.New("advisory: lock not acquired")
+
+	// ErrLost: the lock was acquired, and it cannot be shown that it was held to
+	// the end. The session died, did not answer, or is no longer the one that
+	// took the lock. Another process may have held the lock in the meantime.
+	ErrLost = errors.New("advisory: lock lost")
+
+	// ErrReentrant: the context says that its own caller holds the lock already.
+	// Waiting for it would last for ever.
+	ErrReentrant = errors.New("advisory: lock already held by this caller")
+
+	// ErrDeadlock: the server found a deadlock and ended this wait (SQLSTATE
+	// 40P01). The lock is not held.
+	ErrDeadlock = errors.New("advisory: deadlock detected")
+)
+
+// A lockError is the error of one operation on one key, or several.
+type lockError struct {
+	op   string // "acquire", "release", "hold"
+	key  string
+	msg  string
+	errs []error // what errors.Is and errors.As find
+}
+
+func (e *lockError) Error() string {
+	var b strings.Builder
+	b.WriteString("advisory: ")
+	b.WriteString(e.op)
+	if e.key != "" {
+		b.WriteByte(' ')
+		b.WriteString(e.key)
+	}
+	b.WriteString(": ")
+	b.WriteString(e.msg)
+	return b.String()
+}
+
+func (e *lockError) Unwrap() []error { return e.errs }
+
+func keyList(keys []Key) string {
+	var b strings.Builder
+	for i, k := range keys {
+		if i == 3 && len(keys) > 4 {
+			b.WriteString(" and ")
+			b.WriteString(plural(len(keys)-i, "more key"))
+			break
+		}
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(k.String())
+	}
+	return b.String()
+}
+
+// SQLSTATEs that mean something to a lock (PostgreSQL manual, appendix "PostgreSQL
+// Error Codes").
+const (
+	lockNotAvailable   = "55P03" // lock_timeout
+	queryCanceled      = "57014" // statement_timeout, pg_cancel_backend
+	deadlockDetected   = "40P01"
+	outOfMemory        = "53200" // the server's lock table is full
+	tooManyConnections = "53300"
+	syntaxError        = "42601"
+	undefinedFunc      = "42883"
+	undefinedObject    = "42704"
+)
+
+// sqlState is the SQLSTATE of a server's error, or "". Both drivers' errors have
+// the method.
+func sqlState(err error) string {
+	var s interface{ SQLState() string }
+	if errors.As(err, &s) {
+		return s.SQLState()
+	}
+	return ""
+}
+
+// sessionGone tells whether err means that the session has ended, or is out of
+// reach: not the server's answer to a statement, but the lack of one.
+func sessionGone(err error) bool {
+	switch state := sqlState(err); {
+	case state == "":
+		return !errors.Is(err, context.Canceled) || errors.Is(err, driver.ErrBadConn)
+	case strings.HasPrefix(state, "08"): // connection exception
+		return true
+	default:
+		switch state {
+		case "57P01", "57P02", "57P03", "57P05", "25P03": // shutdown, crash, starting up, idle timeouts
+			return true
+		}
+		return false
+	}
+}
+
+// explain is err's own text, and what to do about it where that is known.
+func explain(err error) string {
+	msg := err.Error()
+	switch sqlState(err) {
+	case outOfMemory:
+		return msg + " (the server's lock table is full: raise max_locks_per_transaction, or hold fewer locks)"
+	case syntaxError, undefinedFunc, undefinedObject:
+		return msg + " (is this PostgreSQL 14 or newer? see Check)"
+	}
+	return msg
+}
+
+// A noAnswer is the error of a statement that the server did not answer in time.
+type noAnswer struct{ after time.Duration }
+
+func (e noAnswer) Error() string { return "no answer from the server within " + e.after.String() }

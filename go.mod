@@ -1,0 +1,3 @@
+module github.com/pgadvisory/advisory
+
+go 1.25.0

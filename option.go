@@ -1,0 +1,174 @@
+package advisory
+
+import (
+	"database/sql"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"strconv"
+	"time"
+)
+
+const (
+	defaultHeartbeat     = time.Second
+	defaultHolderTimeout = 15 * time.Second
+)
+
+// An Option changes how a lock is acquired or held. Where an option is given
+// twice, the last one counts. An option that makes no sense for the function it
+// is given to, or beside another one, is an error before anything is sent.
+type Option func(*config)
+
+// Shared takes a shared lock: it excludes exclusive locks of the key, and not
+// other shared ones. The default is an exclusive lock.
+func Shared() Option {
+	return func(c *config) { c.given |= optShared; c.shared = true }
+}
+
+// NoWait gives up at once, with [ErrNotAcquired], if another holds the lock. The
+// default is to wait until ctx ends. NoWait and [Timeout] exclude each other.
+//
+// It is about the lock alone: if the pool is at its limit, the wait for a pooled
+// connection is bounded by ctx.
+func NoWait() Option {
+	return func(c *config) { c.given |= optNoWait; c.noWait = true }
+}
+
+// Timeout gives up after d, with [ErrNotAcquired]; waiting for a pooled
+// connection counts. d must be positive. The default is to wait until ctx ends.
+//
+// Unlike a ctx with a deadline, it costs no connection when it is over: the
+// server itself ends the wait, and the session stays usable.
+func Timeout(d time.Duration) Option {
+	return func(c *config) { c.given |= optTimeout; c.timeout = d }
+}
+
+// Heartbeat sets how often the session of a held lock is checked. A check must be
+// answered within another d, so a lost lock is noticed after 2d at the latest.
+// The default is 1 s. A lock that is released before its first heartbeat costs
+// none.
+func Heartbeat(d time.Duration) Option {
+	return func(c *config) { c.given |= optHeartbeat; c.heartbeat = d }
+}
+
+// HolderTimeout sets the longest that a lock outlives a holder that went silent
+// (power loss, partition, SIGSTOP): the server itself ends a session from which
+// it has heard nothing for d. The default is 15 s. d must be at least three
+// heartbeats, so that the old holder's context has ended before the server lets
+// a new holder begin; the server counts in milliseconds, up to 24 days.
+//
+// The server learns d with the first heartbeat, as idle_session_timeout. A holder
+// that goes silent before that is bounded by the server's tcp_keepalives settings.
+//
+// On [WithTxLock] and [WithConnLock], where the caller drives the session, there
+// is no heartbeat and no default: if the option is given, the server ends the
+// session once the caller has sent nothing for d, at work or not.
+func HolderTimeout(d time.Duration) Option {
+	return func(c *config) { c.given |= optHolderTimeout; c.holderTimeout = d }
+}
+
+// TxOptions sets the isolation level and access mode of the transaction of
+// [WithTxLock]. The default, and nil, is the server's default.
+func TxOptions(o *sql.TxOptions) Option {
+	return func(c *config) { c.given |= optTxOptions; c.txOptions = o }
+}
+
+// Logger sets where to report what cannot be returned as an error: a session lost
+// while waiting and replaced, a release that failed while fn panicked, a [Lock]
+// that was never released. The default, and nil, is silent.
+func Logger(l *slog.Logger) Option {
+	return func(c *config) { c.given |= optLogger; c.logger = l }
+}
+
+type optionSet uint8
+
+const (
+	optShared optionSet = 1 << iota
+	optNoWait
+	optTimeout
+	optHeartbeat
+	optHolderTimeout
+	optTxOptions
+	optLogger
+)
+
+var optionNames = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger"}
+
+// What each function takes.
+const (
+	acquireOptions     = optShared | optNoWait | optTimeout | optLogger
+	sessionOptions     = acquireOptions | optHeartbeat | optHolderTimeout
+	withConnOptions    = acquireOptions | optHolderTimeout
+	txOptions          = acquireOptions | optHolderTimeout | optTxOptions
+	releaseConnOptions = optShared | optLogger
+)
+
+type config struct {
+	given         optionSet
+	shared        bool
+	noWait        bool
+	timeout       time.Duration // 0: none
+	heartbeat     time.Duration
+	holderTimeout time.Duration
+	txOptions     *sql.TxOptions
+	logger        *slog.Logger // never nil
+}
+
+var defaultTx sql.TxOptions
+
+var silent = slog.New(slog.DiscardHandler)
+
+// newConfig reads opts for the function called fn, which takes those in allowed.
+func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
+	c := config{heartbeat: defaultHeartbeat, holderTimeout: defaultHolderTimeout}
+	for _, o := range opts {
+		if o == nil {
+			return c, errors.New("nil Option")
+		}
+		o(&c)
+	}
+	if c.logger == nil {
+		c.logger = silent
+	}
+	for i, name := range optionNames {
+		if c.given&^allowed&(1<<i) != 0 {
+			return c, fmt.Errorf("option %s does not apply to %s", name, fn)
+		}
+	}
+	if c.given.has(optNoWait | optTimeout) {
+		return c, errors.New("options NoWait and Timeout exclude each other")
+	}
+	for _, o := range [...]struct {
+		option optionSet
+		name   string
+		d      time.Duration
+	}{
+		{optTimeout, "Timeout", c.timeout},
+		{optHeartbeat, "Heartbeat", c.heartbeat},
+		{optHolderTimeout, "HolderTimeout", c.holderTimeout},
+	} {
+		if c.given.has(o.option) && o.d <= 0 {
+			return c, fmt.Errorf("option %s: %v is not positive", o.name, o.d)
+		}
+	}
+	if c.holderTimeout > math.MaxInt32*time.Millisecond {
+		return c, fmt.Errorf("option HolderTimeout: %v is more than PostgreSQL's limit of %v", c.holderTimeout, math.MaxInt32*time.Millisecond)
+	}
+	// Division, because three times a long heartbeat may overflow.
+	if allowed.has(optHeartbeat) && c.holderTimeout/3 < c.heartbeat {
+		return c, fmt.Errorf("option HolderTimeout: %v is under three heartbeats of %v", c.holderTimeout, c.heartbeat)
+	}
+	if c.txOptions == nil {
+		c.txOptions = &defaultTx
+	}
+	return c, nil
+}
+
+func (s optionSet) has(o optionSet) bool { return s&o == o }
+
+// milliseconds is d as PostgreSQL's time settings take it, rounded up, because 0
+// means "no limit" to them.
+func milliseconds(d time.Duration) string {
+	return strconv.FormatInt(int64((d+time.Millisecond-1)/time.Millisecond), 10)
+}

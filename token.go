@@ -1,0 +1,84 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"strconv"
+	"sync"
+)
+
+// tokenStatement goes to the session, or the transaction, that holds the lock. The
+// text is what every driver can scan: xid8 is a type that none of them knows.
+const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text"
+
+// Token returns the fencing token of the innermost lock that ctx carries: a number
+// that is larger than the token of every earlier holder of the lock on this server.
+//
+// It is for what no lock can promise. A process that is frozen together with its
+// clock, and thawed after the server has let another take the lock, does not know
+// it yet, and neither does a write of its that is still under way in a network. Let
+// the protected resource remember the largest token that it has seen, and refuse a
+// smaller one:
+//
+//	UPDATE report SET body = $1, token = $2 WHERE id = $3 AND token <= $2
+//
+// The token is asked for once, in one round trip on the session that holds the lock
+// (pg_current_xact_id, PostgreSQL manual, section "System Information Functions and
+// Operators"), and stays the same for as long as that lock is held. It uses up one
+// transaction ID. A standby that is promoted without having received the last
+// transactions may give out some numbers again.
+//
+// ctx must be the one that fn was given, or made from it; otherwise Token returns an
+// error, which matches [ErrLost] if the lock is not held any more.
+func Token(ctx context.Context) (int64, error) {
+	m := innermost(ctx)
+	if m == nil {
+		return 0, errors.New("advisory: token: ctx carries no lock; use the one that fn was given")
+	}
+	return m.token.get(ctx)
+}
+
+// A tokenSource asks for the token of the locks of one holder, once.
+type tokenSource struct {
+	run    *runner
+	target interface {
+		QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	}
+	mark *mark
+
+	mu sync.Mutex // guards no, and is held while it is asked for
+	no int64      // 0: not asked for yet
+}
+
+func (t *tokenSource) get(ctx context.Context) (int64, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.mark.ended.Load() {
+		return 0, lostError("token of", t.mark.keys, errors.New("it is not held any more"))
+	}
+	if t.no != 0 {
+		return t.no, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: context.Cause(ctx).Error(), errs: []error{err, context.Cause(ctx)}}
+	}
+	var text string
+	// Not under ctx: a driver that breaks off a statement closes the session.
+	err := t.run.do(context.WithoutCancel(ctx), answerBound, func(ctx context.Context) error {
+		return t.target.QueryRowContext(ctx, tokenStatement).Scan(&text)
+	})
+	var no int64
+	if err == nil {
+		no, err = strconv.ParseInt(text, 10, 64)
+	}
+	switch {
+	case err == nil:
+		t.no = no
+		return no, nil
+	case sessionGone(err):
+		return 0, lostError("token of", t.mark.keys, err)
+	default:
+		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: explain(err), errs: []error{err}}
+	}
+}

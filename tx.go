@@ -1,0 +1,340 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// The transaction-scoped statements. COMMIT and ROLLBACK release the locks, and a
+// failed wait leaves none: the transaction, or the savepoint, is rolled back.
+
+// tryTxStatement: one row if the lock was granted.
+func tryTxStatement(k Key, shared bool) string {
+	return statement("SELECT WHERE ", "pg_try_advisory_xact_lock", []Key{k}, shared)
+}
+
+// tryFirstStatement: like tryTxStatement, and two rows, without trying, if this
+// transaction has one snapshot for all its statements by the server's default
+// (default_transaction_isolation).
+func tryFirstStatement(k Key, shared bool) string {
+	return statement("SELECT FROM pg_catalog.generate_series(1, CASE"+
+		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2"+
+		" WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
+}
+
+// waitTxStatement: one row, when the lock is granted. A local setting lives until
+// the end of the transaction, so that the old lock_timeout is read first and put
+// back after, for the statements of the caller.
+func waitTxStatement(bound time.Duration, k Key, shared bool) string {
+	return statement("WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout)"+
+		" SELECT pg_catalog.set_config('lock_timeout', '"+milliseconds(bound)+"', true), ",
+		"pg_advisory_xact_lock", []Key{k}, shared) +
+		", pg_catalog.set_config('lock_timeout', old.lock_timeout, true) FROM old"
+}
+
+const (
+	savepointStatement  = "SAVEPOINT advisory_wait; "
+	keepStatement       = "; RELEASE SAVEPOINT advisory_wait"
+	rollbackToStatement = "ROLLBACK TO SAVEPOINT advisory_wait; RELEASE SAVEPOINT advisory_wait"
+)
+
+// WithTxLock runs fn in a transaction that holds the lock of key: BEGIN, lock, fn,
+// COMMIT. The work and the lock end together, on one session, so that nothing
+// fn does in tx can happen without the lock: use it where all of the work is in
+// this database. If fn returns an error, or panics, the transaction is rolled back.
+//
+// At READ COMMITTED it takes a transaction-scoped lock, the only kind that works
+// behind a transaction pooler. At REPEATABLE READ and above it takes a session-level
+// lock on the same connection before BEGIN and releases it after COMMIT: the lock
+// statement would otherwise fix the snapshot before the lock is granted, and fn
+// would read what was there before the last holder's work (PostgreSQL manual,
+// section "Transaction Isolation").
+//
+// A nil error means: fn returned nil, and the transaction was committed, under the
+// lock. fn must not commit or roll back tx. It takes the options Shared, NoWait,
+// Timeout, TxOptions, HolderTimeout and Logger; errors are as with [WithLock], and
+// the driver's for BEGIN and COMMIT. There is no heartbeat. HolderTimeout has no
+// default here; if it is given, the server ends the transaction once it has waited
+// for a statement for that long (idle_in_transaction_session_timeout).
+func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Tx) error, opts ...Option) error {
+	keys := []Key{key}
+	c := call{"WithTxLock", txOptions, db, missing("db", db == nil, "fn", fn == nil)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return err
+	}
+	var t txn
+	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
+	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+		t = txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
+		err := t.beginLocked(ctx, key, deadline)
+		oneSnapshot = t.oneSnapshot
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	base, m := withMark(ctx, db, keys)
+	m.token.run, m.token.target = &s.runner, t.tx
+	fnCtx, cancel := context.WithCancel(base)
+	return t.run(ctx, keys, func() error {
+		defer cancel()
+		defer m.ended.Store(true)
+		return fn(fnCtx, t.tx)
+	})
+}
+
+// A txn is a transaction of WithTxLock, on a session of ours.
+type txn struct {
+	s           *session
+	cfg         *config
+	tx          *sql.Tx
+	abort       context.CancelFunc // has database/sql roll back tx, whatever it is doing
+	oneSnapshot bool               // REPEATABLE READ and above: the lock is the session's
+}
+
+// beginLocked begins the transaction and acquires the lock. After an error no
+// transaction is open.
+func (t *txn) beginLocked(ctx context.Context, k Key, deadline time.Time) error {
+	if !t.oneSnapshot {
+		if err := t.beginThenLock(ctx, k, deadline); err != nil || !t.oneSnapshot {
+			return err
+		}
+	}
+	if err := t.s.acquire(ctx, []Key{k}, t.cfg.noWait, deadline); err != nil {
+		return err
+	}
+	return t.begin(ctx)
+}
+
+// beginThenLock takes the transaction-scoped lock. If it finds that the transaction
+// has one snapshot, it sets oneSnapshot and leaves nothing behind.
+func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) error {
+	try := tryTxStatement
+	if t.cfg.txOptions.Isolation == sql.LevelDefault {
+		try = tryFirstStatement
+	}
+	if err := t.begin(ctx); err != nil {
+		return err
+	}
+	rows, err := t.s.exec(ctx, answerWithin(0, deadline), try(k, t.s.shared))
+	switch {
+	case err != nil:
+		return t.rollback(err)
+	case rows == 1:
+		return t.inTime(ctx)
+	case rows == 2:
+		t.oneSnapshot = true
+		return t.rollback(nil)
+	case t.cfg.noWait:
+		return t.rollback(errRefused)
+	}
+	t.s.waited = true
+	for {
+		bound := within(waitBound, deadline)
+		if bound <= 0 {
+			return t.rollback(errTimeout)
+		}
+		start := time.Now()
+		_, err := t.s.exec(ctx, answerWithin(bound, deadline), waitTxStatement(bound, k, t.s.shared))
+		if err == nil {
+			return t.inTime(ctx)
+		}
+		if t.rollback(err); ctx.Err() != nil || t.s.broken || !waitEnded(err) {
+			return err
+		}
+		if sqlState(err) == queryCanceled {
+			pause(ctx, start)
+		}
+		if err := t.begin(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// inTime rolls back if ctx has ended: the driver may have closed the connection.
+func (t *txn) inTime(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return t.rollback(err)
+	}
+	return nil
+}
+
+func (t *txn) begin(ctx context.Context) error {
+	// A context of its own, because a BEGIN that the driver is stuck in, and that is
+	// abandoned, must come to nothing.
+	txCtx, abort := context.WithCancel(ctx)
+	var tx *sql.Tx
+	err := t.s.do(ctx, answerBound, func(context.Context) (err error) {
+		tx, err = t.s.conn.BeginTx(txCtx, t.cfg.txOptions)
+		return err
+	})
+	if err != nil {
+		abort()
+		t.s.broken = true
+		return fmt.Errorf("begin: %w", err)
+	}
+	t.tx, t.abort = tx, abort
+	if !t.cfg.given.has(optHolderTimeout) {
+		return nil
+	}
+	// SET takes no snapshot.
+	_, err = t.s.exec(ctx, answerBound, "SET LOCAL idle_in_transaction_session_timeout = "+milliseconds(t.cfg.holderTimeout))
+	if err != nil {
+		return t.rollback(err)
+	}
+	return nil
+}
+
+// rollback rolls back because of cause, which it returns, or what went wrong if that
+// is nil. If it cannot be sure that the server has rolled back, the session is
+// broken. It does not wait for a driver that does not return.
+func (t *txn) rollback(cause error) error {
+	// sql.ErrTxDone is among the errors: database/sql rolls back by itself when ctx
+	// ends, and does not tell how that went.
+	err := t.s.do(context.Background(), releaseBound, func(context.Context) error { return t.tx.Rollback() })
+	t.abort()
+	if err != nil {
+		t.s.broken = true
+	}
+	if cause != nil {
+		return cause
+	}
+	return err
+}
+
+// run runs fn, and ends the transaction and the session whatever becomes of fn.
+func (t *txn) run(ctx context.Context, keys []Key, fn func() error) (err error) {
+	returned := false
+	defer func() {
+		if returned && err == nil {
+			err = t.commit(ctx, keys)
+			return
+		}
+		unclean := t.rollback(nil)
+		lost := t.end(keys)
+		if unclean != nil && ctx.Err() == nil {
+			t.cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
+		}
+		err = join(err, lost)
+	}()
+	err = fn()
+	returned = true
+	return err
+}
+
+// commit commits, and ends the session.
+func (t *txn) commit(ctx context.Context, keys []Key) error {
+	err := t.s.do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
+	t.abort()
+	// The server's own error means that it has rolled back, and is ready for more.
+	t.s.broken = err != nil && (sqlState(err) == "" || sessionGone(err))
+	lost := t.end(keys)
+	if err == nil {
+		return lost
+	}
+	msg := err.Error()
+	if errors.Is(err, sql.ErrTxDone) && ctx.Err() == nil {
+		msg += " (by fn, which must leave that to WithTxLock)"
+	}
+	return join(&lockError{op: "commit", key: keyList(keys), msg: msg, errs: []error{err}}, lost)
+}
+
+// end ends the session, whose transaction has ended. It returns an error if there
+// was a session-level lock, and it had not been held.
+func (t *txn) end(keys []Key) error {
+	switch {
+	case t.s.broken:
+		t.s.discard()
+	case !t.oneSnapshot:
+		t.s.handBack()
+	default:
+		err := t.s.release()
+		if errors.Is(err, errNotHeld) {
+			return lostError("release", keys, err)
+		}
+		if err != nil {
+			// No news about the transaction: it has ended on the same session.
+			t.cfg.logger.Warn("advisory: session discarded, because its lock could not be released", "key", keyList(keys), "error", err)
+		}
+	}
+	return nil
+}
+
+// AcquireTx takes the transaction-scoped lock of key in the caller's transaction,
+// which holds it until COMMIT or ROLLBACK (or until it is rolled back to a savepoint
+// that is older than the lock). It works behind a transaction pooler.
+//
+// It takes the options Shared, NoWait, Timeout and Logger. tx stays usable after any error
+// that ends a wait: NoWait, Timeout, the end of ctx, a deadlock. Waits run under a
+// savepoint named advisory_wait, and the end of ctx is noticed within 400 ms, not by
+// cancelling, which would cost the connection. tx's own settings stay as they are.
+//
+// At REPEATABLE READ and above, tx reads what there was before its first statement,
+// and this may be its first: take the lock with [WithTxLock], or a session-level lock
+// before BEGIN, to read what the last holder wrote.
+//
+// If ctx carries key already, the result is [ErrReentrant] even if that was acquired
+// on another database: tx does not tell.
+func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
+	keys := []Key{key}
+	c := call{"AcquireTx", acquireOptions, nil, missing("tx", tx == nil, "", false)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return err
+	}
+	if err := acquireTx(ctx, tx, key, &cfg); err != nil {
+		return acquireError(ctx, keys, &cfg, err)
+	}
+	return nil
+}
+
+func acquireTx(ctx context.Context, tx *sql.Tx, k Key, cfg *config) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	var deadline time.Time
+	if cfg.timeout > 0 {
+		deadline = time.Now().Add(cfg.timeout)
+	}
+	r := runner{target: tx, busy: make(chan struct{}, 1)}
+	running := context.WithoutCancel(ctx)
+	rows, err := r.exec(running, answerWithin(0, deadline), tryTxStatement(k, cfg.shared))
+	switch {
+	case err != nil:
+		return err
+	case rows > 0:
+		return nil
+	case cfg.noWait:
+		return errRefused
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		bound := within(waitBound, deadline)
+		if bound <= 0 {
+			return errTimeout
+		}
+		start := time.Now()
+		_, err := r.exec(running, answerWithin(bound, deadline), savepointStatement+waitTxStatement(bound, k, cfg.shared)+keepStatement)
+		if err == nil {
+			return nil
+		}
+		if state := sqlState(err); state != lockNotAvailable && state != queryCanceled && state != deadlockDetected {
+			return err
+		}
+		if _, rerr := r.exec(running, answerBound, rollbackToStatement); rerr != nil {
+			return errors.Join(err, rerr)
+		}
+		switch sqlState(err) {
+		case deadlockDetected:
+			return err
+		case queryCanceled:
+			pause(ctx, start)
+		}
+	}
+}
