@@ -1,0 +1,38 @@
+# The two commands of a fresh machine are "make demo" and "make test". Both find a
+# PostgreSQL themselves: see integration/internal/pgtest.
+
+GO          ?= go
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+MODULES     := . integration
+
+# The race detector needs cgo, and that a C compiler.
+RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
+
+.PHONY: demo test unit stress lint fmt tidy
+
+demo: ## the main job, live
+	cd integration && $(GO) run ./demo
+
+test: unit ## everything
+	cd integration && $(GO) test $(RACE) -timeout 30m $(TESTFLAGS) ./...
+
+unit: ## what needs no PostgreSQL
+	$(GO) test $(RACE) $(TESTFLAGS) ./...
+
+stress: ## the concurrency tests, again and again
+	$(GO) test -race -count=20 ./...
+	cd integration && $(GO) test -race -count=20 -timeout 60m -run '$(STRESS)' .
+
+STRESS ?= NoLostUpdate|Reentrant|Released|HandOff|Cancelled
+
+lint: ## what the field's linters say; nothing is changed
+	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
+	for m in $(MODULES); do (cd $$m && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...) || exit 1; done
+	@outside=$$($(GO) list -deps . | grep -F . | grep -v '^vendor/' | grep -v "^$$($(GO) list -m)"); \
+	test -z "$$outside" || { echo "the root package must import the standard library alone:"; echo "$$outside"; exit 1; }
+
+fmt:
+	gofmt -w .
+
+tidy:
+	for m in $(MODULES); do (cd $$m && $(GO) mod tidy) || exit 1; done

@@ -1,0 +1,174 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+)
+
+// The statements of Check. Like all of this package they have no arguments, so that
+// they work behind any pooler with any driver, and answer with a number of rows,
+// even where the answer is an integer.
+const (
+	inRecoveryStatement = "SELECT WHERE pg_catalog.pg_is_in_recovery()"
+
+	// A process ID in two digits to the base of 4096.
+	pidLowStatement  = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.%) 4096)"
+	pidHighStatement = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog./) 4096)"
+)
+
+const (
+	// checkConns is how many connections Check compares, if the pool has as many.
+	// Two would do, but for a balancer that picks servers at random.
+	checkConns = 4
+
+	// checkRounds is how often Check asks each of them which session it is. Behind a
+	// busy pooler, a client may get the same session back a few times by chance.
+	checkRounds = 25
+)
+
+// Check tells whether mutual exclusion really works through db, by locking: it
+// returns nil if a session-level lock that is taken on one connection is held by it
+// and excludes another. It is meant for program start, and for tests of a
+// deployment. It needs two connections of the pool for a moment, uses up to four,
+// and leaves nothing behind.
+//
+// It finds, and its error explains,
+//
+//   - a pooler in transaction or statement mode, where a session-level lock belongs
+//     to a server connection that others use next,
+//   - a hot standby, whose locks exclude nobody on the primary,
+//   - a db whose connections lead to several servers or databases,
+//   - a server whose advisory lock functions do nothing.
+//
+// What works behind a transaction pooler is [WithTxLock], at READ COMMITTED.
+func Check(ctx context.Context, db *sql.DB) error {
+	c := call{"Check", optLogger, db, missing("db", db == nil, "", false)}
+	cfg, err := c.check(ctx, "check", []Key{ID(0)}, nil)
+	if err != nil {
+		return &lockError{op: "check", msg: errors.Unwrap(err).Error()}
+	}
+	if err := check(ctx, db, &cfg); err != nil {
+		return &lockError{op: "check", msg: explain(err), errs: []error{err}}
+	}
+	return nil
+}
+
+func check(ctx context.Context, db *sql.DB, cfg *config) (err error) {
+	limit := db.Stats().MaxOpenConnections
+	if limit == 1 {
+		return errors.New("the pool is limited to one connection, and it takes two to see whether they exclude each other (SetMaxOpenConns)")
+	}
+	n := checkConns
+	if limit > 0 {
+		n = min(n, max(2, limit/2))
+	}
+	sessions := make([]*session, 0, n)
+	defer func() {
+		for _, s := range sessions {
+			if err != nil {
+				s.discard()
+			} else {
+				s.handBack()
+			}
+		}
+	}()
+	for range n {
+		s, err := openChecked(ctx, db, cfg)
+		if err != nil {
+			return err
+		}
+		sessions = append(sessions, s)
+	}
+	if err := checkSessions(ctx, sessions); err != nil {
+		return err
+	}
+	return checkExclusion(ctx, sessions)
+}
+
+// openChecked opens a session and checks that it leads to a primary. Its first
+// statement also finds the dead connections of the pool.
+func openChecked(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
+	for stale := db.Stats().OpenConnections; ; stale-- {
+		s, err := openSession(ctx, db, cfg)
+		if err != nil {
+			return nil, err
+		}
+		standby, err := s.exec(ctx, answerBound, inRecoveryStatement)
+		switch {
+		case err == nil && standby == 0:
+			return s, nil
+		case err == nil:
+			s.handBack()
+			return nil, errors.New("the server is a hot standby: its locks exclude nobody on the primary; connect to the primary (target_session_attrs=read-write)")
+		}
+		s.discard()
+		if stale <= 0 || ctx.Err() != nil || !sessionGone(err) {
+			return nil, err
+		}
+	}
+}
+
+// checkSessions checks that each session stays the same and no two are one, without
+// locking anything.
+func checkSessions(ctx context.Context, sessions []*session) error {
+	const pooled = "a pooler in transaction or statement mode stands between, and session-level locks mean nothing there: use session mode, connect directly, or use WithTxLock"
+	pids := make([]int64, len(sessions))
+	for range checkRounds {
+		for i, s := range sessions {
+			low, err := s.exec(ctx, answerBound, pidLowStatement)
+			if err != nil {
+				return err
+			}
+			high, err := s.exec(ctx, answerBound, pidHighStatement)
+			if err != nil {
+				return err
+			}
+			pid := high*4096 + low
+			if pids[i] != 0 && pids[i] != pid {
+				return errors.New("a connection's session changes between statements: " + pooled)
+			}
+			pids[i] = pid
+			for _, other := range pids[:i] {
+				if other == pid && pid != 0 {
+					return errors.New("two connections share a session: " + pooled)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// checkExclusion locks a random key on the first session and tries it on the others.
+func checkExclusion(ctx context.Context, sessions []*session) error {
+	keys := []Key{ID(rand.Int64())}
+	holder := sessions[0]
+	step := func(s *session, query string, want int64, otherwise string) error {
+		rows, err := s.exec(ctx, answerBound, query)
+		if err == nil && rows != want {
+			err = errors.New(otherwise)
+		}
+		return err
+	}
+	if err := step(holder, tryStatement(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work"); err != nil {
+		return err
+	}
+	if err := step(holder, heldStatement(keys, false), 1, "the server grants a lock and does not hold it: its advisory lock functions do nothing (PostgreSQL's would), or a pooler stands between"); err != nil {
+		return err
+	}
+	for i, s := range sessions[1:] {
+		if err := step(s, tryStatement(keys, false), 0, fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases; connect to one", i+2)); err != nil {
+			return err
+		}
+	}
+	if err := step(holder, unlockStatement(keys, false), 1, "a lock was gone when it was to be released: a pooler in transaction or statement mode stands between"); err != nil {
+		return err
+	}
+	other := sessions[1]
+	if err := step(other, tryStatement(keys, false), 1, "a released lock was not free: a pooler in transaction or statement mode stands between"); err != nil {
+		return err
+	}
+	return step(other, unlockStatement(keys, false), 1, "a lock was gone when it was to be released: a pooler in transaction or statement mode stands between")
+}

@@ -1,0 +1,86 @@
+package advisory_test
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"io"
+	"strings"
+	"sync"
+)
+
+// db stands for a pool on PostgreSQL, so that the examples run without one: a server
+// of one lock, and one answer to every question. In a program, db is what sql.Open
+// returned.
+var db = sql.OpenDB(&exampleServer{})
+
+var ctx = context.Background()
+
+type exampleServer struct {
+	mu     sync.Mutex
+	conns  int64
+	holder *exampleConn
+}
+
+func (s *exampleServer) Driver() driver.Driver { return nil }
+
+func (s *exampleServer) Connect(context.Context) (driver.Conn, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns++
+	return &exampleConn{s, s.conns}, nil
+}
+
+type exampleConn struct {
+	server *exampleServer
+	pid    int64
+}
+
+func (c *exampleConn) Prepare(string) (driver.Stmt, error) { return nil, driver.ErrSkip }
+func (c *exampleConn) Close() error                        { return nil }
+func (c *exampleConn) Begin() (driver.Tx, error)           { return c, nil }
+func (c *exampleConn) Commit() error                       { return nil }
+func (c *exampleConn) Rollback() error                     { return nil }
+
+func (c *exampleConn) BeginTx(context.Context, driver.TxOptions) (driver.Tx, error) { return c, nil }
+
+func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.NamedValue) (driver.Result, error) {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	switch {
+	case strings.Contains(query, "pg_is_in_recovery"), strings.Contains(query, "4096") && strings.Contains(query, "/"):
+		return driver.RowsAffected(0), nil
+	case strings.Contains(query, "4096"):
+		return driver.RowsAffected(c.pid), nil
+	case strings.Contains(query, "pg_try_advisory_lock"):
+		if c.server.holder != nil {
+			return driver.RowsAffected(0), nil
+		}
+		c.server.holder = c
+	case strings.Contains(query, "pg_advisory_unlock"):
+		c.server.holder = nil
+	}
+	return driver.RowsAffected(1), nil
+}
+
+func (c *exampleConn) QueryContext(_ context.Context, query string, _ []driver.NamedValue) (driver.Rows, error) {
+	return &exampleRows{value: "4711"}, nil // the token
+}
+
+// exampleRows is one row of one column.
+type exampleRows struct {
+	value any
+	read  bool
+}
+
+func (r *exampleRows) Columns() []string { return []string{"?column?"} }
+func (r *exampleRows) Close() error      { return nil }
+
+func (r *exampleRows) Next(dest []driver.Value) error {
+	if r.read {
+		return io.EOF
+	}
+	r.read = true
+	dest[0] = r.value
+	return nil
+}

@@ -1,0 +1,284 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+)
+
+// A demo is the program and a server for it.
+type demo struct {
+	exe string
+	dsn string
+	db  *sql.DB
+}
+
+func newDemo(t *testing.T) *demo {
+	t.Helper()
+	d := &demo{exe: build(t)}
+	server, err := pgtest.Start(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	d.dsn = server.DSN()
+	if d.db, err = sql.Open("pgx", d.dsn); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.db.Close() })
+	return d
+}
+
+func build(t *testing.T) (exe string) {
+	t.Helper()
+	exe = filepath.Join(t.TempDir(), "demo")
+	if out, err := exec.Command("go", "build", "-o", exe, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return exe
+}
+
+// command is the demo with the workers in its process group.
+func (d *demo) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(d.exe, args...)
+	cmd.Env = append(os.Environ(), pgtest.EnvDSN+"="+d.dsn)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return cmd
+}
+
+// noProcessIsLeft fails the test unless the demo and its workers end within the
+// time. The demo has been waited for.
+func noProcessIsLeft(t *testing.T, cmd *exec.Cmd, within time.Duration) {
+	t.Helper()
+	for end := time.Now().Add(within); ; time.Sleep(10 * time.Millisecond) {
+		err := syscall.Kill(-cmd.Process.Pid, 0)
+		if errors.Is(err, syscall.ESRCH) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Errorf("workers are left %v after the demo (%v)", within, err)
+			_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			return
+		}
+	}
+}
+
+// The names are those that the demo gives to its schema and its sessions.
+const (
+	schemas  = `SELECT nspname FROM pg_namespace WHERE nspname LIKE 'advisory\_demo\_%'`
+	sessions = `SELECT pid::text FROM pg_stat_activity WHERE application_name LIKE 'advisory\_demo\_%'`
+)
+
+func (d *demo) query(t *testing.T, query string) (answer []string) {
+	t.Helper()
+	rows, err := d.db.QueryContext(context.WithoutCancel(t.Context()), query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			t.Fatal(err)
+		}
+		answer = append(answer, s)
+	}
+	if err := rows.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return answer
+}
+
+// nothingIsLeft fails the test unless the server is as it was before the demo.
+func (d *demo) nothingIsLeft(t *testing.T) {
+	t.Helper()
+	if left := d.query(t, schemas); len(left) > 0 {
+		t.Errorf("left on the server: schemas %v", left)
+	}
+	// A session ends a moment after its connection.
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		left := d.query(t, sessions)
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Errorf("left on the server: sessions %v", left)
+			return
+		}
+	}
+}
+
+func TestDemo(t *testing.T) {
+	d := newDemo(t)
+
+	t.Run("keeps its promises", func(t *testing.T) {
+		cmd := d.command("-updates=300", "-rows=50000")
+		out, err := cmd.CombinedOutput()
+		noProcessIsLeft(t, cmd, 0)
+		d.nothingIsLeft(t)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		for _, want := range []string{
+			"WithLock: no update is lost                          kept    0 of 300 lost, ",
+			"WithConnLock: one migrates, the others find it done  kept    process ",
+			" applied 4, in ",
+			"found applied by ",
+			"(lib/pq)",
+			"WithConnLock: no deadlock with the index build       kept    0 deadlocks\n",
+			"CREATE INDEX CONCURRENTLY leaves a valid index       kept    50,000 rows\n",
+			"4 of 4 promises kept, in ",
+		} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("no %q in the output", want)
+			}
+		}
+		if bytes.ContainsAny(out, "\r\x1b") {
+			t.Error("control characters in output that is not for a terminal")
+		}
+		if t.Failed() {
+			t.Logf("the output:\n%s", out)
+		}
+	})
+
+	// Without their locks, the acts must break their promises, or they would prove
+	// nothing.
+	t.Run("notices broken locks", func(t *testing.T) {
+		cmd := d.command("-updates=1000", "-rows=50000")
+		cmd.Env = append(cmd.Env, breakEnv+"=1")
+		out, err := cmd.CombinedOutput()
+		noProcessIsLeft(t, cmd, 0)
+		d.nothingIsLeft(t)
+		if status := cmd.ProcessState.ExitCode(); status != 1 {
+			t.Errorf("exit status %d (%v), want 1", status, err)
+		}
+		for _, want := range []string{
+			"WithLock: no update is lost                          BROKEN  ",
+			"WithConnLock: one migrates, the others find it done  BROKEN  ",
+			errBroken.Error(),
+		} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("no %q in the output", want)
+			}
+		}
+		if t.Failed() {
+			t.Logf("the output:\n%s", out)
+		}
+	})
+
+	t.Run("ends in time", func(t *testing.T) {
+		cmd := d.command("-updates=1000000", "-timeout=500ms")
+		start := time.Now()
+		out, _ := cmd.CombinedOutput()
+		took := time.Since(start)
+		noProcessIsLeft(t, cmd, 0)
+		d.nothingIsLeft(t)
+		if status := cmd.ProcessState.ExitCode(); status != 1 || !strings.Contains(string(out), "not done within 500ms") {
+			t.Errorf("exit status %d, want 1; the output:\n%s", status, out)
+		}
+		if took > 10*time.Second {
+			t.Errorf("took %v", took)
+		}
+	})
+
+	// Both come while the workers are at work.
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
+		t.Run("leaves nothing behind after "+sig.String(), func(t *testing.T) {
+			// The acts would go on for long.
+			cmd := d.command("-updates=1000000")
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			for end := time.Now().Add(20 * time.Second); len(d.query(t, sessions)) < 4; time.Sleep(10 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Error("the workers do not begin")
+					break
+				}
+			}
+			// A terminal sends Ctrl-C to the workers, too.
+			to := cmd.Process.Pid
+			if sig == syscall.SIGINT {
+				to = -to
+			}
+			if err := syscall.Kill(to, sig); err != nil {
+				t.Error(err)
+			}
+			if err := cmd.Wait(); err == nil {
+				t.Error("exit status 0")
+			}
+			if sig == syscall.SIGKILL {
+				noProcessIsLeft(t, cmd, 5*time.Second)
+				// That the schema is left is the price of a SIGKILL.
+				for _, schema := range d.query(t, schemas) {
+					d.query(t, "DROP SCHEMA "+schema+" CASCADE")
+				}
+			}
+			noProcessIsLeft(t, cmd, 0)
+			d.nothingIsLeft(t)
+		})
+	}
+}
+
+func TestDemoWithoutServer(t *testing.T) {
+	// Nobody listens on port 1.
+	d := &demo{exe: build(t), dsn: "postgres://postgres@127.0.0.1:1/postgres?sslmode=disable"}
+	cmd := d.command()
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(string(out), "demo: pgtest: ") || bytes.Count(out, []byte("\n")) != 1 {
+		t.Errorf("%v, want exit status 1 and one line; the output:\n%s", err, out)
+	}
+}
+
+func TestBar(t *testing.T) {
+	var out bytes.Buffer
+	v := &view{w: &out, terminal: true}
+	b := v.bar("counting", 1000)
+	b.set(500, "5/s")
+	b.set(501, "5/s") // too soon to be seen
+	b.finish("done")
+	want := "\r\x1b[K  counting          ━━━━━━━━━━━━╌╌╌╌╌╌╌╌╌╌╌╌  5/s" +
+		"\r\x1b[K  counting          ━━━━━━━━━━━━━━━━━━━━━━━━  done\n"
+	if got := out.String(); got != want {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	for _, test := range []struct{ got, want string }{
+		{thousands(0), "0"},
+		{thousands(999), "999"},
+		{thousands(1000), "1,000"},
+		{thousands(-123456), "-123,456"},
+		{thousands(1234567), "1,234,567"},
+		{rate(7, time.Second), "7/s"},
+		{rate(1234, time.Second), "1,230/s"},
+		{rate(375_432, time.Second), "375,000/s"},
+		{rate(3, 0), "3,000/s"},
+		{plural(1, "process"), "1 process"},
+		{plural(2000, "process"), "2,000 processes"},
+		{plural(2, "row"), "2 rows"},
+		{list(nil), "none"},
+		{list([]int{3}), "3"},
+		{list([]int{1, 2, 4}), "1, 2 and 4"},
+	} {
+		if test.got != test.want {
+			t.Errorf("got %q, want %q", test.got, test.want)
+		}
+	}
+}
