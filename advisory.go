@@ -46,12 +46,12 @@ func WithLocks(ctx context.Context, db *sql.DB, keys []Key, fn func(context.Cont
 }
 
 func withLocks(ctx context.Context, fname string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) error {
-	c := call{fname, sessionOptions, db, missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: fname, options: sessionOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
-	h, err := acquire(ctx, ctx, db, keys, &cfg)
+	h, err := c.acquire(ctx, keys, &cfg)
 	if err != nil {
 		return err
 	}
@@ -66,12 +66,12 @@ func withLocks(ctx context.Context, fname string, db *sql.DB, keys []Key, fn fun
 // Logger. That is a safety net: it may be minutes late.
 func Acquire(ctx context.Context, db *sql.DB, key Key, opts ...Option) (*Lock, error) {
 	keys := []Key{key}
-	c := call{"Acquire", sessionOptions, db, missing("db", db == nil, "", false)}
+	c := call{function: "Acquire", options: sessionOptions, db: db, missing: missing("db", db == nil, "", false), detached: true}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return nil, err
 	}
-	h, err := acquire(ctx, context.WithoutCancel(ctx), db, keys, &cfg)
+	h, err := c.acquire(ctx, keys, &cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -135,37 +135,45 @@ type hold struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
+	observed *observation
+
 	once sync.Once // the release
 	err  error     // its result
 }
 
-// acquire acquires keys on a session of their own and watches it. The hold's
-// context is made from base.
-func acquire(ctx, base context.Context, db *sql.DB, keys []Key, cfg *config) (*hold, error) {
-	s, err := keepTrying(ctx, db, keys, cfg, func(s *session, deadline time.Time) error {
+// acquire acquires keys on a session of their own and watches it.
+func (c call) acquire(ctx context.Context, keys []Key, cfg *config) (*hold, error) {
+	ctx, o := observe(ctx, c.function, keys, cfg)
+	s, err := keepTrying(ctx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
 		return s.acquire(ctx, keys, cfg.noWait, deadline)
 	})
+	o.acquireEnd(ctx, err)
 	if err != nil {
 		return nil, err
 	}
-	h := newHold(base, db, keys, s)
+	if c.detached {
+		ctx = context.WithoutCancel(ctx)
+	}
+	h := newHold(ctx, c.db, keys, s, o)
 	h.watch = &watch{s: s, every: cfg.heartbeat, silent: cfg.holderTimeout, lost: h.lost}
 	h.watch.start()
 	return h, nil
 }
 
-func newHold(base context.Context, db *sql.DB, keys []Key, s *session) *hold {
-	h := &hold{s: s}
-	base, h.mark = withMark(base, db, keys)
+func newHold(ctx context.Context, db *sql.DB, keys []Key, s *session, o *observation) *hold {
+	h := &hold{s: s, observed: o}
+	ctx, h.mark = withMark(o.holdStart(ctx), db, keys)
 	h.mark.token.run, h.mark.token.target = &s.runner, s.conn
-	h.ctx, h.cancel = context.WithCancelCause(base)
+	h.ctx, h.cancel = context.WithCancelCause(ctx)
 	return h
 }
 
 // lost ends the hold's context. The release is still to come.
 func (h *hold) lost(cause error) {
+	err := lostError("hold", h.mark.keys, cause)
 	h.mark.ended.Store(true)
-	h.cancel(lostError("hold", h.mark.keys, cause))
+	h.cancel(err)
+	h.observed.lost(err)
 }
 
 // run runs fn under the locks, and releases them whatever becomes of fn.
@@ -201,6 +209,7 @@ func (h *hold) release() error {
 		if err != nil {
 			h.err = lostError("release", h.mark.keys, err)
 		}
+		h.observed.holdEnd(h.err)
 	})
 	return h.err
 }
@@ -212,6 +221,7 @@ type call struct {
 	options  optionSet // those that apply
 	db       *sql.DB   // nil where the function is not given one
 	missing  string    // the argument that is nil, or ""
+	detached bool      // the hold outlives ctx
 }
 
 // missing is the first name that goes with true.
@@ -253,8 +263,9 @@ func (c call) check(ctx context.Context, op string, keys []Key, opts []Option) (
 	return cfg, nil
 }
 
-// acquireError is the error of a failed acquisition. err is what ended it.
-func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error {
+// acquireError is the error of a failed acquisition. err is what ended it, and hint, if
+// there is one, says more of why.
+func acquireError(ctx context.Context, keys []Key, cfg *config, err error, hint string) error {
 	e := &lockError{op: "acquire", key: keyList(keys)}
 	switch {
 	case errors.Is(err, errRefused):
@@ -272,6 +283,9 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 	default:
 		e.msg = explain(err)
 		e.errs = []error{err}
+	}
+	if hint != "" {
+		e.msg += ": " + hint
 	}
 	return e
 }

@@ -45,7 +45,7 @@ const (
 //
 // What works behind a transaction pooler is [WithTxLock], at READ COMMITTED.
 func Check(ctx context.Context, db *sql.DB) error {
-	c := call{"Check", optLogger, db, missing("db", db == nil, "", false)}
+	c := call{function: "Check", options: optLogger, db: db, missing: missing("db", db == nil, "", false)}
 	cfg, err := c.check(ctx, "check", []Key{ID(0)}, nil)
 	if err != nil {
 		return &lockError{op: "check", msg: errors.Unwrap(err).Error()}

@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"errors"
-	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"strconv"
@@ -28,6 +27,9 @@ const (
 
 	// releaseBound is how long a release may take, whatever happens.
 	releaseBound = 5 * time.Second
+
+	// heldByBound is how long the message of a Timeout may take to find the holder.
+	heldByBound = time.Second
 
 	// abandonAfter is how long a driver may take to return from a statement whose
 	// context has ended. Drivers differ: lib/pq asks the server to cancel and reads
@@ -231,12 +233,13 @@ type session struct {
 	// The rest belongs to the goroutine that acquires or releases, but for armed,
 	// which is the watch's until that has stopped.
 
-	shared   bool
-	held     []Key
-	waited   bool // the server has answered, and the lock was taken
-	armed    bool // idle_session_timeout may be set on the session
-	doubtful bool // it may hold more than held: a lock twice, or one that fn left
-	broken   bool // its state is unknown, whatever the last error says
+	shared     bool
+	held       []Key
+	waited     bool // the server has answered, and the lock was taken
+	waitingFor Key
+	armed      bool // idle_session_timeout may be set on the session
+	doubtful   bool // it may hold more than held: a lock twice, or one that fn left
+	broken     bool // its state is unknown, whatever the last error says
 }
 
 // openSession borrows a connection.
@@ -322,6 +325,7 @@ var (
 // has just refused it: the session does not hold it.
 func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
 	failed := false // a wait has failed: it may nevertheless have been granted
+	s.waitingFor = k
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -523,14 +527,16 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 	)
 	for {
 		if err := ctx.Err(); err != nil {
-			return nil, acquireError(ctx, keys, cfg, err)
+			return nil, acquireError(ctx, keys, cfg, err, "")
 		}
 		s, err := openSession(openCtx, db, cfg)
 		opened := err == nil
+		var hint string
 		if opened {
 			if err = attempt(s, deadline); err == nil {
 				return s, nil
 			}
+			hint = s.heldBy(err)
 			s.giveUp(err)
 			if s.waited {
 				waited, outage = true, time.Time{}
@@ -545,33 +551,53 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 		}
 		switch {
 		case ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
-			return nil, acquireError(ctx, keys, cfg, poolHint(db, opened, err))
-		case !sessionGone(err) && !(waited && sqlState(err) == tooManyConnections):
-			return nil, acquireError(ctx, keys, cfg, err)
+			if !opened {
+				hint = poolHint(db)
+			}
+			return nil, acquireError(ctx, keys, cfg, err, hint)
+		case isClosed(err), !sessionGone(err) && !(waited && sqlState(err) == tooManyConnections):
+			return nil, acquireError(ctx, keys, cfg, err, "")
 		case waited:
 			if outage.IsZero() {
 				outage = time.Now()
 			}
 			if time.Since(outage) > reconnectFor {
-				return nil, acquireError(ctx, keys, cfg, err)
+				return nil, acquireError(ctx, keys, cfg, err, "")
 			}
 			cfg.logger.Warn("advisory: session lost while waiting; opening another", "key", keyList(keys), "error", err)
 			sleep(openCtx, 50*time.Millisecond+rand.N(100*time.Millisecond))
 		case opened && stale > 0:
 			stale--
 		default:
-			return nil, acquireError(ctx, keys, cfg, err)
+			return nil, acquireError(ctx, keys, cfg, err, "")
 		}
 	}
 }
 
-// poolHint adds to err, which ended the wait for a connection, that the pool's
-// limit is the reason.
-func poolHint(db *sql.DB, opened bool, err error) error {
-	if stats := db.Stats(); !opened && stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections {
-		return fmt.Errorf("%w: all %s of the pool in use", err, plural(stats.MaxOpenConnections, "connection"))
+// poolHint says that the pool's limit is why no connection was to be had, if it is.
+func poolHint(db *sql.DB) string {
+	if stats := db.Stats(); stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections {
+		return "all " + plural(stats.MaxOpenConnections, "connection") + " of the pool are in use"
 	}
-	return err
+	return ""
+}
+
+// heldBy says who holds the lock that a Timeout has just given up, if one query can
+// tell.
+func (s *session) heldBy(err error) string {
+	if !errors.Is(err, errTimeout) || s.broken {
+		return ""
+	}
+	var who string
+	err = s.do(context.Background(), heldByBound, func(ctx context.Context) (err error) {
+		who, err = heldBy(ctx, s.conn, s.waitingFor)
+		return err
+	})
+	if err == nil {
+		return who
+	}
+	s.broken = sqlState(err) == ""
+	return ""
 }
 
 // WithConnLock is [WithLock] for work that has to run on the very session that
@@ -589,11 +615,12 @@ func poolHint(db *sql.DB, opened bool, err error) error {
 // and panics are as with WithLock.
 func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) (err error) {
 	keys := []Key{key}
-	c := call{"WithConnLock", withConnOptions, db, missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "WithConnLock", options: withConnOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
+	ctx, o := observe(ctx, c.function, keys, &cfg)
 	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
 		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
 			return err
@@ -606,10 +633,11 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		}
 		return nil
 	})
+	o.acquireEnd(ctx, err)
 	if err != nil {
 		return err
 	}
-	h := newHold(ctx, db, keys, s)
+	h := newHold(ctx, db, keys, s, o)
 	return h.run(func(ctx context.Context) error { return fn(ctx, s.conn) })
 }
 
@@ -627,26 +655,35 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // on another database: conn does not tell.
 func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
 	keys := []Key{key}
-	c := call{"AcquireConn", acquireOptions, nil, missing("conn", conn == nil, "", false)}
+	c := call{function: "AcquireConn", options: acquireOptions, missing: missing("conn", conn == nil, "", false)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
+	ctx, o := observe(ctx, c.function, keys, &cfg)
+	err = acquireConn(ctx, conn, keys, &cfg)
+	o.acquireEnd(ctx, err)
+	return err
+}
+
+func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) error {
 	if err := ctx.Err(); err != nil {
-		return acquireError(ctx, keys, &cfg, err) // nothing was sent
+		return acquireError(ctx, keys, cfg, err, "") // nothing was sent
 	}
 	var deadline time.Time
 	if cfg.timeout > 0 {
 		deadline = time.Now().Add(cfg.timeout)
 	}
-	s := newSession(conn, false, &cfg)
-	if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
-		if !errors.Is(err, errRefused) && !errors.Is(err, errTimeout) {
-			s.discard()
-		}
-		return acquireError(ctx, keys, &cfg, err)
+	s := newSession(conn, false, cfg)
+	err := s.acquire(ctx, keys, cfg.noWait, deadline)
+	if err == nil {
+		return nil
 	}
-	return nil
+	hint := s.heldBy(err)
+	if s.broken || !errors.Is(err, errRefused) && !errors.Is(err, errTimeout) {
+		s.discard()
+	}
+	return acquireError(ctx, keys, cfg, err, hint)
 }
 
 // ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same
@@ -657,7 +694,7 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 // [ErrLost], and conn has been closed for good: whatever it still held is free.
 func ReleaseConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
 	keys := []Key{key}
-	c := call{"ReleaseConn", releaseConnOptions, nil, missing("conn", conn == nil, "", false)}
+	c := call{function: "ReleaseConn", options: releaseConnOptions, missing: missing("conn", conn == nil, "", false)}
 	cfg, err := c.check(ctx, "release", keys, opts)
 	if err != nil {
 		return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql/driver"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 )
@@ -108,6 +109,20 @@ func sessionGone(err error) bool {
 		}
 		return false
 	}
+}
+
+// isClosed tells whether err is that of a *sql.DB that has been closed, which has no
+// name of its own.
+func isClosed(err error) bool {
+	for ; err != nil; err = errors.Unwrap(err) {
+		if err.Error() == "sql: database is closed" {
+			return true
+		}
+		if e, ok := err.(interface{ Unwrap() []error }); ok {
+			return slices.ContainsFunc(e.Unwrap(), isClosed)
+		}
+	}
+	return false
 }
 
 // explain is err's own text, and what to do about it where that is known.

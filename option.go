@@ -81,7 +81,7 @@ func Logger(l *slog.Logger) Option {
 	return func(c *config) { c.given |= optLogger; c.logger = l }
 }
 
-type optionSet uint8
+type optionSet uint16
 
 const (
 	optShared optionSet = 1 << iota
@@ -91,13 +91,15 @@ const (
 	optHolderTimeout
 	optTxOptions
 	optLogger
+	optObserve
 )
 
-var optionNames = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger"}
+var optionNames = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger", "Observe"}
 
 // What each function takes.
 const (
-	acquireOptions     = optShared | optNoWait | optTimeout | optLogger
+	acquireOptions     = optShared | optNoWait | optTimeout | optLogger | optObserve
+	leadOptions        = optHeartbeat | optHolderTimeout | optLogger | optObserve
 	sessionOptions     = acquireOptions | optHeartbeat | optHolderTimeout
 	withConnOptions    = acquireOptions | optHolderTimeout
 	txOptions          = acquireOptions | optHolderTimeout | optTxOptions
@@ -113,6 +115,7 @@ type config struct {
 	holderTimeout time.Duration
 	txOptions     *sql.TxOptions
 	logger        *slog.Logger // never nil
+	observer      *Observer    // nil: none
 }
 
 var defaultTx sql.TxOptions

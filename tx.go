@@ -61,11 +61,12 @@ const (
 // for a statement for that long (idle_in_transaction_session_timeout).
 func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Tx) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{"WithTxLock", txOptions, db, missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "WithTxLock", options: txOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
+	ctx, o := observe(ctx, c.function, keys, &cfg)
 	var t txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
 	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
@@ -74,13 +75,14 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 		oneSnapshot = t.oneSnapshot
 		return err
 	})
+	o.acquireEnd(ctx, err)
 	if err != nil {
 		return err
 	}
-	base, m := withMark(ctx, db, keys)
+	base, m := withMark(o.holdStart(ctx), db, keys)
 	m.token.run, m.token.target = &s.runner, t.tx
 	fnCtx, cancel := context.WithCancel(base)
-	return t.run(ctx, keys, func() error {
+	return t.run(ctx, keys, o, func() error {
 		defer cancel()
 		defer m.ended.Store(true)
 		return fn(fnCtx, t.tx)
@@ -207,19 +209,21 @@ func (t *txn) rollback(cause error) error {
 }
 
 // run runs fn, and ends the transaction and the session whatever becomes of fn.
-func (t *txn) run(ctx context.Context, keys []Key, fn func() error) (err error) {
+func (t *txn) run(ctx context.Context, keys []Key, o *observation, fn func() error) (err error) {
 	returned := false
 	defer func() {
+		var ending error
 		if returned && err == nil {
-			err = t.commit(ctx, keys)
-			return
+			ending = t.commit(ctx, keys)
+		} else {
+			unclean := t.rollback(nil)
+			ending = t.end(keys)
+			if unclean != nil && ctx.Err() == nil {
+				t.cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
+			}
 		}
-		unclean := t.rollback(nil)
-		lost := t.end(keys)
-		if unclean != nil && ctx.Err() == nil {
-			t.cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
-		}
-		err = join(err, lost)
+		o.holdEnd(ending)
+		err = join(err, ending)
 	}()
 	err = fn()
 	returned = true
@@ -281,15 +285,34 @@ func (t *txn) end(keys []Key) error {
 // on another database: tx does not tell.
 func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	keys := []Key{key}
-	c := call{"AcquireTx", acquireOptions, nil, missing("tx", tx == nil, "", false)}
+	c := call{function: "AcquireTx", options: acquireOptions, missing: missing("tx", tx == nil, "", false)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
-	if err := acquireTx(ctx, tx, key, &cfg); err != nil {
-		return acquireError(ctx, keys, &cfg, err)
+	ctx, o := observe(ctx, c.function, keys, &cfg)
+	if err = acquireTx(ctx, tx, key, &cfg); err != nil {
+		var hint string
+		if errors.Is(err, errTimeout) {
+			hint = heldByTx(ctx, tx, key)
+		}
+		err = acquireError(ctx, keys, &cfg, err, hint)
 	}
-	return nil
+	o.acquireEnd(ctx, err)
+	return err
+}
+
+// heldByTx says who holds the lock of k, under a savepoint: a question that fails must
+// not cost the transaction.
+func heldByTx(ctx context.Context, tx *sql.Tx, k Key) (who string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerBound)
+	defer cancel()
+	if _, err := tx.ExecContext(ctx, "SAVEPOINT advisory_wait"); err != nil {
+		return ""
+	}
+	who, _ = heldBy(ctx, tx, k)
+	_, _ = tx.ExecContext(ctx, rollbackToStatement) // if it fails, tx's next statement tells
+	return who
 }
 
 func acquireTx(ctx context.Context, tx *sql.Tx, k Key, cfg *config) error {

@@ -1,0 +1,119 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// How long Lead pauses after a database error: at first, and at most.
+const (
+	leadPauseMin = 100 * time.Millisecond
+	leadPauseMax = 5 * time.Second
+)
+
+// Lead runs fn on one of all processes that call Lead with the same key: the leader.
+// The others stand by; when the leader's lock is free, one of them leads within a
+// hand-off, not a poll.
+//
+// Lead campaigns until ctx ends. If the lock is lost, the ctx that fn was given ends,
+// with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
+// in one process, fn never runs twice at a time. If fn goes on after a loss, Lead waits for it
+// and warns the Logger once every HolderTimeout. Errors of the database are reported to the
+// Logger and retried, after pauses that grow to 5 s.
+//
+// When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
+// a planned step-down. It also returns when ctx ends before fn has run, with an error
+// that matches ctx's, if the db is closed, and, with [ErrReentrant], if ctx carries the key
+// already.
+//
+// A standby holds one connection of the pool, and asks about twice a second.
+//
+// It takes the options Heartbeat, HolderTimeout, Logger and Observe.
+func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
+	keys := []Key{key}
+	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	cfg, err := c.prepare(ctx, keys, opts)
+	if err != nil {
+		return err
+	}
+	pause := leadPauseMin
+	for {
+		h, err := c.acquire(ctx, keys, &cfg)
+		switch {
+		case err == nil:
+			pause = leadPauseMin
+			if again, err := h.lead(fn, &cfg); !again {
+				return err
+			}
+		case ctx.Err() != nil || isClosed(err):
+			return err
+		default:
+			cfg.logger.Warn("advisory: campaign failed; trying again", "key", key.String(), "error", err)
+			sleep(ctx, pause/2+rand.N(pause))
+			pause = min(2*pause, leadPauseMax)
+		}
+	}
+}
+
+// lead runs fn as the leader. It tells whether to campaign again: the lock was lost
+// before fn returned.
+func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, err error) {
+	overdue := overdueWarning{every: cfg.holderTimeout, log: cfg.logger, key: keyList(h.mark.keys)}
+	stopWarning := context.AfterFunc(h.ctx, overdue.start)
+	var fnErr error
+	err = h.run(func(ctx context.Context) error {
+		defer overdue.stop()
+		defer stopWarning()
+		fnErr = fn(ctx)
+		again = errors.Is(context.Cause(ctx), ErrLost)
+		return fnErr
+	})
+	if again {
+		cfg.logger.Warn("advisory: leadership lost; campaigning again", "key", keyList(h.mark.keys), "error", err)
+	}
+	return again, err
+}
+
+// overdueWarning warns while a leader's fn does not return though its ctx has ended.
+type overdueWarning struct {
+	every time.Duration
+	log   *slog.Logger
+	key   string
+
+	mu      sync.Mutex // guards the rest
+	since   time.Time
+	timer   *time.Timer
+	stopped bool
+}
+
+func (w *overdueWarning) start() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.stopped {
+		w.since = time.Now()
+		w.timer = time.AfterFunc(w.every, w.warn)
+	}
+}
+
+func (w *overdueWarning) warn() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.stopped {
+		w.log.Warn("advisory: fn of a leader goes on after its ctx has ended", "key", w.key, "for", time.Since(w.since))
+		w.timer.Reset(w.every)
+	}
+}
+
+func (w *overdueWarning) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.stopped = true
+	if w.timer != nil {
+		w.timer.Stop()
+	}
+}

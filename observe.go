@@ -1,0 +1,100 @@
+package advisory
+
+import (
+	"context"
+	"time"
+)
+
+// An Observer is told what happens to locks: how long acquisitions wait and how they
+// end, how long locks are held, and when one is lost. It is a set of functions, each of
+// which may be nil. They are called synchronously, possibly from several goroutines at
+// a time, and should be quick.
+//
+// A context that a Start function returns is used for what follows: so a span that it
+// starts becomes the parent of the caller's own.
+type Observer struct {
+	// AcquireStart is called before anything is sent.
+	AcquireStart func(context.Context, LockInfo) context.Context
+
+	// AcquireEnd is called with how long the acquisition took, and its error: one that
+	// matches ErrNotAcquired where the lock was refused or the wait was over.
+	AcquireEnd func(ctx context.Context, info LockInfo, took time.Duration, err error)
+
+	// HoldStart is called when the lock is held, except by AcquireConn and AcquireTx,
+	// whose caller alone knows when that ends. fn's ctx is made from its result.
+	HoldStart func(context.Context, LockInfo) context.Context
+
+	// Lost is called at the moment at which the loss of a held lock is noticed.
+	Lost func(ctx context.Context, info LockInfo, err error)
+
+	// HoldEnd is called after the release, with how long the lock was held. err is that
+	// of the release, or the commit: it matches ErrLost if it cannot be shown that the
+	// lock was held to the end.
+	HoldEnd func(ctx context.Context, info LockInfo, held time.Duration, err error)
+}
+
+// LockInfo says what an [Observer]'s call is about.
+type LockInfo struct {
+	Function string // "WithLock", "Acquire", …
+	Keys     []Key  // not to be changed
+	Shared   bool
+}
+
+// Observe has o told of what happens to the lock. The default, and nil, is nobody.
+func Observe(o *Observer) Option {
+	return func(c *config) { c.given |= optObserve; c.observer = o }
+}
+
+// An observation is one lock under an Observer. A nil one is under none.
+type observation struct {
+	*Observer
+	info  LockInfo
+	start time.Time       // of the acquisition, then of the hold
+	hold  context.Context // what HoldStart returned
+}
+
+func observe(ctx context.Context, function string, keys []Key, cfg *config) (context.Context, *observation) {
+	if cfg.observer == nil {
+		return ctx, nil
+	}
+	o := &observation{Observer: cfg.observer, info: LockInfo{function, keys, cfg.shared}, start: time.Now()}
+	if o.AcquireStart != nil {
+		ctx = o.AcquireStart(ctx, o.info)
+	}
+	return ctx, o
+}
+
+func (o *observation) acquireEnd(ctx context.Context, err error) {
+	if o == nil {
+		return
+	}
+	now := time.Now()
+	if o.AcquireEnd != nil {
+		o.AcquireEnd(ctx, o.info, now.Sub(o.start), err)
+	}
+	o.start = now
+}
+
+// holdStart returns the context to make fn's from.
+func (o *observation) holdStart(ctx context.Context) context.Context {
+	if o == nil {
+		return ctx
+	}
+	if o.HoldStart != nil {
+		ctx = o.HoldStart(ctx, o.info)
+	}
+	o.hold = ctx
+	return ctx
+}
+
+func (o *observation) lost(err error) {
+	if o != nil && o.Lost != nil {
+		o.Lost(o.hold, o.info, err)
+	}
+}
+
+func (o *observation) holdEnd(err error) {
+	if o != nil && o.HoldEnd != nil {
+		o.HoldEnd(o.hold, o.info, time.Since(o.start), err)
+	}
+}
