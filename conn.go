@@ -693,8 +693,12 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 // If the server does not confirm that the session held the lock, the error matches
 // [ErrLost], and conn has been closed for good: whatever it still held is free.
 func ReleaseConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
+	return releaseConn(ctx, conn, key, releaseConnOptions, opts)
+}
+
+func releaseConn(ctx context.Context, conn *sql.Conn, key Key, allowed optionSet, opts []Option) error {
 	keys := []Key{key}
-	c := call{function: "ReleaseConn", options: releaseConnOptions, missing: missing("conn", conn == nil, "", false)}
+	c := call{function: "ReleaseConn", options: allowed, missing: missing("conn", conn == nil, "", false)}
 	cfg, err := c.check(ctx, "release", keys, opts)
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"time"
 )
 
 // db stands for a pool on PostgreSQL, so that the examples run without one: a server
@@ -64,16 +65,19 @@ func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.Na
 }
 
 func (c *exampleConn) QueryContext(_ context.Context, query string, _ []driver.NamedValue) (driver.Rows, error) {
-	return &exampleRows{value: "4711"}, nil // the token
+	if strings.Contains(query, "pg_stat_activity") { // Holders
+		return &exampleRows{values: []driver.Value{int64(4711), true, false, "app", "billing", "10.0.0.7", "idle", "", time.Now(), nil}}, nil
+	}
+	return &exampleRows{values: []driver.Value{"4711"}}, nil // Token
 }
 
-// exampleRows is one row of one column.
+// exampleRows is one row.
 type exampleRows struct {
-	value any
-	read  bool
+	values []driver.Value
+	read   bool
 }
 
-func (r *exampleRows) Columns() []string { return []string{"?column?"} }
+func (r *exampleRows) Columns() []string { return make([]string, len(r.values)) }
 func (r *exampleRows) Close() error      { return nil }
 
 func (r *exampleRows) Next(dest []driver.Value) error {
@@ -81,6 +85,6 @@ func (r *exampleRows) Next(dest []driver.Value) error {
 		return io.EOF
 	}
 	r.read = true
-	dest[0] = r.value
+	copy(dest, r.values)
 	return nil
 }

@@ -283,3 +283,55 @@ func ExampleLogger() {
 	fmt.Println(err)
 	// Output: <nil>
 }
+
+// Each process campaigns; one of them leads at a time.
+func ExampleLead() {
+	ctx, stop := context.WithTimeout(ctx, time.Minute) // in a program, signal.NotifyContext
+	defer stop()
+	err := advisory.Lead(ctx, db, advisory.Name("scheduler"), func(ctx context.Context) error {
+		fmt.Println("leading, until ctx ends or the work is done")
+		return nil // a planned step-down
+	})
+	fmt.Println(err)
+	// Output:
+	// leading, until ctx ends or the work is done
+	// <nil>
+}
+
+func ExampleHolders() {
+	holders, err := advisory.Holders(ctx, db, advisory.Name("nightly-report"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, h := range holders {
+		if h.Granted {
+			fmt.Println("held by", h.PID, h.ApplicationName)
+		} else {
+			fmt.Println("waiting:", h.PID, h.ApplicationName)
+		}
+	}
+	// Output: held by 4711 billing
+}
+
+func ExampleObserve() {
+	observer := &advisory.Observer{
+		AcquireEnd: func(_ context.Context, lock advisory.LockInfo, took time.Duration, err error) {
+			fmt.Println("acquired", lock.Keys[0], "by", lock.Function, err)
+		},
+		HoldEnd: func(_ context.Context, lock advisory.LockInfo, held time.Duration, err error) {
+			fmt.Println("released", lock.Keys[0], err)
+		},
+	}
+	err := advisory.WithLock(ctx, db, advisory.ID(7), func(context.Context) error { return nil }, advisory.Observe(observer))
+	fmt.Println(err)
+	// Output:
+	// acquired bigint 7 by WithLock <nil>
+	// released bigint 7 <nil>
+	// <nil>
+}
+
+func ExampleNewSessionLocker() {
+	locker := advisory.NewSessionLocker(advisory.Name("migrations"), advisory.Timeout(time.Minute))
+	// goose.NewProvider(goose.DialectPostgres, db, migrations, goose.WithSessionLocker(locker))
+	_ = locker
+}
