@@ -63,18 +63,15 @@ func (w *watch) beat() {
 		w.lose(fmt.Errorf("no heartbeat for %v", sent.Sub(w.proof).Round(time.Millisecond)))
 		return
 	}
-	query := heldStatement(w.s.held, w.s.shared)
-	if !w.s.armed {
-		query = armStatement(w.silent) + query
-		w.s.armed = true
-	}
 	w.mu.Unlock()
 
 	// The driver may not return in time. This does.
 	overdue := time.AfterFunc(answerIn, func() { w.lose(noAnswer{answerIn.Round(time.Millisecond)}) })
-	rows, err := w.s.exec(context.Background(), answerIn, query)
+	rows, err := w.ask(answerIn)
 	overdue.Stop()
 	switch {
+	case errors.Is(err, errWatchEnded):
+		return
 	case err != nil:
 		w.lose(err)
 		return
@@ -89,6 +86,37 @@ func (w *watch) beat() {
 		w.proof = sent
 		w.timer.Reset(time.Until(sent.Add(w.every)))
 	}
+}
+
+var errWatchEnded = errors.New("the watch has ended")
+
+// ask has the server count the locks that the session holds, and arms it the first time.
+func (w *watch) ask(bound time.Duration) (rows int64, err error) {
+	var n int64 // as in exec
+	err = w.s.do(context.Background(), bound, func(ctx context.Context) error {
+		// It is this statement's turn on the session. A release may have had its turn
+		// just before, and then nothing must follow: the connection is the pool's.
+		w.mu.Lock()
+		if w.ended {
+			w.mu.Unlock()
+			return errWatchEnded
+		}
+		query := heldStatement(w.s.held, w.s.shared)
+		if !w.s.armed {
+			query = armStatement(w.silent) + query
+			w.s.armed = true // before the release, which undoes it, can look
+		}
+		w.mu.Unlock()
+		result, err := w.s.conn.ExecContext(ctx, query)
+		if err == nil {
+			n, err = result.RowsAffected()
+		}
+		return err
+	})
+	if err == nil {
+		rows = n
+	}
+	return rows, err
 }
 
 // lose ends the watch and the session, unless it has ended.
