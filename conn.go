@@ -160,9 +160,10 @@ type runner struct {
 // exec sends one statement, without arguments, and returns the number of rows in
 // its command tag.
 func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	target := r.target
 	var n int64 // f's until do returns nil: f may outlive it
 	err = r.do(ctx, bound, func(ctx context.Context) error {
-		result, err := r.target.ExecContext(ctx, query)
+		result, err := target.ExecContext(ctx, query)
 		if err == nil {
 			n, err = result.RowsAffected()
 		}

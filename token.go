@@ -8,9 +8,16 @@ import (
 	"sync"
 )
 
-// tokenStatement goes to the session, or the transaction, that holds the lock. The
-// text is what every driver can scan: xid8 is a type that none of them knows.
-const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text"
+// tokenStatement goes to the session, or the transaction, that holds the lock. Drawing
+// a transaction ID writes nothing that a commit would wait for, and after a crash the
+// server would draw it again. The message, which nobody needs to read, has it written
+// and flushed, even where synchronous_commit is off, and where it is on, sent to the
+// synchronous standbys. The text is what every driver can scan: xid8 is a type that none of them
+// knows.
+const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text" +
+	" FROM pg_catalog.pg_logical_emit_message(true, 'advisory', '')," +
+	" pg_catalog.set_config('synchronous_commit', CASE pg_catalog.current_setting('synchronous_commit')" +
+	" WHEN 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
 
 // Token returns the fencing token of the innermost lock that ctx carries: a number
 // that is larger than the token of every earlier holder of the lock on this server.
@@ -26,8 +33,9 @@ const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text"
 // The token is asked for once, in one round trip on the session that holds the lock
 // (pg_current_xact_id, PostgreSQL manual, section "System Information Functions and
 // Operators"), and stays the same for as long as that lock is held. It uses up one
-// transaction ID. A standby that is promoted without having received the last
-// transactions may give out some numbers again.
+// transaction ID, and waits for the disk as a commit does, so that numbers grow over a
+// crash, too; in [WithTxLock], with its COMMIT. A standby that is promoted without having
+// received the last transactions may give out some numbers again.
 //
 // ctx must be the one that fn was given, or made from it; otherwise Token returns an
 // error, which matches [ErrLost] if the lock is not held any more.

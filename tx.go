@@ -180,6 +180,9 @@ func (t *txn) begin(ctx context.Context) error {
 		return fmt.Errorf("begin: %w", err)
 	}
 	t.tx, t.abort = tx, abort
+	// Not over the conn: if it finds its connection dead, it closes itself, and waits
+	// for its transaction to end.
+	t.s.target = tx
 	if !t.cfg.given.has(optHolderTimeout) {
 		return nil
 	}
@@ -198,7 +201,7 @@ func (t *txn) rollback(cause error) error {
 	// sql.ErrTxDone is among the errors: database/sql rolls back by itself when ctx
 	// ends, and does not tell how that went.
 	err := t.s.do(context.Background(), releaseBound, func(context.Context) error { return t.tx.Rollback() })
-	t.abort()
+	t.ended()
 	if err != nil {
 		t.s.broken = true
 	}
@@ -206,6 +209,12 @@ func (t *txn) rollback(cause error) error {
 		return cause
 	}
 	return err
+}
+
+// ended gives the session back to statements of its own.
+func (t *txn) ended() {
+	t.abort()
+	t.s.target = t.s.conn
 }
 
 // run runs fn, and ends the transaction and the session whatever becomes of fn.
@@ -233,7 +242,7 @@ func (t *txn) run(ctx context.Context, keys []Key, o *observation, fn func() err
 // commit commits, and ends the session.
 func (t *txn) commit(ctx context.Context, keys []Key) error {
 	err := t.s.do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
-	t.abort()
+	t.ended()
 	// The server's own error means that it has rolled back, and is ready for more.
 	t.s.broken = err != nil && (sqlState(err) == "" || sessionGone(err))
 	lost := t.end(keys)
