@@ -3,7 +3,7 @@
 
 GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
-MODULES     := . integration
+MODULES     := . otel integration
 
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
@@ -18,6 +18,7 @@ test: unit ## everything
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...
+	cd otel && $(GO) test $(RACE) $(TESTFLAGS) ./...
 
 stress: ## the concurrency tests, again and again
 	$(GO) test -race -count=20 ./...

@@ -29,8 +29,8 @@ import (
 // If fn panics or calls runtime.Goexit, the lock is released, and that goes on its way.
 //
 // fn must not hold on to its ctx, which ends with it. It takes the options Shared,
-// NoWait, Timeout, Heartbeat, HolderTimeout and Logger. WithLock is safe to call
-// from several goroutines.
+// NoWait, Timeout, Heartbeat, HolderTimeout, Logger and Observe. WithLock is safe to
+// call from several goroutines.
 func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	return withLocks(ctx, "WithLock", db, []Key{key}, fn, opts)
 }
@@ -143,11 +143,11 @@ type hold struct {
 
 // acquire acquires keys on a session of their own and watches it.
 func (c call) acquire(ctx context.Context, keys []Key, cfg *config) (*hold, error) {
-	ctx, o := observe(ctx, c.function, keys, cfg)
-	s, err := keepTrying(ctx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
-		return s.acquire(ctx, keys, cfg.noWait, deadline)
+	waitCtx, o := observe(ctx, c.function, keys, cfg)
+	s, err := keepTrying(waitCtx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
+		return s.acquire(waitCtx, keys, cfg.noWait, deadline)
 	})
-	o.acquireEnd(ctx, err)
+	o.acquireEnd(waitCtx, err)
 	if err != nil {
 		return nil, err
 	}
@@ -273,7 +273,7 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error, hint 
 		e.errs = []error{ErrNotAcquired}
 	case errors.Is(err, errTimeout):
 		e.msg = "not acquired within " + cfg.timeout.String()
-		e.errs = []error{ErrNotAcquired}
+		e.errs = []error{ErrNotAcquired, errTimeout}
 	case ctx.Err() != nil:
 		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx)}
 		e.msg = "not acquired: " + context.Cause(ctx).Error()

@@ -318,9 +318,16 @@ func (s *session) try(ctx context.Context, keys []Key, deadline time.Time) (int6
 
 // errRefused and errTimeout end an acquisition that leaves the session usable.
 var (
-	errRefused = errors.New("another holds the lock")
-	errTimeout = errors.New("timeout")
+	errRefused       = errors.New("another holds the lock")
+	errTimeout error = timeoutError{}
 )
+
+// A timeoutError can be told from a refusal as context.DeadlineExceeded can be told from
+// context.Canceled.
+type timeoutError struct{}
+
+func (timeoutError) Error() string { return "timeout" }
+func (timeoutError) Timeout() bool { return true }
 
 // wait waits for the lock of k in the server's queue. On the caller's session, a try
 // has just refused it: the session does not hold it.
@@ -612,29 +619,29 @@ func (s *session) heldBy(err error) string {
 // conn is handed back to the pool after fn, without any advisory lock on it. fn must
 // not close it, nor leave a transaction open or a setting changed on it.
 //
-// It takes the options Shared, NoWait, Timeout, HolderTimeout and Logger. Errors
-// and panics are as with WithLock.
-func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) (err error) {
+// It takes the options Shared, NoWait, Timeout, HolderTimeout, Logger and Observe.
+// Errors and panics are as with WithLock.
+func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "WithConnLock", options: withConnOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
-	ctx, o := observe(ctx, c.function, keys, &cfg)
-	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
-		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
+	waitCtx, o := observe(ctx, c.function, keys, &cfg)
+	s, err := keepTrying(waitCtx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+		if err := s.acquire(waitCtx, keys, cfg.noWait, deadline); err != nil {
 			return err
 		}
 		s.doubtful = true // fn may take locks of its own, and forget them
 		if cfg.given.has(optHolderTimeout) {
 			s.armed = true
-			_, err := s.exec(ctx, answerWithin(0, deadline), armStatement(cfg.holderTimeout)+heldStatement(keys, cfg.shared))
+			_, err := s.exec(waitCtx, answerWithin(0, deadline), armStatement(cfg.holderTimeout)+heldStatement(keys, cfg.shared))
 			return err
 		}
 		return nil
 	})
-	o.acquireEnd(ctx, err)
+	o.acquireEnd(waitCtx, err)
 	if err != nil {
 		return err
 	}
@@ -647,7 +654,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // Nothing watches the session: a lost lock is noticed by the next statement on it.
 // conn must not be in a transaction and must not be used by others meanwhile.
 //
-// It takes the options Shared, NoWait, Timeout and Logger. After an error that
+// It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that
 // matches [ErrReentrant], or [ErrNotAcquired] by NoWait or Timeout, conn is as it was
 // before. After any other error, the end of ctx during the wait included, the state of the
 // session would be in doubt, and conn has been closed for good.

@@ -10,12 +10,13 @@ import (
 )
 
 // Every error of this package says the operation and the key, and matches, with
-// errors.Is, at most one of these and the errors of the driver or the context
+// errors.Is, one of these where it applies, and the error of the driver or the context
 // beneath it.
 var (
 	// ErrNotAcquired: the lock was not taken and is not held, because NoWait found
-	// it taken, Timeout was over, or the context ended while waiting (then
-	// errors.Is finds the context's error too).
+	// it taken, Timeout was over (then errors.As finds an error whose Timeout method
+	// says so), or the context ended while waiting (then errors.Is finds the context's
+	// error too).
 	ErrNotAcquired = errors.New("advisory: lock not acquired")
 
 	// ErrLost: the lock was acquired, and it cannot be shown that it was held to

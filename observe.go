@@ -10,8 +10,8 @@ import (
 // which may be nil. They are called synchronously, possibly from several goroutines at
 // a time, and should be quick.
 //
-// A context that a Start function returns is used for what follows: so a span that it
-// starts becomes the parent of the caller's own.
+// Each Start function is given a context made from the caller's, and what it returns is
+// used for what follows: so a span that HoldStart starts becomes the parent of fn's own.
 type Observer struct {
 	// AcquireStart is called before anything is sent.
 	AcquireStart func(context.Context, LockInfo) context.Context
@@ -24,10 +24,12 @@ type Observer struct {
 	// whose caller alone knows when that ends. fn's ctx is made from its result.
 	HoldStart func(context.Context, LockInfo) context.Context
 
-	// Lost is called at the moment at which the loss of a held lock is noticed.
+	// Lost is called when a heartbeat notices that a held lock is lost. HoldEnd may come
+	// at the same time or before; a loss that is found by the release, or by fn's own
+	// statements on the session, is HoldEnd's alone.
 	Lost func(ctx context.Context, info LockInfo, err error)
 
-	// HoldEnd is called after the release, with how long the lock was held. err is that
+	// HoldEnd is called after the release, with how long that is since the grant. err is that
 	// of the release, or the commit: it matches ErrLost if it cannot be shown that the
 	// lock was held to the end.
 	HoldEnd func(ctx context.Context, info LockInfo, held time.Duration, err error)

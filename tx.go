@@ -55,7 +55,7 @@ const (
 //
 // A nil error means: fn returned nil, and the transaction was committed, under the
 // lock. fn must not commit or roll back tx. It takes the options Shared, NoWait,
-// Timeout, TxOptions, HolderTimeout and Logger; errors are as with [WithLock], and
+// Timeout, TxOptions, HolderTimeout, Logger and Observe; errors are as with [WithLock], and
 // the driver's for BEGIN and COMMIT. There is no heartbeat. HolderTimeout has no
 // default here; if it is given, the server ends the transaction once it has waited
 // for a statement for that long (idle_in_transaction_session_timeout).
@@ -66,16 +66,16 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	if err != nil {
 		return err
 	}
-	ctx, o := observe(ctx, c.function, keys, &cfg)
+	waitCtx, o := observe(ctx, c.function, keys, &cfg)
 	var t txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
-	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+	s, err := keepTrying(waitCtx, db, keys, &cfg, func(s *session, deadline time.Time) error {
 		t = txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
 		err := t.beginLocked(ctx, key, deadline)
 		oneSnapshot = t.oneSnapshot
 		return err
 	})
-	o.acquireEnd(ctx, err)
+	o.acquireEnd(waitCtx, err)
 	if err != nil {
 		return err
 	}
@@ -281,7 +281,7 @@ func (t *txn) end(keys []Key) error {
 // which holds it until COMMIT or ROLLBACK (or until it is rolled back to a savepoint
 // that is older than the lock). It works behind a transaction pooler.
 //
-// It takes the options Shared, NoWait, Timeout and Logger. tx stays usable after any error
+// It takes the options Shared, NoWait, Timeout, Logger and Observe. tx stays usable after any error
 // that ends a wait: NoWait, Timeout, the end of ctx, a deadlock. Waits run under a
 // savepoint named advisory_wait, and the end of ctx is noticed within 400 ms, not by
 // cancelling, which would cost the connection. tx's own settings stay as they are.
