@@ -143,11 +143,11 @@ type hold struct {
 
 // acquire acquires keys on a session of their own and watches it.
 func (c call) acquire(ctx context.Context, keys []Key, cfg *config) (*hold, error) {
-	waitCtx, o := observe(ctx, c.function, keys, cfg)
-	s, err := keepTrying(waitCtx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
-		return s.acquire(waitCtx, keys, cfg.noWait, deadline)
+	ctx, o := observe(ctx, c.function, keys, cfg)
+	s, err := keepTrying(ctx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
+		return s.acquire(ctx, keys, cfg.noWait, deadline)
 	})
-	o.acquireEnd(waitCtx, err)
+	o.acquireEnd(ctx, err)
 	if err != nil {
 		return nil, err
 	}

@@ -628,20 +628,20 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	if err != nil {
 		return err
 	}
-	waitCtx, o := observe(ctx, c.function, keys, &cfg)
-	s, err := keepTrying(waitCtx, db, keys, &cfg, func(s *session, deadline time.Time) error {
-		if err := s.acquire(waitCtx, keys, cfg.noWait, deadline); err != nil {
+	ctx, o := observe(ctx, c.function, keys, &cfg)
+	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
 			return err
 		}
 		s.doubtful = true // fn may take locks of its own, and forget them
 		if cfg.given.has(optHolderTimeout) {
 			s.armed = true
-			_, err := s.exec(waitCtx, answerWithin(0, deadline), armStatement(cfg.holderTimeout)+heldStatement(keys, cfg.shared))
+			_, err := s.exec(ctx, answerWithin(0, deadline), armStatement(cfg.holderTimeout)+heldStatement(keys, cfg.shared))
 			return err
 		}
 		return nil
 	})
-	o.acquireEnd(waitCtx, err)
+	o.acquireEnd(ctx, err)
 	if err != nil {
 		return err
 	}

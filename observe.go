@@ -10,8 +10,10 @@ import (
 // which may be nil. They are called synchronously, possibly from several goroutines at
 // a time, and should be quick.
 //
-// Each Start function is given a context made from the caller's, and what it returns is
-// used for what follows: so a span that HoldStart starts becomes the parent of fn's own.
+// What a Start function returns is the context of what follows: AcquireStart's that of
+// the acquisition and of HoldStart, and HoldStart's that of fn. So a span that HoldStart
+// starts becomes the parent of fn's own, and one that AcquireStart starts would, too: a
+// HoldStart that does not want that puts the span before it back.
 type Observer struct {
 	// AcquireStart is called before anything is sent.
 	AcquireStart func(context.Context, LockInfo) context.Context

@@ -66,16 +66,16 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	if err != nil {
 		return err
 	}
-	waitCtx, o := observe(ctx, c.function, keys, &cfg)
+	ctx, o := observe(ctx, c.function, keys, &cfg)
 	var t txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
-	s, err := keepTrying(waitCtx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
 		t = txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
 		err := t.beginLocked(ctx, key, deadline)
 		oneSnapshot = t.oneSnapshot
 		return err
 	})
-	o.acquireEnd(waitCtx, err)
+	o.acquireEnd(ctx, err)
 	if err != nil {
 		return err
 	}

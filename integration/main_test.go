@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -125,7 +126,12 @@ func inDatabase(t testing.TB) string {
 			t.Error(err)
 		}
 	})
-	return withParams(t, server.DSN(), "dbname", name)
+	u, err := url.Parse(server.DSN())
+	if err != nil || u.Scheme == "" {
+		return withParams(t, server.DSN(), "dbname", name)
+	}
+	u.Path = "/" + name // lib/pq does not look for it among the parameters
+	return u.String()
 }
 
 var databases atomic.Int64
