@@ -145,27 +145,35 @@ type hold struct {
 func (c call) acquire(ctx context.Context, keys []Key, cfg *config) (*hold, error) {
 	ctx, o := observe(ctx, c.function, keys, cfg)
 	s, err := keepTrying(ctx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
-		return s.acquire(ctx, keys, cfg.noWait, deadline)
+		s.silent = cfg.holderTimeout
+		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
+			return err
+		}
+		return s.confirm(ctx, cfg.heartbeat)
 	})
-	o.acquireEnd(ctx, err)
-	if err != nil {
-		return nil, err
-	}
 	if c.detached {
 		ctx = context.WithoutCancel(ctx)
 	}
-	h := newHold(ctx, c.db, keys, s, o)
-	h.watch = &watch{s: s, every: cfg.heartbeat, silent: cfg.holderTimeout, lost: h.lost}
+	h, err := newHold(ctx, c.db, keys, s, o, err)
+	if err != nil {
+		return nil, err
+	}
+	h.watch = &watch{s: s, every: cfg.heartbeat, lost: h.lost}
 	h.watch.start()
 	return h, nil
 }
 
-func newHold(ctx context.Context, db *sql.DB, keys []Key, s *session, o *observation) *hold {
+// newHold makes the hold of an acquisition that has ended with err.
+func newHold(ctx context.Context, db *sql.DB, keys []Key, s *session, o *observation, err error) (*hold, error) {
+	ctx, err = o.acquired(ctx, err, func() { s.discard() })
+	if err != nil {
+		return nil, err
+	}
 	h := &hold{s: s, observed: o}
-	ctx, h.mark = withMark(o.holdStart(ctx), db, keys)
+	ctx, h.mark = withMark(ctx, db, keys)
 	h.mark.token.run, h.mark.token.target = &s.runner, s.conn
 	h.ctx, h.cancel = context.WithCancelCause(ctx)
-	return h
+	return h, nil
 }
 
 // lost ends the hold's context. The release is still to come.
@@ -206,7 +214,10 @@ func (h *hold) release() error {
 		if err == nil {
 			err = h.s.release()
 		}
-		if err != nil {
+		switch {
+		case errors.Is(err, errLeftOpen):
+			h.err = &lockError{op: "release", key: keyList(h.mark.keys), msg: err.Error(), errs: []error{err}}
+		case err != nil:
 			h.err = lostError("release", h.mark.keys, err)
 		}
 		h.observed.holdEnd(h.err)
@@ -239,6 +250,9 @@ func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
 // prepare checks the call of an acquiring function, and reads its options.
 func (c call) prepare(ctx context.Context, keys []Key, opts []Option) (config, error) {
 	cfg, err := c.check(ctx, "acquire", keys, opts)
+	if err == nil && len(keys) == 0 {
+		err = &lockError{op: "acquire", msg: "no keys"}
+	}
 	if err != nil {
 		return cfg, err
 	}
@@ -252,8 +266,6 @@ func (c call) check(ctx context.Context, op string, keys []Key, opts []Option) (
 		err = errors.New("nil ctx")
 	case c.missing != "":
 		err = errors.New("nil " + c.missing)
-	case len(keys) == 0:
-		err = errors.New("no keys")
 	case slices.ContainsFunc(keys, func(k Key) bool { return k.space == noSpace }):
 		err = errors.New(`the zero Key, or Name(""), is no key`)
 	}
@@ -273,7 +285,7 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error, hint 
 		e.errs = []error{ErrNotAcquired}
 	case errors.Is(err, errTimeout):
 		e.msg = "not acquired within " + cfg.timeout.String()
-		e.errs = []error{ErrNotAcquired, errTimeout}
+		e.errs = []error{ErrNotAcquired, err}
 	case ctx.Err() != nil:
 		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx)}
 		e.msg = "not acquired: " + context.Cause(ctx).Error()

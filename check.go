@@ -45,10 +45,10 @@ const (
 //
 // What works behind a transaction pooler is [WithTxLock], at READ COMMITTED.
 func Check(ctx context.Context, db *sql.DB) error {
-	c := call{function: "Check", options: optLogger, db: db, missing: missing("db", db == nil, "", false)}
-	cfg, err := c.check(ctx, "check", []Key{ID(0)}, nil)
+	c := call{function: "Check", db: db, missing: missing("db", db == nil, "", false)}
+	cfg, err := c.check(ctx, "check", nil, nil)
 	if err != nil {
-		return &lockError{op: "check", msg: errors.Unwrap(err).Error()}
+		return err
 	}
 	if err := check(ctx, db, &cfg); err != nil {
 		return &lockError{op: "check", msg: explain(err), errs: []error{err}}

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"strconv"
@@ -85,10 +86,26 @@ func armStatement(d time.Duration) string {
 	return "SET idle_session_timeout = " + milliseconds(d) + "; "
 }
 
+// unlockLentStatement: one row if the lock was held, and two if a transaction is open on
+// the session besides: the clock of a transaction stands still. It frees whatever else
+// the session holds.
+func unlockLentStatement(keys []Key, shared bool) string {
+	return statement("SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (",
+		"pg_advisory_unlock", keys, shared) +
+		") THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
+}
+
 const (
 	freeStatement   = "SELECT pg_catalog.pg_advisory_unlock_all()"
 	disarmStatement = "RESET idle_session_timeout; "
+
+	// A transaction is not idle in the sense of idle_session_timeout.
+	disarmLentStatement = "RESET idle_session_timeout; RESET idle_in_transaction_session_timeout; "
 )
+
+func armLentStatement(d time.Duration) string {
+	return armStatement(d) + "SET idle_in_transaction_session_timeout = " + milliseconds(d) + "; "
+}
 
 // heldStatement: one row for each of the locks that this session holds.
 func heldStatement(keys []Key, shared bool) string {
@@ -145,9 +162,9 @@ func statement(prefix, function string, keys []Key, shared bool) string {
 // A runner sends statements over one connection or transaction, one at a time, from
 // any goroutine.
 type runner struct {
-	target interface {
-		ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
-	}
+	// send sends a statement without arguments, and returns the number of rows in its
+	// command tag.
+	send func(ctx context.Context, query string) (int64, error)
 
 	// busy is held by the statement under way. A channel, because waiting for it
 	// must end with a context: the lock inside database/sql waits for ever.
@@ -155,18 +172,57 @@ type runner struct {
 
 	// abandoned: the driver did not return from a statement. Nothing more is sent.
 	abandoned atomic.Bool
+
+	// gone: a statement ended with the session, or without its answer.
+	gone atomic.Bool
 }
 
-// exec sends one statement, without arguments, and returns the number of rows in
-// its command tag.
-func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	target := r.target
-	var n int64 // f's until do returns nil: f may outlive it
-	err = r.do(ctx, bound, func(ctx context.Context) error {
-		result, err := target.ExecContext(ctx, query)
-		if err == nil {
-			n, err = result.RowsAffected()
+// rawSend sends over the driver's connection itself. When that is found dead,
+// Conn.ExecContext closes the Conn, and first waits, for ever, for its transactions and
+// rows to be closed, which may be the caller's, or fn's to have left open.
+func rawSend(conn *sql.Conn) func(context.Context, string) (int64, error) {
+	return func(ctx context.Context, query string) (rows int64, err error) {
+		skip := false
+		rawErr := conn.Raw(func(dc any) error {
+			execer, ok := dc.(driver.ExecerContext)
+			if !ok {
+				skip = true
+				return nil
+			}
+			rows, err = rowsAffected(execer.ExecContext(ctx, query, nil))
+			skip = errors.Is(err, driver.ErrSkip)
+			return nil
+		})
+		switch {
+		case rawErr != nil:
+			return 0, rawErr
+		case skip:
+			return rowsAffected(conn.ExecContext(ctx, query))
+		default:
+			return rows, err
 		}
+	}
+}
+
+// txSend sends over a transaction.
+func txSend(tx *sql.Tx) func(context.Context, string) (int64, error) {
+	return func(ctx context.Context, query string) (int64, error) {
+		return rowsAffected(tx.ExecContext(ctx, query))
+	}
+}
+
+func rowsAffected(result driver.Result, err error) (int64, error) {
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected()
+}
+
+// exec sends one statement.
+func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	var n int64 // the statement's until do returns nil: it may outlive this call
+	err = r.do(ctx, bound, func(ctx context.Context) (err error) {
+		n, err = r.send(ctx, query)
 		return err
 	})
 	if err == nil {
@@ -175,11 +231,11 @@ func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (r
 	return rows, err
 }
 
-// do runs f, which sends one statement; a bound of 0 is none. It returns at most abandonAfter past bound
-// or the end of ctx, even if the driver does not: f is then still under way, on its
-// own goroutine, which ends when the driver returns. After an error that is not the
-// server's, nothing but discard may follow.
-func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+// do runs f, which sends one statement; a bound of 0 is none. It returns at most
+// abandonAfter past bound or the end of ctx, even if the driver does not: f is then still
+// under way, on its own goroutine, which ends when the driver returns. After an error
+// that is not the server's, nothing but discard may follow.
+func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Context) error) (err error) {
 	if bound > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
@@ -193,13 +249,17 @@ func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Con
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	defer func() {
+		if err != nil && sessionGone(err) {
+			r.gone.Store(true)
+		}
+	}()
 	answered := make(chan error, 1)
 	go func() {
 		err := f(ctx)
 		<-r.busy
 		answered <- err
 	}()
-	var err error
 	select {
 	case err = <-answered:
 	case <-ctx.Done():
@@ -231,6 +291,11 @@ type session struct {
 	ours bool
 	log  *slog.Logger
 
+	// silent is the HolderTimeout that a grant is to be armed with, or 0: the server
+	// then ends the session after such a silence.
+	silent time.Duration
+	lent   bool // fn of WithConnLock is given conn
+
 	// The rest belongs to the goroutine that acquires or releases, but for armed,
 	// which is the watch's until that has stopped.
 
@@ -238,31 +303,67 @@ type session struct {
 	held       []Key
 	waited     bool // the server has answered, and the lock was taken
 	waitingFor Key
-	armed      bool // idle_session_timeout may be set on the session
-	doubtful   bool // it may hold more than held: a lock twice, or one that fn left
-	broken     bool // its state is unknown, whatever the last error says
+	armed      bool      // idle_session_timeout may be set on the session
+	proof      time.Time // when the last statement of the acquisition went out
+	doubtful   bool      // it may hold a lock twice
+	broken     bool      // its state is unknown, whatever the last error says
 }
 
-// openSession borrows a connection.
+// openSession borrows a connection. It returns when ctx ends, even if a driver that is
+// making a connection does not; a connection that comes later goes to the pool.
 func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
-	if db.Stats().MaxOpenConnections == 0 {
+	stats := db.Stats()
+	// One that lies ready may have to be asked whether it lives; one that must be made
+	// takes longer. But if others have all of a limited pool, the wait is for them.
+	bound := answerBound
+	if stats.Idle == 0 {
+		bound = dialBound
+	}
+	if stats.MaxOpenConnections == 0 || stats.InUse < stats.MaxOpenConnections {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, dialBound, noAnswer{dialBound})
+		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
 		defer cancel()
 	}
-	conn, err := db.Conn(ctx)
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.DeadlineExceeded) {
-			err = cause
-		}
-		return nil, err
+	if stats.Idle > 0 {
+		conn, err := db.Conn(ctx)
+		return opened(ctx, conn, err, cfg)
 	}
-	return newSession(conn, true, cfg), nil
+	type result struct {
+		conn *sql.Conn
+		err  error
+	}
+	results := make(chan result)
+	go func() {
+		conn, err := db.Conn(ctx)
+		select {
+		case results <- result{conn, err}:
+		case <-ctx.Done():
+			if err == nil {
+				_ = conn.Close()
+			}
+		}
+	}()
+	select {
+	case r := <-results:
+		return opened(ctx, r.conn, r.err, cfg)
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func opened(ctx context.Context, conn *sql.Conn, err error, cfg *config) (*session, error) {
+	if err == nil {
+		return newSession(conn, true, cfg), nil
+	}
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return nil, err
 }
 
 func newSession(conn *sql.Conn, ours bool, cfg *config) *session {
 	return &session{
-		runner: runner{target: conn, busy: make(chan struct{}, 1)},
+		runner: runner{send: rawSend(conn), busy: make(chan struct{}, 1)},
 		conn:   conn, ours: ours, log: cfg.logger, shared: cfg.shared,
 	}
 }
@@ -271,7 +372,8 @@ func newSession(conn *sql.Conn, ours bool, cfg *config) *session {
 // zero. After any error but errRefused and errTimeout the state of the session is
 // unknown.
 func (s *session) acquire(ctx context.Context, keys []Key, noWait bool, deadline time.Time) error {
-	rows, err := s.try(ctx, keys, deadline)
+	s.proof = time.Now()
+	rows, err := s.exec(ctx, answerWithin(0, deadline), tryStatement(keys, s.shared))
 	switch {
 	case err != nil:
 		return err
@@ -299,21 +401,6 @@ func (s *session) acquire(ctx context.Context, keys []Key, noWait bool, deadline
 	// A grant that comes too late is not used: the driver may have closed the
 	// connection when ctx ended.
 	return ctx.Err()
-}
-
-// try tries all of keys. It does not wait in the server, and is what an uncontended
-// lock costs: without a Timeout to keep, it goes straight to the driver, as any
-// statement of the caller's would. A goroutine beside it would cost half as much again.
-func (s *session) try(ctx context.Context, keys []Key, deadline time.Time) (int64, error) {
-	query := tryStatement(keys, s.shared)
-	if !deadline.IsZero() {
-		return s.exec(ctx, answerWithin(0, deadline), query)
-	}
-	result, err := s.conn.ExecContext(ctx, query)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected()
 }
 
 // errRefused and errTimeout end an acquisition that leaves the session usable.
@@ -346,9 +433,16 @@ func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
 		if failed && !s.ours {
 			query = waitAgainStatement(bound, k, s.shared)
 		}
-		start := time.Now()
+		arming := s.silent > 0 && !s.armed
+		if arming {
+			// With the grant, because this process may be out of reach by then. A wait
+			// that fails takes the setting back.
+			query = s.arm() + query
+		}
+		s.proof = time.Now()
 		_, err := s.exec(ctx, answerWithin(bound, deadline), query)
 		if err == nil {
+			s.armed = s.armed || arming
 			return nil // granted now; or, without a row, by the wait that failed
 		}
 		if ctx.Err() != nil || !waitEnded(err) {
@@ -357,7 +451,7 @@ func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
 		failed = true
 		s.doubtful = true
 		if sqlState(err) == queryCanceled {
-			pause(ctx, start)
+			pause(ctx, s.proof)
 		}
 	}
 }
@@ -428,18 +522,40 @@ func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
 	return min(wait+answerBound, max(0, time.Until(deadline))+time.Second)
 }
 
+// confirm asks the server whether the session still has its locks, if its grant was so
+// long on its way that the server, which counts from the grant, may have ended it since.
+func (s *session) confirm(ctx context.Context, every time.Duration) error {
+	if !s.armed || time.Since(s.proof) < every {
+		return nil
+	}
+	s.proof = time.Now()
+	rows, err := s.exec(ctx, answerBound, heldStatement(s.held, s.shared))
+	if err == nil && rows < int64(len(s.held)) {
+		err = errLostBeforeUse
+	}
+	return err
+}
+
 // release unlocks what the session holds in one round trip, and hands it back. It
 // returns nil only if the server says that every lock was still held; otherwise
 // the session is discarded. It takes no context, because it must happen when the
 // caller's has ended.
 func (s *session) release() error {
 	query := unlockStatement
-	if s.doubtful && s.ours {
+	switch {
+	case s.lent:
+		query = unlockLentStatement
+	case s.doubtful && s.ours:
 		query = unlockAllStatement
 	}
-	rows, err := s.exec(context.Background(), releaseBound, s.undo()+query(s.held, s.shared))
-	if err == nil && rows == 0 {
+	rows, err := s.exec(context.Background(), releaseBound, s.disarm()+query(s.held, s.shared))
+	switch {
+	case err == nil && rows == 0:
 		err = errNotHeld
+	case err == nil && rows > 1:
+		// Closing it properly would wait for the transaction.
+		s.gone.Store(true)
+		err = errLeftOpen
 	}
 	if err != nil {
 		s.discard()
@@ -449,24 +565,41 @@ func (s *session) release() error {
 	return nil
 }
 
-var errNotHeld = errors.New("this session did not hold it (behind a transaction pooler, use WithTxLock; Check tells)")
+// errLostBeforeUse is for keepTrying: another session may do.
+var errLostBeforeUse = fmt.Errorf("the lock was lost as soon as it was granted: %w", driver.ErrBadConn)
 
-func (s *session) undo() string {
-	if s.armed {
+var (
+	errNotHeld  = errors.New("this session did not hold it (behind a transaction pooler, use WithTxLock; Check tells)")
+	errLeftOpen = errors.New("fn left a transaction open on its conn, which has been closed")
+)
+
+func (s *session) arm() string {
+	if s.lent {
+		return armLentStatement(s.silent)
+	}
+	return armStatement(s.silent)
+}
+
+func (s *session) disarm() string {
+	switch {
+	case !s.armed:
+		return ""
+	case s.lent:
+		return disarmLentStatement
+	default:
 		return disarmStatement
 	}
-	return ""
 }
 
 // giveUp ends a session of ours on which an acquisition failed with err: clean if
 // the error says that it can be, for good otherwise.
 func (s *session) giveUp(err error) {
 	if !s.broken && (errors.Is(err, errRefused) || errors.Is(err, errTimeout)) {
-		if len(s.held) == 0 && !s.doubtful {
+		if len(s.held) == 0 && !s.doubtful && !s.armed {
 			s.handBack()
 			return
 		}
-		if _, err := s.exec(context.Background(), releaseBound, freeStatement); err == nil {
+		if _, err := s.exec(context.Background(), releaseBound, s.disarm()+freeStatement); err == nil {
 			s.handBack()
 			return
 		}
@@ -487,14 +620,17 @@ func (s *session) handBack() {
 // discard closes the connection for good: the server then frees its locks. It
 // waits a moment, so that the pool's place is usually free when it returns; if the
 // driver is slower than that, a goroutine of its own goes on until the driver
-// returns.
+// returns, and until what fn has left open on its conn is closed.
 func (s *session) discard() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		s.busy <- struct{}{} // not given back: nothing is sent any more
-		// driver.ErrBadConn is database/sql's word for "do not use it again".
-		err := s.conn.Raw(func(any) error { return driver.ErrBadConn })
+		err := s.conn.Raw(func(dc any) error {
+			s.clear(dc)
+			// database/sql's word for "do not use it again".
+			return driver.ErrBadConn
+		})
 		if !errors.Is(err, driver.ErrBadConn) && !errors.Is(err, sql.ErrConnDone) {
 			s.log.Warn("advisory: connection not discarded", "error", err)
 		}
@@ -507,6 +643,22 @@ func (s *session) discard() {
 	select {
 	case <-done:
 	case <-t.C:
+	}
+}
+
+// clear leaves no lock on the driver's connection. What its Close does is not certain:
+// that of pgx on a pgxpool returns a sound connection to that pool, and database/sql does
+// not call it as long as a transaction or rows are open.
+func (s *session) clear(dc any) {
+	if execer, ok := dc.(driver.ExecerContext); ok && !s.gone.Load() && !s.abandoned.Load() {
+		ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
+		defer cancel()
+		if _, err := execer.ExecContext(ctx, "ROLLBACK; "+s.disarm()+freeStatement, nil); err == nil {
+			return
+		}
+	}
+	if conn, ok := dc.(driver.Conn); ok {
+		_ = conn.Close() // database/sql calls it again, and has the error
 	}
 }
 
@@ -550,20 +702,19 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 				waited, outage = true, time.Time{}
 			}
 		}
-		if ctx.Err() == nil && !deadline.IsZero() && !time.Now().Before(deadline) {
-			if !opened {
-				err = errors.Join(errTimeout, err)
-			} else if sessionGone(err) {
-				err = errTimeout
+		if ctx.Err() == nil && !deadline.IsZero() && !time.Now().Before(deadline) && (!opened || sessionGone(err)) {
+			if !errors.Is(err, context.DeadlineExceeded) {
+				hint = err.Error() // why not even the server has answered
 			}
+			err = errors.Join(errTimeout, err)
 		}
 		switch {
 		case ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
-			if !opened {
+			if !opened && hint == "" {
 				hint = poolHint(db)
 			}
 			return nil, acquireError(ctx, keys, cfg, err, hint)
-		case isClosed(err), !sessionGone(err) && !(waited && sqlState(err) == tooManyConnections):
+		case isClosed(err), !sessionGone(err) && !(waited && !opened && transient(err)):
 			return nil, acquireError(ctx, keys, cfg, err, "")
 		case waited:
 			if outage.IsZero() {
@@ -574,7 +725,7 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 			}
 			cfg.logger.Warn("advisory: session lost while waiting; opening another", "key", keyList(keys), "error", err)
 			sleep(openCtx, 50*time.Millisecond+rand.N(100*time.Millisecond))
-		case opened && stale > 0:
+		case stale > 0 && (opened || errors.As(err, new(noAnswer))):
 			stale--
 		default:
 			return nil, acquireError(ctx, keys, cfg, err, "")
@@ -614,10 +765,11 @@ func (s *session) heldBy(err error) string {
 // Therefore there is no heartbeat. [HolderTimeout] has no default here, because
 // the server counts as silence whatever fn does between two statements; if the
 // option is given, the server ends the session, and with it the lock, after such a
-// silence.
+// silence, in a transaction or not.
 //
 // conn is handed back to the pool after fn, without any advisory lock on it. fn must
-// not close it, nor leave a transaction open or a setting changed on it.
+// not close it, nor leave rows or a transaction open or a setting changed on it. If it
+// leaves a transaction open, that is rolled back, and an error.
 //
 // It takes the options Shared, NoWait, Timeout, HolderTimeout, Logger and Observe.
 // Errors and panics are as with WithLock.
@@ -630,22 +782,27 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+		s.lent = true
+		if cfg.given.has(optHolderTimeout) {
+			s.silent = cfg.holderTimeout
+		}
 		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
 			return err
 		}
-		s.doubtful = true // fn may take locks of its own, and forget them
-		if cfg.given.has(optHolderTimeout) {
+		if s.silent > 0 && !s.armed {
 			s.armed = true
-			_, err := s.exec(ctx, answerWithin(0, deadline), armStatement(cfg.holderTimeout)+heldStatement(keys, cfg.shared))
+			rows, err := s.exec(ctx, answerWithin(0, deadline), s.arm()+heldStatement(keys, cfg.shared))
+			if err == nil && rows == 0 {
+				err = errLostBeforeUse
+			}
 			return err
 		}
 		return nil
 	})
-	o.acquireEnd(ctx, err)
+	h, err := newHold(ctx, db, keys, s, o, err)
 	if err != nil {
 		return err
 	}
-	h := newHold(ctx, db, keys, s, o)
 	return h.run(func(ctx context.Context) error { return fn(ctx, s.conn) })
 }
 

@@ -1,9 +1,10 @@
 package advisory
 
 import (
-	"context"
 	"database/sql/driver"
 	"errors"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -99,17 +100,28 @@ func sqlState(err error) string {
 // reach: not the server's answer to a statement, but the lack of one.
 func sessionGone(err error) bool {
 	switch state := sqlState(err); {
-	case state == "":
-		return !errors.Is(err, context.Canceled) || errors.Is(err, driver.ErrBadConn)
 	case strings.HasPrefix(state, "08"): // connection exception
 		return true
-	default:
+	case state != "":
 		switch state {
-		case "57P01", "57P02", "57P03", "57P05", "25P03": // shutdown, crash, starting up, idle timeouts
+		case "57P01", "57P02", "57P03", // shutdown, crash, starting up
+			"57P05", "25P03", "25P04": // idle and transaction timeouts
 			return true
 		}
 		return false
 	}
+	var silence noAnswer
+	var network net.Error
+	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, net.ErrClosed) || errors.Is(err, errAbandoned) ||
+		errors.As(err, &silence) || errors.As(err, &network)
+}
+
+// transient tells whether err, of a connection that could not be made, may pass: a
+// server that fails over says many things, also through the driver.
+func transient(err error) bool {
+	state := sqlState(err)
+	return state == "" || state == tooManyConnections
 }
 
 // isClosed tells whether err is that of a *sql.DB that has been closed, which has no

@@ -3,7 +3,6 @@ package advisory
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
@@ -47,14 +46,18 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 		switch {
 		case err == nil:
 			pause = leadPauseMin
-			if again, err := h.lead(fn, &cfg); !again {
+			again, fnErr, err := h.lead(fn, &cfg)
+			switch {
+			case !again:
 				return err
+			case ctx.Err() != nil:
+				return join(fnErr, ctx.Err())
 			}
 		case ctx.Err() != nil || isClosed(err):
 			return err
 		default:
 			cfg.logger.Warn("advisory: campaign failed; trying again", "key", key.String(), "error", err)
-			sleep(ctx, pause/2+rand.N(pause))
+			sleep(ctx, pause/2+rand.N(pause/2))
 			pause = min(2*pause, leadPauseMax)
 		}
 	}
@@ -62,21 +65,20 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 
 // lead runs fn as the leader. It tells whether to campaign again: the lock was lost
 // before fn returned.
-func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, err error) {
+func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fnErr, err error) {
 	overdue := overdueWarning{every: cfg.holderTimeout, log: cfg.logger, key: keyList(h.mark.keys)}
 	stopWarning := context.AfterFunc(h.ctx, overdue.start)
-	var fnErr error
 	err = h.run(func(ctx context.Context) error {
 		defer overdue.stop()
 		defer stopWarning()
 		fnErr = fn(ctx)
-		again = errors.Is(context.Cause(ctx), ErrLost)
+		again = h.watch.lostBy() != nil
 		return fnErr
 	})
 	if again {
 		cfg.logger.Warn("advisory: leadership lost; campaigning again", "key", keyList(h.mark.keys), "error", err)
 	}
-	return again, err
+	return again, fnErr, err
 }
 
 // overdueWarning warns while a leader's fn does not return though its ctx has ended.

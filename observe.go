@@ -15,7 +15,7 @@ import (
 // starts becomes the parent of fn's own, and one that AcquireStart starts would, too: a
 // HoldStart that does not want that puts the span before it back.
 type Observer struct {
-	// AcquireStart is called before anything is sent.
+	// AcquireStart is called before anything is sent. A nil result changes nothing.
 	AcquireStart func(context.Context, LockInfo) context.Context
 
 	// AcquireEnd is called with how long the acquisition took, and its error: one that
@@ -63,9 +63,31 @@ func observe(ctx context.Context, function string, keys []Key, cfg *config) (con
 	}
 	o := &observation{Observer: cfg.observer, info: LockInfo{function, keys, cfg.shared}, start: time.Now()}
 	if o.AcquireStart != nil {
-		ctx = o.AcquireStart(ctx, o.info)
+		if c := o.AcquireStart(ctx, o.info); c != nil {
+			ctx = c
+		}
 	}
 	return ctx, o
+}
+
+// acquired is told that the acquisition has ended with err, which it returns, with
+// the context to make fn's from. If the Observer panics, the lock is abandoned.
+func (o *observation) acquired(ctx context.Context, err error, abandon func()) (context.Context, error) {
+	if o == nil {
+		return ctx, err
+	}
+	told := false
+	defer func() {
+		if !told && err == nil {
+			abandon()
+		}
+	}()
+	o.acquireEnd(ctx, err)
+	if err == nil {
+		ctx = o.holdStart(ctx)
+	}
+	told = true
+	return ctx, err
 }
 
 func (o *observation) acquireEnd(ctx context.Context, err error) {
@@ -79,13 +101,11 @@ func (o *observation) acquireEnd(ctx context.Context, err error) {
 	o.start = now
 }
 
-// holdStart returns the context to make fn's from.
 func (o *observation) holdStart(ctx context.Context) context.Context {
-	if o == nil {
-		return ctx
-	}
 	if o.HoldStart != nil {
-		ctx = o.HoldStart(ctx, o.info)
+		if c := o.HoldStart(ctx, o.info); c != nil {
+			ctx = c
+		}
 	}
 	o.hold = ctx
 	return ctx

@@ -22,6 +22,9 @@ type Option func(*config)
 
 // Shared takes a shared lock: it excludes exclusive locks of the key, and not
 // other shared ones. The default is an exclusive lock.
+//
+// An exclusive waiter begins its wait anew every 400 ms, and lets shared ones pass then.
+// Where shared locks overlap all the time, and are held for longer, it may wait long.
 func Shared() Option {
 	return func(c *config) { c.given |= optShared; c.shared = true }
 }
@@ -58,8 +61,12 @@ func Heartbeat(d time.Duration) Option {
 // heartbeats, so that the old holder's context has ended before the server lets
 // a new holder begin; the server counts in milliseconds, up to 24 days.
 //
-// The server learns d with the first heartbeat, as idle_session_timeout. A holder
-// that goes silent before that is bounded by the server's tcp_keepalives settings.
+// The server learns d with the first heartbeat, or with the grant of a lock that had to
+// be waited for, as idle_session_timeout, and forgets it with the release (RESET: a value
+// that the program itself had SET on the session before is not restored). A holder that got its lock at once
+// and goes silent before its first heartbeat is bounded by the server's tcp_keepalives
+// settings. A server whose own idle_session_timeout is shorter than a heartbeat frees
+// locks too early.
 //
 // On [WithTxLock] and [WithConnLock], where the caller drives the session, there
 // is no heartbeat and no default: if the option is given, the server ends the
@@ -164,6 +171,11 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	}
 	if c.txOptions == nil {
 		c.txOptions = &defaultTx
+	}
+	switch c.txOptions.Isolation {
+	case sql.LevelDefault, sql.LevelReadUncommitted, sql.LevelReadCommitted, sql.LevelRepeatableRead, sql.LevelSerializable:
+	default:
+		return c, fmt.Errorf("option TxOptions: PostgreSQL has no isolation level %v", c.txOptions.Isolation)
 	}
 	return c, nil
 }

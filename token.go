@@ -47,6 +47,8 @@ func Token(ctx context.Context) (int64, error) {
 	return m.token.get(ctx)
 }
 
+var errHoldEnded = errors.New("it is not held any more")
+
 // A tokenSource asks for the token of the locks of one holder, once.
 type tokenSource struct {
 	run    *runner
@@ -63,7 +65,7 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.mark.ended.Load() {
-		return 0, lostError("token of", t.mark.keys, errors.New("it is not held any more"))
+		return 0, lostError("token of", t.mark.keys, errHoldEnded)
 	}
 	if t.no != 0 {
 		return t.no, nil
@@ -74,6 +76,10 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	var text string
 	// Not under ctx: a driver that breaks off a statement closes the session.
 	err := t.run.do(context.WithoutCancel(ctx), answerBound, func(ctx context.Context) error {
+		// It is this question's turn on the session; a release may have been before it.
+		if t.mark.ended.Load() {
+			return errHoldEnded
+		}
 		return t.target.QueryRowContext(ctx, tokenStatement).Scan(&text)
 	})
 	var no int64
@@ -84,7 +90,7 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	case err == nil:
 		t.no = no
 		return no, nil
-	case sessionGone(err):
+	case sessionGone(err), errors.Is(err, errHoldEnded):
 		return 0, lostError("token of", t.mark.keys, err)
 	default:
 		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: explain(err), errs: []error{err}}

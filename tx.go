@@ -75,11 +75,11 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 		oneSnapshot = t.oneSnapshot
 		return err
 	})
-	o.acquireEnd(ctx, err)
+	holdCtx, err := o.acquired(ctx, err, func() { t.rollback(nil); s.discard() })
 	if err != nil {
 		return err
 	}
-	base, m := withMark(o.holdStart(ctx), db, keys)
+	base, m := withMark(holdCtx, db, keys)
 	m.token.run, m.token.target = &s.runner, t.tx
 	fnCtx, cancel := context.WithCancel(base)
 	return t.run(ctx, keys, o, func() error {
@@ -109,7 +109,10 @@ func (t *txn) beginLocked(ctx context.Context, k Key, deadline time.Time) error 
 	if err := t.s.acquire(ctx, []Key{k}, t.cfg.noWait, deadline); err != nil {
 		return err
 	}
-	return t.begin(ctx)
+	if err := t.begin(ctx); err != nil {
+		return err
+	}
+	return t.inTime(ctx)
 }
 
 // beginThenLock takes the transaction-scoped lock. If it finds that the transaction
@@ -134,7 +137,7 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) erro
 	case t.cfg.noWait:
 		return t.rollback(errRefused)
 	}
-	t.s.waited = true
+	t.s.waited, t.s.waitingFor = true, k
 	for {
 		bound := within(waitBound, deadline)
 		if bound <= 0 {
@@ -145,7 +148,10 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) erro
 		if err == nil {
 			return t.inTime(ctx)
 		}
-		if t.rollback(err); ctx.Err() != nil || t.s.broken || !waitEnded(err) {
+		if rerr := t.rollback(nil); rerr != nil && waitEnded(err) {
+			return rerr
+		}
+		if ctx.Err() != nil || !waitEnded(err) {
 			return err
 		}
 		if sqlState(err) == queryCanceled {
@@ -180,9 +186,6 @@ func (t *txn) begin(ctx context.Context) error {
 		return fmt.Errorf("begin: %w", err)
 	}
 	t.tx, t.abort = tx, abort
-	// Not over the conn: if it finds its connection dead, it closes itself, and waits
-	// for its transaction to end.
-	t.s.target = tx
 	if !t.cfg.given.has(optHolderTimeout) {
 		return nil
 	}
@@ -201,7 +204,7 @@ func (t *txn) rollback(cause error) error {
 	// sql.ErrTxDone is among the errors: database/sql rolls back by itself when ctx
 	// ends, and does not tell how that went.
 	err := t.s.do(context.Background(), releaseBound, func(context.Context) error { return t.tx.Rollback() })
-	t.ended()
+	t.abort()
 	if err != nil {
 		t.s.broken = true
 	}
@@ -209,12 +212,6 @@ func (t *txn) rollback(cause error) error {
 		return cause
 	}
 	return err
-}
-
-// ended gives the session back to statements of its own.
-func (t *txn) ended() {
-	t.abort()
-	t.s.target = t.s.conn
 }
 
 // run runs fn, and ends the transaction and the session whatever becomes of fn.
@@ -242,7 +239,7 @@ func (t *txn) run(ctx context.Context, keys []Key, o *observation, fn func() err
 // commit commits, and ends the session.
 func (t *txn) commit(ctx context.Context, keys []Key) error {
 	err := t.s.do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
-	t.ended()
+	t.abort()
 	// The server's own error means that it has rolled back, and is ready for more.
 	t.s.broken = err != nil && (sqlState(err) == "" || sessionGone(err))
 	lost := t.end(keys)
@@ -253,7 +250,11 @@ func (t *txn) commit(ctx context.Context, keys []Key) error {
 	if errors.Is(err, sql.ErrTxDone) && ctx.Err() == nil {
 		msg += " (by fn, which must leave that to WithTxLock)"
 	}
-	return join(&lockError{op: "commit", key: keyList(keys), msg: msg, errs: []error{err}}, lost)
+	errs := []error{err}
+	if ctx.Err() != nil {
+		errs = append(errs, ctx.Err()) // err may be its cause alone
+	}
+	return join(&lockError{op: "commit", key: keyList(keys), msg: msg, errs: errs}, lost)
 }
 
 // end ends the session, whose transaction has ended. It returns an error if there
@@ -300,10 +301,11 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	if err = acquireTx(ctx, tx, key, &cfg); err != nil {
+	r := &runner{send: txSend(tx), busy: make(chan struct{}, 1)}
+	if err = r.acquireTx(ctx, key, &cfg); err != nil {
 		var hint string
 		if errors.Is(err, errTimeout) {
-			hint = heldByTx(ctx, tx, key)
+			hint = r.heldByTx(ctx, tx, key)
 		}
 		err = acquireError(ctx, keys, &cfg, err, hint)
 	}
@@ -313,18 +315,23 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 
 // heldByTx says who holds the lock of k, under a savepoint: a question that fails must
 // not cost the transaction.
-func heldByTx(ctx context.Context, tx *sql.Tx, k Key) (who string) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerBound)
-	defer cancel()
-	if _, err := tx.ExecContext(ctx, "SAVEPOINT advisory_wait"); err != nil {
+func (r *runner) heldByTx(ctx context.Context, tx *sql.Tx, k Key) (who string) {
+	ctx = context.WithoutCancel(ctx)
+	if _, err := r.exec(ctx, heldByBound, "SAVEPOINT advisory_wait"); err != nil {
 		return ""
 	}
-	who, _ = heldBy(ctx, tx, k)
-	_, _ = tx.ExecContext(ctx, rollbackToStatement) // if it fails, tx's next statement tells
+	var answer string
+	if r.do(ctx, heldByBound, func(ctx context.Context) (err error) {
+		answer, err = heldBy(ctx, tx, k)
+		return err
+	}) == nil {
+		who = answer
+	}
+	_, _ = r.exec(ctx, heldByBound, rollbackToStatement) // if it fails, tx's next statement tells
 	return who
 }
 
-func acquireTx(ctx context.Context, tx *sql.Tx, k Key, cfg *config) error {
+func (r *runner) acquireTx(ctx context.Context, k Key, cfg *config) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -332,7 +339,6 @@ func acquireTx(ctx context.Context, tx *sql.Tx, k Key, cfg *config) error {
 	if cfg.timeout > 0 {
 		deadline = time.Now().Add(cfg.timeout)
 	}
-	r := runner{target: tx, busy: make(chan struct{}, 1)}
 	running := context.WithoutCancel(ctx)
 	rows, err := r.exec(running, answerWithin(0, deadline), tryTxStatement(k, cfg.shared))
 	switch {

@@ -18,10 +18,9 @@ import (
 // Between heartbeats it is one timer; nothing runs. It ends with stop, or with the
 // loss of the session.
 type watch struct {
-	s      *session
-	every  time.Duration // Heartbeat
-	silent time.Duration // HolderTimeout
-	lost   func(error)   // called at most once, before the session is discarded
+	s     *session
+	every time.Duration // Heartbeat
+	lost  func(error)   // called at most once, before the session is discarded
 
 	mu    sync.Mutex // guards the rest, and s.armed
 	timer *time.Timer
@@ -34,8 +33,15 @@ type watch struct {
 func (w *watch) start() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.proof = time.Now()
-	w.timer = time.AfterFunc(w.every, w.beat)
+	w.proof = w.s.proof
+	w.timer = time.AfterFunc(time.Until(w.proof.Add(w.every)), w.beat)
+}
+
+// lostBy returns why the session is lost, if that has been noticed.
+func (w *watch) lostBy() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.cause
 }
 
 // stop ends the watch and returns why the session is lost, if it is. A heartbeat may
@@ -103,14 +109,12 @@ func (w *watch) ask(bound time.Duration) (rows int64, err error) {
 		}
 		query := heldStatement(w.s.held, w.s.shared)
 		if !w.s.armed {
-			query = armStatement(w.silent) + query
+			query = w.s.arm() + query
 			w.s.armed = true // before the release, which undoes it, can look
 		}
 		w.mu.Unlock()
-		result, err := w.s.conn.ExecContext(ctx, query)
-		if err == nil {
-			n, err = result.RowsAffected()
-		}
+		var err error
+		n, err = w.s.send(ctx, query)
 		return err
 	})
 	if err == nil {
@@ -129,8 +133,8 @@ func (w *watch) lose(cause error) {
 	w.ended = true
 	w.cause = cause
 	w.mu.Unlock()
+	defer w.s.discard()
 	w.lost(cause)
-	w.s.discard()
 }
 
 // lostError is the error of locks that were held and are lost.

@@ -19,7 +19,7 @@ type act interface {
 }
 
 // acts are played in this order.
-var acts = []act{increments{}, migrations{}}
+var acts = []act{increments{}, migrations{}, leaders{}}
 
 // A promise is one line of the summary.
 type promise struct {

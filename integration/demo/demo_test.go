@@ -3,10 +3,12 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"database/sql"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -128,7 +130,7 @@ func TestDemo(t *testing.T) {
 	d := newDemo(t)
 
 	t.Run("keeps its promises", func(t *testing.T) {
-		cmd := d.command("-updates=300", "-rows=50000")
+		cmd := d.command("-updates=300", "-rows=50000", "-holder-timeout=2s")
 		out, err := cmd.CombinedOutput()
 		noProcessIsLeft(t, cmd, 0)
 		d.nothingIsLeft(t)
@@ -136,14 +138,22 @@ func TestDemo(t *testing.T) {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		for _, want := range []string{
-			"WithLock: no update is lost                          kept    0 of 300 lost, ",
-			"WithConnLock: one migrates, the others find it done  kept    process ",
+			"WithLock: no update is lost                            kept    0 of 300 lost, ",
+			"WithConnLock: one migrates, the others find it done    kept    process ",
 			" applied 4, in ",
 			"found applied by ",
 			"(lib/pq)",
-			"WithConnLock: no deadlock with the index build       kept    0 deadlocks\n",
-			"CREATE INDEX CONCURRENTLY leaves a valid index       kept    50,000 rows\n",
-			"4 of 4 promises kept, in ",
+			"WithConnLock: no deadlock with the index build         kept    0 deadlocks\n",
+			"CREATE INDEX CONCURRENTLY leaves a valid index         kept    50,000 rows\n",
+			"Lead: a job has one leader at a time                   kept    ",
+			" 0 beside another\n",
+			"Lead: a killed leader is followed at once              kept    webhooks after ",
+			"Lead: a frozen leader is followed after HolderTimeout  kept    ",
+			"told so ",
+			"Lead: every job is done, each piece once               kept    400 tokens, 400 webhooks, 200 stock, 300 search\n",
+			"no webhook is taken twice                              kept    400 of 400 taken\n",
+			"1 sent again, and known by the idempotency key\n",
+			"9 of 9 promises kept, in ",
 		} {
 			if !strings.Contains(string(out), want) {
 				t.Errorf("no %q in the output", want)
@@ -160,7 +170,7 @@ func TestDemo(t *testing.T) {
 	// Without their locks, the acts must break their promises, or they would prove
 	// nothing.
 	t.Run("notices broken locks", func(t *testing.T) {
-		cmd := d.command("-updates=1000", "-rows=50000")
+		cmd := d.command("-updates=1000", "-rows=50000", "-holder-timeout=1s")
 		cmd.Env = append(cmd.Env, breakEnv+"=1")
 		out, err := cmd.CombinedOutput()
 		noProcessIsLeft(t, cmd, 0)
@@ -171,6 +181,8 @@ func TestDemo(t *testing.T) {
 		for _, want := range []string{
 			"WithLock: no update is lost                          BROKEN  ",
 			"WithConnLock: one migrates, the others find it done  BROKEN  ",
+			"Lead: a job has one leader at a time                 BROKEN  ",
+			"no webhook is taken twice                            BROKEN  ",
 			errBroken.Error(),
 		} {
 			if !strings.Contains(string(out), want) {
@@ -230,6 +242,45 @@ func TestDemo(t *testing.T) {
 				}
 			}
 			noProcessIsLeft(t, cmd, 0)
+			d.nothingIsLeft(t)
+		})
+	}
+}
+
+// A frozen process does not notice that it is to end.
+func TestDemoLeavesNoFrozenProcessBehind(t *testing.T) {
+	d := newDemo(t)
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
+		t.Run(sig.String(), func(t *testing.T) {
+			cmd := d.command("-updates=1", "-rows=1", "-holder-timeout=3s")
+			// The killed demo's workers have it open, too, for a moment.
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			frozen := false
+			for lines := bufio.NewScanner(out); !frozen && lines.Scan(); {
+				frozen = strings.Contains(lines.Text(), "is frozen")
+			}
+			if !frozen {
+				t.Error("no process is frozen")
+			}
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Error(err)
+			}
+			_, _ = io.Copy(io.Discard, out)
+			if err := cmd.Wait(); err == nil {
+				t.Error("exit status 0")
+			}
+			noProcessIsLeft(t, cmd, 5*time.Second)
+			if sig == syscall.SIGKILL {
+				for _, schema := range d.query(t, schemas) {
+					d.query(t, "DROP SCHEMA "+schema+" CASCADE")
+				}
+			}
 			d.nothingIsLeft(t)
 		})
 	}

@@ -43,7 +43,10 @@ type options struct {
 	updates    int
 	rows       int
 	timeout    time.Duration
-	broken     bool
+
+	holderTimeout time.Duration
+
+	broken bool
 }
 
 func main() {
@@ -63,6 +66,7 @@ func parseFlags() options {
 	flag.IntVar(&o.goroutines, "goroutines", 8, "goroutines in each process of act 1")
 	flag.IntVar(&o.updates, "updates", 2000, "updates of the shared number in act 1, in all")
 	flag.IntVar(&o.rows, "rows", 200_000, "rows of the table that act 2 indexes")
+	flag.DurationVar(&o.holderTimeout, "holder-timeout", 3*time.Second, "how long a frozen leader of act 3 keeps its jobs")
 	flag.DurationVar(&o.timeout, "timeout", 30*time.Second, "how long the acts may take together")
 	flag.Usage = func() {
 		out := flag.CommandLine.Output()
@@ -82,6 +86,8 @@ func parseFlags() options {
 		usageError("numbers must be positive")
 	case o.timeout <= 0:
 		usageError("-timeout must be positive")
+	case o.holderTimeout < time.Second:
+		usageError("-holder-timeout must be a second at least")
 	}
 	return o
 }
@@ -159,7 +165,7 @@ type stage struct {
 func openStage(ctx context.Context, o options) (*stage, func() error, error) {
 	s := &stage{options: o, view: newView(os.Stdout), schema: "advisory_demo_" + strings.ToLower(rand.Text())}
 
-	connections := o.processes*(o.goroutines+1) + 20
+	connections := max(o.processes, minProcesses)*max(o.goroutines+1, 2*len(demoJobs)) + 20
 	server, err := pgtest.Start(ctx, pgtest.Setting("max_connections", strconv.Itoa(connections)))
 	if err != nil {
 		return nil, nil, err

@@ -43,10 +43,18 @@ func (v *view) act(n int, s string) {
 }
 func (v *view) say(s string) { fmt.Fprintln(v.w, "  "+s) }
 
-// clear removes a bar that has not been finished.
+// clear removes a bar that has not been finished, or a live line.
 func (v *view) clear() {
 	if v.terminal {
 		fmt.Fprint(v.w, "\r\x1b[K")
+	}
+}
+
+// live shows a line in the place of the last one, on a terminal only.
+func (v *view) live(s string) {
+	if v.terminal {
+		v.clear()
+		fmt.Fprint(v.w, "  "+s)
 	}
 }
 

@@ -47,6 +47,7 @@ type order struct {
 type message struct {
 	Ready  bool            `json:"ready,omitempty"`
 	Done   int64           `json:"done,omitempty"` // steps so far
+	Event  json.RawMessage `json:"event,omitempty"`
 	Result json.RawMessage `json:"result,omitempty"`
 	Error  string          `json:"error,omitempty"`
 }

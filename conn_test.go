@@ -1,0 +1,759 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/DATA-DOG/go-sqlmock"
+)
+
+func withConnLock(ctx context.Context, db *sql.DB, opts ...Option) error {
+	return WithConnLock(ctx, db, key, func(context.Context, *sql.Conn) error { return nil }, opts...)
+}
+
+// A session of the package's own is handed back clean, or discarded.
+func TestEveryWayASessionLockCanGo(t *testing.T) {
+	t.Parallel()
+	died := io.ErrUnexpectedEOF
+	for _, test := range []struct {
+		name    string
+		replies []reply
+		opts    []Option
+		want    []string
+		wants   []any
+	}{
+		{
+			"granted", nil, nil,
+			on(1, "open", tryQuery, unlockQuery), nil,
+		},
+		{
+			"granted after waiting", []reply{refused, granted}, nil,
+			on(1, "open", tryQuery, waitQuery, unlockQuery), nil,
+		},
+		{
+			"a lock_timeout may hide a grant: all is unlocked", []reply{refused, fails(err55P03), fails(err55P03), granted}, nil,
+			on(1, "open", tryQuery, waitQuery, waitQuery, waitQuery, unlockAllQuery), nil,
+		},
+		{
+			"a statement_timeout ends one wait, not the waiting", []reply{refused, fails(err57014), fails(err57014), granted}, nil,
+			on(1, "open", tryQuery, waitQuery, waitQuery, waitQuery, unlockAllQuery), nil,
+		},
+		{
+			"NoWait refused", []reply{refused}, []Option{NoWait()},
+			on(1, "open", tryQuery), []any{ErrNotAcquired},
+		},
+		{
+			"the try fails after it was sent", []reply{fails(died)}, nil,
+			on(1, "open", tryQuery, "close"), []any{died},
+		},
+		{
+			"the server refuses the try", []reply{fails(pgError("53200"))}, nil,
+			on(1, "open", tryQuery, "close"), []any{pgError("53200")},
+		},
+		{
+			"the try is cancelled by an administrator", []reply{fails(err57014)}, nil,
+			on(1, "open", tryQuery, "close"), []any{err57014},
+		},
+		{
+			"the wait is refused", []reply{refused, fails(pgError("53200"))}, nil,
+			on(1, "open", tryQuery, waitQuery, "close"), []any{pgError("53200")},
+		},
+		{
+			"the wait deadlocks", []reply{refused, fails(err55P03), fails(pgError("40P01"))}, nil,
+			on(1, "open", tryQuery, waitQuery, waitQuery, "close"), []any{ErrDeadlock, pgError("40P01")},
+		},
+		{
+			"the session dies in the wait", []reply{refused, fails(died)}, nil,
+			slices.Concat(on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
+		},
+		{
+			"the session dies between try and wait", []reply{refused, fails(driver.ErrBadConn)}, nil,
+			slices.Concat(on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
+		},
+		{
+			"three sessions die", []reply{refused, fails(died), refused, fails(err55P03), fails(died), fails(died)}, nil,
+			slices.Concat(
+				on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, waitQuery, waitQuery, "close"),
+				on(3, "open", tryQuery, "close"), on(4, "open", tryQuery, unlockQuery),
+			), nil,
+		},
+		{
+			"unlock refused", []reply{granted, refused}, nil,
+			on(1, "open", tryQuery, unlockQuery, "close"), []any{ErrLost},
+		},
+		{
+			"unlock refused after a hidden grant", []reply{refused, fails(err55P03), granted, refused}, nil,
+			on(1, "open", tryQuery, waitQuery, waitQuery, unlockAllQuery, "close"), []any{ErrLost},
+		},
+		{
+			"unlock fails", []reply{granted, fails(died)}, nil,
+			on(1, "open", tryQuery, unlockQuery, "close"), []any{ErrLost, died},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t, test.replies...)
+				wantError(t, WithLock(t.Context(), db, key, nothing, test.opts...), test.wants...)
+				srv.want(t, test.want...)
+				if n := db.Stats().InUse; n != 0 {
+					t.Errorf("%d connections not handed back", n)
+				}
+				if got, want := db.Stats().Idle, srv.open(); got != want {
+					t.Errorf("%d connections idle of %d open", got, want)
+				}
+			})
+		})
+	}
+}
+
+// script55P03 is a server on which another holds the lock for good. Its waits take
+// what they were told to.
+func script55P03(t testing.TB) func(context.Context, int, string) (int64, error) {
+	return func(_ context.Context, _ int, query string) (int64, error) {
+		_, after, found := strings.Cut(query, "set_config('lock_timeout', '")
+		if !found {
+			if strings.Contains(query, "_try_") || strings.Contains(query, "pg_locks") {
+				return 0, nil
+			}
+			return 1, nil
+		}
+		ms, _, _ := strings.Cut(after, "'")
+		d, err := time.ParseDuration(ms + "ms")
+		if err != nil {
+			t.Error(err)
+		}
+		time.Sleep(d)
+		return 0, err55P03
+	}
+}
+
+func TestTimeoutIsKeptByTheServerAndCostsNoConnection(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = script55P03(t)
+		start := time.Now()
+		err := WithLock(t.Context(), db, key, nothing, Timeout(time.Second))
+		wantError(t, err, ErrNotAcquired, "advisory: acquire bigint 42: not acquired within 1s")
+		if d := time.Since(start); d != time.Second {
+			t.Errorf("after %v", d)
+		}
+		srv.want(t, on(1, "open", tryQuery, waitQuery, waitQuery, strings.Replace(waitQuery, "400", "200", 1), holdersQuery, freeQuery)...)
+	})
+}
+
+func TestTheLastGrantAtTheTimeoutIsFreedOrItsSessionDiscarded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		waits := script55P03(t)
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if query == freeQuery {
+				return 0, pgError("XX000")
+			}
+			return waits(ctx, conn, query)
+		}
+		wantError(t, WithLock(t.Context(), db, key, nothing, Timeout(400*time.Millisecond)), ErrNotAcquired)
+		srv.want(t, on(1, "open", tryQuery, waitQuery, holdersQuery, freeQuery, "close")...)
+	})
+}
+
+func TestAServerThatDoesNotAnswerEndsATimeoutSoonAfter(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+				if !strings.Contains(query, "lock") {
+					return 1, nil
+				}
+				<-ctx.Done()
+				return 0, ctx.Err()
+			}
+			start := time.Now()
+			err := c.run(t.Context(), db, key, nothing, Timeout(2*time.Second))
+			wantError(t, err, ErrNotAcquired, "not acquired within 2s")
+			if d := time.Since(start); d != 3*time.Second {
+				t.Errorf("%s: after %v", c.name, d)
+			}
+			synctest.Wait()
+			if srv.open() != 0 {
+				t.Errorf("%s: the connection was not discarded", c.name)
+			}
+		})
+	}
+}
+
+func TestAWaitThatIsNotAnsweredIsGivenUpWithoutATimeoutToo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if conn > 1 {
+				return 1, nil
+			}
+			if query == waitQuery {
+				<-ctx.Done()
+				return 0, ctx.Err()
+			}
+			return 0, nil
+		}
+		start := time.Now()
+		wantError(t, WithLock(t.Context(), db, key, nothing))
+		if d := time.Since(start); d < waitBound+answerBound || d > waitBound+answerBound+time.Second {
+			t.Errorf("after %v", d)
+		}
+		srv.want(t, slices.Concat(on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, unlockQuery))...)
+	})
+}
+
+// A statement_timeout of a millisecond must not make a wait a busy loop.
+func TestShortStatementTimeoutsArePaced(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures[3:] { // and AcquireTx, in tx_test.go
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				switch {
+				case strings.Contains(query, "_try_"):
+					return 0, nil
+				case strings.Contains(query, "set_config"):
+					time.Sleep(time.Millisecond)
+					return 0, err57014
+				}
+				return 1, nil
+			}
+			wantError(t, c.run(t.Context(), db, key, nothing, Timeout(time.Second)), ErrNotAcquired)
+			if n := strings.Count(strings.Join(srv.lines(), "\n"), "set_config('lock_timeout', '"); n < 20 || n > 22 {
+				t.Errorf("%s: %d waits in a second, want some 20", c.name, n)
+			}
+		})
+	}
+}
+
+// idle fills db's pool with n idle connections.
+func idle(t *testing.T, db *sql.DB, n int) {
+	t.Helper()
+	db.SetMaxIdleConns(n)
+	var conns []*sql.Conn
+	for range n {
+		conn, err := db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	for _, conn := range conns {
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestDeadConnectionsInThePoolAreDroppedAndTheNextOneTried(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		for _, dead := range []error{driver.ErrBadConn, io.ErrUnexpectedEOF, pgError("57P01")} {
+			t.Run(c.name+" "+dead.Error(), func(t *testing.T) {
+				t.Parallel()
+				db, srv := newServer(t)
+				idle(t, db, 3)
+				srv.script = func(_ context.Context, conn int, _ string) (int64, error) {
+					if conn <= 3 {
+						return 0, dead
+					}
+					return 1, nil
+				}
+				ran := 0
+				wantError(t, c.run(t.Context(), db, key, func(context.Context) error { ran++; return nil }))
+				if ran != 1 || srv.opened != 4 || srv.open() != 1 {
+					t.Errorf("fn ran %d times, %d connections of %d open", ran, srv.open(), srv.opened)
+				}
+			})
+		}
+	}
+}
+
+func TestADeadServerIsAnErrorAtOnce(t *testing.T) {
+	t.Parallel()
+	down := errors.New("connection refused")
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.dial = func(context.Context) error { return down }
+			wantError(t, c.run(t.Context(), db, key, nothing), down, "acquire bigint 42: ")
+
+			// The pool does not know it yet.
+			srv.dial = nil
+			idle(t, db, 2)
+			srv.script = func(context.Context, int, string) (int64, error) { return 0, driver.ErrBadConn }
+			wantError(t, c.run(t.Context(), db, key, nothing), driver.ErrBadConn)
+			if srv.opened != 3 || srv.open() != 0 {
+				t.Errorf("%s: %d connections of %d open", c.name, srv.open(), srv.opened)
+			}
+			start := time.Now()
+			srv.dial = func(context.Context) error { return down }
+			wantError(t, c.run(t.Context(), db, key, nothing, Timeout(time.Minute)), down)
+			if d := time.Since(start); d != 0 {
+				t.Errorf("%s: after %v", c.name, d)
+			}
+		})
+	}
+}
+
+// outage is a server on which another holds the lock. It goes down during the first
+// wait, and is up again after d: then it is granted.
+func outage(srv *server, d time.Duration, down error) {
+	var back time.Time
+	srv.script = func(_ context.Context, conn int, query string) (int64, error) {
+		switch {
+		case conn > 1:
+			return 1, nil
+		case strings.Contains(query, "_try_"):
+			return 0, nil
+		case strings.Contains(query, "set_config"):
+			back = time.Now().Add(d)
+			return 0, io.ErrUnexpectedEOF
+		}
+		return 1, nil
+	}
+	srv.dial = func(context.Context) error {
+		if time.Now().Before(back) {
+			return down
+		}
+		return nil
+	}
+}
+
+func TestAWaitOutlivesARestartOfTheServer(t *testing.T) {
+	t.Parallel()
+	down := errors.New("connection refused")
+	for _, c := range closures {
+		for _, test := range []struct {
+			name    string
+			outage  time.Duration
+			down    error
+			opts    []Option
+			atLeast time.Duration
+			wants   []any
+		}{
+			{"of 25 s", 25 * time.Second, down, nil, 25 * time.Second, nil},
+			{"while it is full", 25 * time.Second, pgError("53300"), nil, 25 * time.Second, nil},
+			{"while it starts up", 25 * time.Second, pgError("57P03"), nil, 25 * time.Second, nil},
+			{"but not an outage", time.Hour, down, nil, 30 * time.Second, []any{down}},
+			{"but not another password", time.Hour, pgError("28P01"), nil, 0, []any{pgError("28P01")}},
+			{"nor its own Timeout", time.Hour, down, []Option{Timeout(10 * time.Second)}, 10 * time.Second, []any{ErrNotAcquired, "within 10s"}},
+		} {
+			t.Run(c.name+" "+test.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					db, srv := newServer(t)
+					outage(srv, test.outage, test.down)
+					start := time.Now()
+					var log logBuffer
+					wantError(t, c.run(t.Context(), db, key, nothing, append(test.opts, log.option())...), test.wants...)
+					if d := time.Since(start); d < test.atLeast || d > test.atLeast+time.Second {
+						t.Errorf("after %v", d)
+					}
+					if !strings.Contains(log.String(), "session lost while waiting") {
+						t.Errorf("log: %q", log.String())
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestTheEndOfCtxEndsAWaitForTheServer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		outage(srv, time.Hour, errors.New("connection refused"))
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		start := time.Now()
+		wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+		if d := time.Since(start); d != 5*time.Second {
+			t.Errorf("after %v", d)
+		}
+	})
+}
+
+func TestWaitingForAPooledConnectionCounts(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		for _, test := range []struct {
+			name  string
+			ctx   time.Duration
+			opts  []Option
+			wants []any
+		}{
+			{"Timeout", time.Hour, []Option{Timeout(2 * time.Second)}, []any{ErrNotAcquired, "not acquired within 2s"}},
+			{"ctx", 2 * time.Second, nil, []any{ErrNotAcquired, context.DeadlineExceeded}},
+			{"NoWait", 2 * time.Second, []Option{NoWait()}, []any{ErrNotAcquired, context.DeadlineExceeded}},
+		} {
+			t.Run(c.name+" "+test.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					db, srv := newServer(t)
+					db.SetMaxOpenConns(1)
+					conn, err := db.Conn(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer conn.Close()
+					ctx, cancel := context.WithTimeout(t.Context(), test.ctx)
+					defer cancel()
+					start := time.Now()
+					wantError(t, c.run(ctx, db, key, nothing, test.opts...), append(test.wants, "pool")...)
+					if d := time.Since(start); d != 2*time.Second {
+						t.Errorf("after %v", d)
+					}
+					srv.want(t, on(1, "open")...)
+				})
+			})
+		}
+	}
+}
+
+func TestAConnectionThatIsNeverMadeIsGivenUp(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.dial = func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		start := time.Now()
+		wantError(t, WithLock(t.Context(), db, key, nothing), "no answer from the server within 30s")
+		if d := time.Since(start); d != dialBound {
+			t.Errorf("after %v", d)
+		}
+	})
+}
+
+// stuck is a driver that does not return from the statement that begins with prefix
+// before it is told to, whatever becomes of ctx. Another holds the lock.
+func stuck(srv *server, prefix string) (free func()) {
+	back := make(chan struct{})
+	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+		if strings.HasPrefix(query, prefix) {
+			<-back
+		}
+		if strings.Contains(query, "_try_") {
+			return 0, nil
+		}
+		return 1, nil
+	}
+	return func() { close(back) }
+}
+
+func TestADriverThatDoesNotReturnFromAnAcquisitionIsAbandoned(t *testing.T) {
+	t.Parallel()
+	const try, wait = "SELECT WHERE pg_catalog.pg_try", "SELECT pg_catalog.set_config"
+	for _, test := range []struct {
+		closure int
+		stuckIn string
+		opts    []Option
+		sent    []string // until then
+	}{
+		{0, try, []Option{Timeout(time.Minute)}, []string{"open", tryQuery}},
+		{0, wait, nil, []string{"open", tryQuery, waitQuery}},
+		{2, wait, nil, []string{"open", tryQuery, waitQuery}},
+		{3, wait, nil, []string{"open", tryQuery, waitQuery}},
+		{4, "BEGIN", nil, []string{"open", "BEGIN"}},
+		{5, wait, nil, []string{"open", tryQuery, waitQuery}},
+	} {
+		c := closures[test.closure]
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				free := stuck(srv, test.stuckIn)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				start := time.Now()
+				err := c.run(ctx, db, key, func(context.Context) error {
+					t.Error("fn runs")
+					return nil
+				}, test.opts...)
+				wantError(t, err, ErrNotAcquired, context.DeadlineExceeded)
+				if d := time.Since(start) - time.Second; d > 2*abandonAfter {
+					t.Errorf("%v after the end of ctx", d)
+				}
+				time.Sleep(time.Hour)
+				srv.want(t, on(1, test.sent...)...)
+
+				// The driver returns after all: the connection is closed then, and
+				// nothing else is sent on it. A BEGIN is undone.
+				free()
+				synctest.Wait()
+				if test.stuckIn == "BEGIN" {
+					test.sent = append(test.sent, "ROLLBACK")
+				}
+				srv.want(t, on(1, append(test.sent, "close")...)...)
+				if n := db.Stats().OpenConnections; n != 0 {
+					t.Errorf("%d connections in the pool", n)
+				}
+			})
+		})
+	}
+}
+
+func TestADriverThatDoesNotReturnFromAWaitOfAcquireConnIsAbandoned(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		free := stuck(srv, "SELECT pg_catalog.set_config")
+		conn, err := db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		start := time.Now()
+		wantError(t, AcquireConn(ctx, conn, key), ErrNotAcquired, context.DeadlineExceeded)
+		if d := time.Since(start) - time.Second; d > 2*abandonAfter {
+			t.Errorf("%v after the end of ctx", d)
+		}
+		free()
+		synctest.Wait()
+		srv.want(t, on(1, "open", tryQuery, waitQuery, "close")...)
+	})
+}
+
+func TestReleaseIsBoundedEvenIfTheDriverDoesNotReturn(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures[:4] {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				back := make(chan struct{})
+				srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+					if query == c.releases[0] {
+						<-back
+					}
+					return 1, nil
+				}
+				start := time.Now()
+				wantError(t, c.run(t.Context(), db, key, nothing), ErrLost, "release bigint 42", "no answer from the server within 5s")
+				if d := time.Since(start); d > releaseBound+2*abandonAfter {
+					t.Errorf("after %v", d)
+				}
+				close(back)
+				synctest.Wait()
+				srv.want(t, on(1, append(append(slices.Clip(c.acquires), c.releases...), "close")...)...)
+			})
+		})
+	}
+}
+
+func TestStatementsOfWithConnLock(t *testing.T) {
+	t.Parallel()
+	mock := func(t *testing.T, queries ...string) *sql.DB {
+		db, mock := newMock(t)
+		for _, q := range queries {
+			mock.ExpectExec(q).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, 1))
+		}
+		return db
+	}
+	wantError(t, withConnLock(t.Context(), mock(t, tryQuery, unlockAllQuery)))
+	wantError(t, withConnLock(t.Context(), mock(t,
+		"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
+		"SELECT pg_catalog.pg_advisory_unlock_all() WHERE pg_catalog.pg_advisory_unlock_shared(42)",
+	), Shared()))
+	wantError(t, withConnLock(t.Context(), mock(t,
+		tryQuery, "SET idle_session_timeout = 60000; "+heldQuery, "RESET idle_session_timeout; "+unlockAllQuery,
+	), HolderTimeout(time.Minute)))
+	wantError(t, WithConnLock(t.Context(), mock(t, tryQuery, "CREATE TABLE t ()", unlockAllQuery), key,
+		func(ctx context.Context, conn *sql.Conn) error {
+			_, err := conn.ExecContext(ctx, "CREATE TABLE t ()")
+			return err
+		}))
+}
+
+func TestWithConnLockThatCannotBeArmedIsNotAcquired(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t, granted, fails(pgError("42704")))
+	err := WithConnLock(t.Context(), db, key, func(context.Context, *sql.Conn) error {
+		t.Error("fn runs")
+		return nil
+	}, HolderTimeout(time.Minute))
+	wantError(t, err, pgError("42704"), "PostgreSQL 14")
+	srv.want(t, on(1, "open", tryQuery, "SET idle_session_timeout = 60000; "+heldQuery, "close")...)
+}
+
+func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	err := WithConnLock(t.Context(), db, key, func(_ context.Context, conn *sql.Conn) error {
+		return conn.Raw(func(any) error { return driver.ErrBadConn })
+	})
+	wantError(t, err, driver.ErrBadConn, ErrLost, sql.ErrConnDone)
+	srv.want(t, on(1, "open", tryQuery, "close")...)
+}
+
+// On the caller's connection, what it holds is found out exactly, and nothing else
+// on it is touched.
+func TestAcquireConn(t *testing.T) {
+	t.Parallel()
+	died := io.ErrUnexpectedEOF
+	lastWait := strings.Replace(waitQuery, "400", "200", 1)
+	lastWaitAgain := strings.Replace(waitAgainQuery, "'400'", "'200'", 1)
+	for _, test := range []struct {
+		name    string
+		replies []reply
+		opts    []Option
+		want    []string // after open
+		wants   []any
+	}{
+		{"granted", nil, nil, []string{tryQuery}, nil},
+		{"shared", nil, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)"}, nil},
+		{"granted after waiting", []reply{refused}, nil, []string{tryQuery, waitQuery}, nil},
+		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryQuery}, []any{ErrNotAcquired}},
+		{
+			"a lock_timeout that hid nothing", []reply{refused, fails(err55P03), granted}, nil,
+			[]string{tryQuery, waitQuery, waitAgainQuery}, nil,
+		},
+		{
+			"a lock_timeout that hid a grant", []reply{refused, fails(err55P03), refused}, nil,
+			[]string{tryQuery, waitQuery, waitAgainQuery}, nil,
+		},
+		{
+			"a statement_timeout", []reply{refused, fails(err57014), fails(err57014), granted}, nil,
+			[]string{tryQuery, waitQuery, waitAgainQuery, waitAgainQuery}, nil,
+		},
+		{
+			"shared, a lock_timeout", []reply{refused, fails(err55P03), granted}, []Option{Shared()},
+			[]string{
+				"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
+				"SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42)",
+				"SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42) WHERE NOT EXISTS (" + heldShared + ")",
+			}, nil,
+		},
+		{
+			"Timeout", []reply{refused, fails(err55P03), fails(err55P03), refused}, []Option{Timeout(600 * time.Millisecond)},
+			[]string{tryQuery, waitQuery, lastWaitAgain, heldQuery, holdersQuery}, []any{ErrNotAcquired, "not acquired within 600ms"},
+		},
+		{
+			"Timeout, and the lock_timeout hid a grant", []reply{refused, fails(err55P03), granted}, []Option{Timeout(200 * time.Millisecond)},
+			[]string{tryQuery, lastWait, heldQuery}, nil,
+		},
+		{
+			"Timeout, and it cannot be found out", []reply{refused, fails(err55P03), fails(died)}, []Option{Timeout(200 * time.Millisecond)},
+			[]string{tryQuery, lastWait, heldQuery, "close"}, []any{died},
+		},
+		{"the try fails", []reply{fails(died)}, nil, []string{tryQuery, "close"}, []any{died}},
+		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryQuery, "close"}, []any{pgError("53200")}},
+		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryQuery, waitQuery, "close"}, []any{died}},
+		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, waitQuery, "close"}, []any{ErrDeadlock}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				answers := inOrder(test.replies...)
+				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+					rows, err := answers(ctx, conn, query)
+					if err == error(err55P03) {
+						_, err = script55P03(t)(ctx, conn, query)
+					}
+					return rows, err
+				}
+				conn, err := db.Conn(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				wantError(t, AcquireConn(t.Context(), conn, key, test.opts...), test.wants...)
+				srv.want(t, on(1, append([]string{"open"}, test.want...)...)...)
+				if test.want[len(test.want)-1] == "close" {
+					if err := conn.PingContext(t.Context()); !errors.Is(err, sql.ErrConnDone) {
+						t.Errorf("the caller can go on: %v", err)
+					}
+				} else if _, err := conn.ExecContext(t.Context(), "SELECT"); err != nil {
+					t.Errorf("the caller cannot go on: %v", err)
+				}
+				_ = conn.Close()
+			})
+		})
+	}
+}
+
+func TestReleaseConn(t *testing.T) {
+	t.Parallel()
+	died := io.ErrUnexpectedEOF
+	for _, test := range []struct {
+		name  string
+		reply reply
+		opts  []Option
+		want  []string
+		wants []any
+	}{
+		{"held", granted, nil, []string{unlockQuery}, nil},
+		{"held shared", granted, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)"}, nil},
+		{"not held", refused, nil, []string{unlockQuery, "close"}, []any{ErrLost, "release bigint 42"}},
+		{"fails", fails(died), nil, []string{unlockQuery, "close"}, []any{ErrLost, died}},
+		{"refused", fails(pgError("25P02")), nil, []string{unlockQuery, "close"}, []any{ErrLost, pgError("25P02")}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			db, srv := newServer(t, granted, test.reply)
+			conn, err := db.Conn(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			wantError(t, AcquireConn(t.Context(), conn, key, test.opts...))
+			ended, cancel := context.WithCancel(t.Context())
+			cancel() // and it is released nevertheless
+			wantError(t, ReleaseConn(ended, conn, key, test.opts...), test.wants...)
+			got := srv.lines()[2:]
+			if !slices.Equal(got, on(1, test.want...)) {
+				t.Errorf("log: %q", got)
+			}
+		})
+	}
+}
+
+func TestAcquireConnAndReleaseConnOnAConnThatIsClosed(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	conn, err := db.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, AcquireConn(t.Context(), conn, key), sql.ErrConnDone)
+	wantError(t, ReleaseConn(t.Context(), conn, key), ErrLost, sql.ErrConnDone)
+	srv.want(t, "1 open")
+}
+
+func TestAcquireConnUnderAnEndedCtxLeavesConnAsItWas(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	conn, err := db.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	wantError(t, AcquireConn(ctx, conn, key), ErrNotAcquired, context.Canceled)
+	srv.want(t, "1 open")
+}
+
+func TestATimeoutWithoutEndIsOne(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t, refused, fails(err55P03))
+		wantError(t, WithLock(t.Context(), db, key, nothing, Timeout(1<<63-1)))
+		srv.want(t, on(1, "open", tryQuery, waitQuery, waitQuery, unlockAllQuery)...)
+	})
+}

@@ -1,0 +1,198 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// wantError checks that err matches every error among wants and contains every
+// string, and that it matches none of the package's errors that is not among them.
+// No wants: no error.
+func wantError(t testing.TB, err error, wants ...any) {
+	t.Helper()
+	if (err == nil) != (len(wants) == 0) {
+		t.Errorf("error: %v, want %v", err, wants)
+		return
+	}
+	if err == nil {
+		return
+	}
+	expected := map[error]bool{}
+	for _, want := range wants {
+		switch want := want.(type) {
+		case string:
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("error %q does not say %q", err, want)
+			}
+		case error:
+			expected[want] = true
+			if !errors.Is(err, want) {
+				t.Errorf("error %q does not match %q", err, want)
+			}
+		default:
+			t.Fatalf("%T", want)
+		}
+	}
+	for _, sentinel := range []error{ErrNotAcquired, ErrLost, ErrReentrant, ErrDeadlock} {
+		if !expected[sentinel] && errors.Is(err, sentinel) {
+			t.Errorf("error %q matches %q", err, sentinel)
+		}
+	}
+}
+
+// logBuffer is what a Logger was given, as text.
+type logBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func (b *logBuffer) option() Option {
+	return Logger(slog.New(slog.NewTextHandler(b, nil)))
+}
+
+func TestErrorsSayTheOperationTheKeyAndTheReason(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		replies []reply
+		opts    []Option
+		wants   []any
+	}{
+		{"NoWait", []reply{refused}, []Option{NoWait()}, []any{ErrNotAcquired,
+			"advisory: acquire a (bigint -3848465438864589366): not acquired: another holds the lock"}},
+		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []any{ErrDeadlock, pgError("40P01"),
+			"advisory: acquire a (bigint -3848465438864589366): server error 40P01"}},
+		{"a deadlock, wrapped by a driver", []reply{refused, fails(fmt.Errorf("ERROR: %w", pgError("40P01")))}, nil,
+			[]any{ErrDeadlock, pgError("40P01"), "ERROR: server error 40P01"}},
+		{"a full lock table", []reply{fails(pgError("53200"))}, nil, []any{pgError("53200"),
+			"advisory: acquire a (bigint -3848465438864589366): server error 53200 ", "max_locks_per_transaction"}},
+		{"another kind of server", []reply{fails(pgError("42883"))}, nil, []any{pgError("42883"), "PostgreSQL 14 or newer"}},
+		{"the driver's own", []reply{fails(io.ErrUnexpectedEOF)}, nil, []any{io.ErrUnexpectedEOF,
+			"advisory: acquire a (bigint -3848465438864589366): unexpected EOF"}},
+		{"unlock refused", []reply{granted, refused}, nil, []any{ErrLost,
+			"advisory: release a (bigint -3848465438864589366): lock lost: this session did not hold it"}},
+		{"unlock failed", []reply{granted, fails(io.ErrUnexpectedEOF)}, nil, []any{ErrLost, io.ErrUnexpectedEOF,
+			"advisory: release a (bigint -3848465438864589366): lock lost: unexpected EOF"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			db, _ := newServer(t, test.replies...)
+			err := WithLock(t.Context(), db, Name("a"), func(context.Context) error { return nil }, test.opts...)
+			wantError(t, err, test.wants...)
+		})
+	}
+}
+
+func TestATimeoutCanBeToldFromARefusal(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = script55P03(t)
+			for _, test := range []struct {
+				opt  Option
+				want bool
+			}{{Timeout(time.Second), true}, {NoWait(), false}} {
+				err := c.run(t.Context(), db, key, nothing, test.opt)
+				wantError(t, err, ErrNotAcquired)
+				var is interface{ Timeout() bool }
+				if got := errors.As(err, &is) && is.Timeout(); got != test.want {
+					t.Errorf("%s: %v: Timeout() is %v", c.name, err, got)
+				}
+			}
+		})
+	}
+}
+
+func TestTheMessageOfManyKeysStaysShort(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int]string{
+		1: "acquire bigint 1: ",
+		2: "acquire bigint 1, bigint 2: ",
+		4: "acquire bigint 1, bigint 2, bigint 3, bigint 4: ",
+		5: "acquire bigint 1, bigint 2, bigint 3 and 2 more keys: ",
+	} {
+		db, _ := newServer(t, refused)
+		var keys []Key
+		for i := range n {
+			keys = append(keys, ID(int64(i+1)))
+		}
+		err := WithLocks(t.Context(), db, keys, func(context.Context) error { return nil }, NoWait())
+		wantError(t, err, ErrNotAcquired, want)
+	}
+}
+
+// A lost session is replaced while waiting; the server's refusal is final.
+func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		err  error
+		goOn bool
+	}{
+		{io.ErrUnexpectedEOF, true},
+		{errors.New("conn closed"), true},
+		{fmt.Errorf("write: %w", io.ErrClosedPipe), true},
+		{pgError("08006"), true}, // connection_failure
+		{pgError("57P01"), true}, // admin_shutdown
+		{pgError("57P02"), true}, // crash_shutdown
+		{pgError("57P03"), true}, // cannot_connect_now
+		{pgError("57P05"), true}, // idle_session_timeout
+		{pgError("25P03"), true}, // idle_in_transaction_session_timeout
+		{pgError("42501"), false},
+		{pgError("53200"), false},
+		{pgError("53300"), true}, // too_many_connections
+		{pgError("XX000"), false},
+	} {
+		for _, c := range []struct {
+			function string
+			replies  []reply
+			run      func(ctx context.Context, db *sql.DB) error
+		}{
+			{"WithLock", []reply{refused, fails(test.err)}, func(ctx context.Context, db *sql.DB) error {
+				return WithLock(ctx, db, key, func(context.Context) error { return nil })
+			}},
+			{"WithTxLock", []reply{done, refused, fails(test.err)}, func(ctx context.Context, db *sql.DB) error {
+				return WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error { return nil })
+			}},
+		} {
+			t.Run(c.function+" "+test.err.Error(), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					db, srv := newServer(t, c.replies...)
+					err := c.run(t.Context(), db)
+					if test.goOn {
+						wantError(t, err)
+					} else {
+						wantError(t, err, test.err)
+					}
+					if got, want := srv.opened, map[bool]int{false: 1, true: 2}[test.goOn]; got != want {
+						t.Errorf("%d connections were made, want %d", got, want)
+					}
+					if got, want := srv.open(), srv.opened-1; got != want {
+						t.Errorf("%d connections open, want %d", got, want)
+					}
+				})
+			})
+		}
+	}
+}

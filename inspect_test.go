@@ -1,0 +1,225 @@
+package advisory
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/DATA-DOG/go-sqlmock"
+	"github.com/google/go-cmp/cmp"
+)
+
+var holdersColumns = make([]string, 10)
+
+func TestHoldersAsksForTheKeyAsPgLocksSpreadsIt(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		key                   Key
+		classid, objid, subid int64
+	}{
+		{ID(42), 0, 42, 1},
+		{ID(-1), 4294967295, 4294967295, 1},
+		{ID(1<<32 + 2), 1, 2, 1},
+		{Name("a"), 0xca978112, 0xca1bbdca, 1},
+		{Pair(7, 42), 7, 42, 2},
+		{Pair(-7, -2147483648), 4294967289, 2147483648, 2},
+	} {
+		db, mock := newMock(t)
+		mock.ExpectQuery(holdersQuery).WithArgs(test.classid, test.objid, test.subid).WillReturnRows(sqlmock.NewRows(holdersColumns))
+		holders, err := Holders(t.Context(), db, test.key)
+		wantError(t, err)
+		if len(holders) != 0 {
+			t.Errorf("holders: %v", holders)
+		}
+	}
+}
+
+func TestHoldersReturnsEveryColumnWhereItBelongs(t *testing.T) {
+	t.Parallel()
+	start, wait := time.Unix(1e9, 0), time.Unix(1e9+60, 0)
+	db, mock := newMock(t)
+	mock.ExpectQuery(holdersQuery).WillReturnRows(sqlmock.NewRows(holdersColumns).
+		AddRow(4711, true, false, "u", "app", "10.0.0.7", "idle", "SELECT 1", start, nil).
+		AddRow(0, true, true, "", "", "", "", "", nil, nil).
+		AddRow(4712, false, true, "v", "", "", "active", "", start, wait))
+	holders, err := Holders(t.Context(), db, key)
+	wantError(t, err)
+	if diff := cmp.Diff([]Holder{
+		{PID: 4711, Granted: true, User: "u", ApplicationName: "app", ClientAddr: "10.0.0.7", State: "idle", Query: "SELECT 1", SessionStart: start},
+		{Granted: true, Shared: true},
+		{PID: 4712, Shared: true, User: "v", State: "active", SessionStart: start, WaitStart: wait},
+	}, holders); diff != "" {
+		t.Errorf("holders (-want +got):\n%s", diff)
+	}
+}
+
+func TestHoldersErrors(t *testing.T) {
+	t.Parallel()
+	one := func(pid any) *sqlmock.Rows {
+		return sqlmock.NewRows(holdersColumns).AddRow(pid, true, false, "", "", "", "", "", nil, nil)
+	}
+	for _, test := range []struct {
+		name   string
+		expect func(*sqlmock.ExpectedQuery)
+		wants  []any
+	}{
+		{"the query fails", func(q *sqlmock.ExpectedQuery) { q.WillReturnError(pgError("42703")) }, []any{pgError("42703"), "advisory: look up bigint 42: "}},
+		{"another kind of server", func(q *sqlmock.ExpectedQuery) { q.WillReturnError(pgError("42883")) }, []any{pgError("42883"), "PostgreSQL 14"}},
+		{"a row is nonsense", func(q *sqlmock.ExpectedQuery) { q.WillReturnRows(one("x")) }, []any{"advisory: look up bigint 42: "}},
+		{"the connection dies between rows", func(q *sqlmock.ExpectedQuery) {
+			q.WillReturnRows(one(1).AddRow(2, true, false, "", "", "", "", "", nil, nil).RowError(1, io.ErrUnexpectedEOF))
+		}, []any{io.ErrUnexpectedEOF}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			db, mock := newMock(t)
+			test.expect(mock.ExpectQuery(holdersQuery))
+			_, err := Holders(t.Context(), db, key)
+			wantError(t, err, test.wants...)
+		})
+	}
+}
+
+// row is a row of Holders.
+func row(pid int64, granted bool, app, addr string) []driver.Value {
+	return []driver.Value{pid, granted, false, "", app, addr, "", "", nil, nil}
+}
+
+func TestTheMessageOfATimeoutNamesTheHolder(t *testing.T) {
+	t.Parallel()
+	holder := row(4711, true, "billing", "10.0.0.7")
+	for _, test := range []struct {
+		name string
+		rows [][]driver.Value
+		err  error
+		says string // after "not acquired within 1s"
+		open int
+	}{
+		{"one", [][]driver.Value{holder, row(1, false, "", "")}, nil, `: held by pid 4711 (app "billing", 10.0.0.7)`, 1},
+		{"unknown", [][]driver.Value{row(4711, true, "", "")}, nil, ": held by pid 4711", 1},
+		{"unnamed", [][]driver.Value{row(4711, true, "", "10.0.0.7")}, nil, ": held by pid 4711 (10.0.0.7)", 1},
+		{"local", [][]driver.Value{row(4711, true, "a\nb", "")}, nil, `: held by pid 4711 (app "a\nb")`, 1},
+		{"two", [][]driver.Value{holder, row(1, true, "", "")}, nil, `: held by pid 4711 (app "billing", 10.0.0.7) and 1 other`, 1},
+		{"three", [][]driver.Value{holder, row(1, true, "", ""), row(2, true, "", ""), row(3, false, "", "")}, nil, `: held by pid 4711 (app "billing", 10.0.0.7) and 2 others`, 1},
+		{"gone by now", [][]driver.Value{row(1, false, "", "")}, nil, "", 1},
+		{"nobody", nil, nil, "", 1},
+		{"not to be seen", nil, pgError("42501"), "", 1},
+		{"the connection dies", nil, io.ErrUnexpectedEOF, "", 0},
+	} {
+		for _, c := range closures {
+			t.Run(c.name+" "+test.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					db, srv := newServer(t)
+					srv.script = script55P03(t)
+					srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) { return test.rows, test.err }
+					err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
+					wantError(t, err, ErrNotAcquired)
+					if got, want := err.Error(), "advisory: acquire bigint 42: not acquired within 1s"+test.says; got != want {
+						t.Errorf("error %q, want %q", got, want)
+					}
+					if srv.open() != test.open {
+						t.Errorf("%d connections open, want %d", srv.open(), test.open)
+					}
+				})
+			})
+		}
+	}
+}
+
+// Of several keys, the one that was waited for.
+func TestTheHolderThatIsNamedIsThatOfTheKeyInTheWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		waits := script55P03(t)
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if strings.Contains(query, ".pg_advisory_lock(42)") {
+				return 1, nil
+			}
+			return waits(ctx, conn, query)
+		}
+		srv.rows = func(_ int, args []driver.NamedValue) ([][]driver.Value, error) {
+			if args[1].Value != int64(43) {
+				t.Errorf("asked for %v", args[1].Value)
+			}
+			return [][]driver.Value{row(7, true, "", "")}, nil
+		}
+		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(time.Second))
+		wantError(t, err, ErrNotAcquired, "held by pid 7")
+	})
+}
+
+func TestTheHolderIsAskedForOnTheCallersSessionToo(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		err   error
+		conns bool // AcquireConn's conn is as it was
+		says  string
+	}{
+		{"named", nil, true, ": held by pid 7"},
+		{"not to be seen", pgError("42501"), true, "within 1s"},
+		{"the connection dies", io.ErrUnexpectedEOF, false, "within 1s"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				on, srv := newTarget(t)
+				srv.script = script55P03(t)
+				srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
+					return [][]driver.Value{row(7, true, "", "")}, test.err
+				}
+				wantError(t, AcquireConn(t.Context(), on.conn, key, Timeout(time.Second)), ErrNotAcquired, test.says)
+				wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrNotAcquired, test.says)
+				lines := srv.lines()
+				if last := lines[len(lines)-1]; last != "2 "+rollbackToQuery {
+					t.Errorf("the transaction is left at: %s", last)
+				}
+				if _, err := on.conn.ExecContext(t.Context(), "SELECT"); (err == nil) != test.conns {
+					t.Errorf("the caller's conn: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestAHolderThatCannotBeAskedForIsLeftOutInTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = script55P03(t)
+		srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
+			time.Sleep(time.Hour)
+			return nil, nil
+		}
+		start := time.Now()
+		err := WithLock(t.Context(), db, key, nothing, Timeout(time.Second))
+		wantError(t, err, ErrNotAcquired, "not acquired within 1s")
+		if d := time.Since(start) - time.Second; d > heldByBound+2*abandonAfter {
+			t.Errorf("%v over the Timeout", d)
+		}
+		time.Sleep(2 * time.Hour)
+		if srv.open() != 0 {
+			t.Error("the connection was not discarded")
+		}
+	})
+}
+
+func TestTheSavepointOfTheQuestionFails(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		on, srv := newTarget(t)
+		waits := script55P03(t)
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if query == "SAVEPOINT advisory_wait" {
+				return 0, errors.New("conn closed")
+			}
+			return waits(ctx, conn, query)
+		}
+		wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrNotAcquired)
+	})
+}

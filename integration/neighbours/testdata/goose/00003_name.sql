@@ -1,0 +1,2 @@
+-- +goose Up
+ALTER TABLE account ADD COLUMN name text;

@@ -1,0 +1,172 @@
+package integration
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pgadvisory/advisory"
+)
+
+// CREATE INDEX CONCURRENTLY waits for every transaction that might see the table as it
+// was before, and a statement that waits for a lock is one (golang-migrate/migrate#960).
+func TestHolderBuildsIndexConcurrentlyWhileOthersWait(t *testing.T) {
+	t.Parallel()
+	waiters := waysThat(func(w way) bool { return w.name != acquireTx.name })
+	eachDriver(t, func(t *testing.T, d driver) { holderBuildsIndex(t, d, waiters) })
+}
+
+// The same for waiters in a transaction of the caller's, which is one transaction for as
+// long as it waits.
+func TestHolderBuildsIndexConcurrentlyWhileTransactionsWait(t *testing.T) {
+	t.Parallel()
+	eachDriver(t, func(t *testing.T, d driver) { holderBuildsIndex(t, d, []way{acquireTx}) })
+}
+
+// holderBuildsIndex builds an index while processes wait in the given ways. The holder
+// does so on the session that holds the lock, where the server can see the deadlock, and
+// on another, where nobody can.
+func holderBuildsIndex(t *testing.T, d driver, ways []way) {
+	for _, holder := range []way{withConnLock, withLock} {
+		t.Run(holder.name, func(t *testing.T) {
+			t.Parallel()
+			var (
+				dsn = inDatabase(t) // other tests' transactions would hold up the index
+				db  = d.open(t, withParams(t, dsn, "statement_timeout", "10s"))
+				key = testKey(t)
+				g   errgroup.Group
+				n   int
+			)
+			wait := func(w way, opts ...advisory.Option) {
+				process := d.open(t, dsn)
+				g.Go(func() error {
+					if err := w.with(t.Context(), process, key, noWork, opts...); err != nil {
+						return fmt.Errorf("%s: %w", w.name, err)
+					}
+					return nil
+				})
+				n++
+			}
+			setUp(t, db, `CREATE TABLE accounts AS SELECT generate_series(1, 100) AS id`)
+			err := holder.with(t.Context(), db, key, func(ctx context.Context, q querier) error {
+				for _, w := range ways {
+					wait(w)
+					wait(w, advisory.Timeout(time.Minute))
+					w.shared = true
+					wait(w)
+				}
+				waitForWaiters(t, db, key, n)
+				_, err := q.ExecContext(ctx, `CREATE INDEX CONCURRENTLY accounts_id ON accounts (id)`)
+				return err
+			})
+			if err != nil {
+				t.Errorf("the holder: %v", err)
+			}
+			if err := g.Wait(); err != nil {
+				t.Errorf("a waiter: %v", err)
+			}
+			valid, err := isTrue(db, `SELECT indisvalid FROM pg_index WHERE indexrelid = 'accounts_id'::regclass`)
+			if err != nil || !valid {
+				t.Errorf("the index is not valid (%v)", err)
+			}
+			wantFree(t, db, key)
+		})
+	}
+}
+
+// What the tests above would see if waiting were one long statement.
+func TestNaiveWaitersDeadlockWithTheHoldersIndex(t *testing.T) {
+	t.Parallel()
+	db := drivers[0].open(t, inDatabase(t))
+	key := testKey(t)
+	setUp(t, db, `CREATE TABLE accounts AS SELECT generate_series(1, 100) AS id`)
+	var g errgroup.Group
+	holder := withConnLock.with(t.Context(), db, key, func(ctx context.Context, q querier) error {
+		for range 3 {
+			g.Go(func() error {
+				_, err := db.ExecContext(t.Context(), "SELECT pg_advisory_lock("+key.SQL()+"), pg_advisory_unlock("+key.SQL()+")")
+				return err
+			})
+		}
+		waitForWaiters(t, db, key, 3)
+		_, err := q.ExecContext(ctx, `CREATE INDEX CONCURRENTLY accounts_id ON accounts (id)`)
+		return err
+	})
+	waiter := g.Wait()
+	if sqlState(holder) != "40P01" && sqlState(waiter) != "40P01" {
+		t.Errorf("holder: %v, waiter: %v; want a deadlock", holder, waiter)
+	}
+}
+
+// A statement_timeout is meant for statements, and one wait is several.
+func TestStatementTimeoutDoesNotEndTheWaiting(t *testing.T) {
+	t.Parallel()
+	const statementTimeout = 100 * time.Millisecond
+	eachDriver(t, func(t *testing.T, d driver) {
+		t.Parallel()
+		db := d.open(t, withParams(t, server.DSN(), "statement_timeout", statementTimeout.String()))
+		key := testKey(t)
+		release := hold(t, adminDB(t), key)
+		var g errgroup.Group
+		for _, w := range ways {
+			for _, opts := range [][]advisory.Option{nil, {advisory.Timeout(20 * time.Second)}} {
+				g.Go(func() error {
+					if err := w.with(soon(t), db, key, noWork, opts...); err != nil {
+						return fmt.Errorf("%s: %w", w.name, err)
+					}
+					return nil
+				})
+			}
+			waitForWaiters(t, adminDB(t), key, 1)
+		}
+		time.Sleep(5 * statementTimeout) // the time itself is the condition
+		release()
+		if err := g.Wait(); err != nil {
+			t.Error(err)
+		}
+		wantClean(t, db)
+	})
+}
+
+// Timeout is kept by the server, to the millisecond and at no cost: the connection stays.
+func TestTimeoutIsKeptAndCostsNoConnection(t *testing.T) {
+	t.Parallel()
+	const timeout = 500 * time.Millisecond // longer than one bounded wait
+	eachDriver(t, func(t *testing.T, d driver) {
+		t.Parallel()
+		key := testKey(t)
+		hold(t, adminDB(t), key)
+		var g errgroup.Group
+		for _, w := range ways {
+			db := d.open(t, server.DSN())
+			db.SetMaxOpenConns(1)
+			pid := backendPID(t, db)
+			g.Go(func() error {
+				began := time.Now()
+				err := w.with(soon(t), db, key, noWork, advisory.Timeout(timeout))
+				if took := time.Since(began); !errors.Is(err, advisory.ErrNotAcquired) || took < timeout || took > timeout+2*time.Second {
+					t.Errorf("%s: %v after %v, want ErrNotAcquired after %v", w.name, err, took, timeout)
+				}
+				if backendPID(t, db) != pid {
+					t.Errorf("%s: the connection was not kept", w.name)
+				}
+				wantClean(t, db)
+				return nil
+			})
+		}
+		_ = g.Wait()
+	})
+}
+
+func backendPID(t testing.TB, db *sql.DB) (pid int) {
+	t.Helper()
+	if err := db.QueryRow("SELECT pg_backend_pid()").Scan(&pid); err != nil {
+		t.Error(err)
+	}
+	return pid
+}

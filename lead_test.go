@@ -1,0 +1,187 @@
+package advisory
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestALeaderStepsDownWhenFnReturns(t *testing.T) {
+	t.Parallel()
+	for _, mine := range []error{nil, errors.New("mine")} {
+		db, srv := newServer(t)
+		err := Lead(t.Context(), db, key, func(ctx context.Context) error {
+			wantError(t, Lead(ctx, db, key, nothing), ErrReentrant)
+			wantError(t, WithLock(ctx, db, key, nothing), ErrReentrant)
+			return mine
+		})
+		if err != mine {
+			t.Errorf("error: %v", err)
+		}
+		srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
+	}
+}
+
+func TestALeaderThatLosesItsLockCampaignsAgainAfterFn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, conn int, query string) (int64, error) {
+			if conn < 3 && strings.Contains(query, "pg_locks") {
+				return 0, nil
+			}
+			return 1, nil
+		}
+		var log logBuffer
+		running, terms := 0, 0
+		err := Lead(t.Context(), db, key, func(ctx context.Context) error {
+			if running++; running > 1 {
+				t.Error("fn runs twice at a time")
+			}
+			defer func() { running-- }()
+			if terms++; terms == 3 {
+				return nil
+			}
+			<-ctx.Done()
+			wantError(t, context.Cause(ctx), ErrLost)
+			time.Sleep(10 * time.Second)
+			return ctx.Err()
+		}, log.option())
+		wantError(t, err)
+		synctest.Wait()
+		srv.want(t, slices.Concat(
+			on(1, "open", tryQuery, armQuery, "close"), on(2, "open", tryQuery, armQuery, "close"), on(3, "open", tryQuery, unlockQuery),
+		)...)
+		if n := strings.Count(log.String(), "leadership lost"); n != 2 {
+			t.Errorf("log: %q", log.String())
+		}
+	})
+}
+
+func TestALeaderThatGoesOnAfterALossIsWarnedOfEveryHolderTimeout(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if strings.Contains(query, "pg_locks") {
+				return 0, nil
+			}
+			return 1, nil
+		}
+		var log logBuffer
+		first := true
+		wantError(t, Lead(t.Context(), db, key, func(ctx context.Context) error {
+			if !first {
+				return nil
+			}
+			first = false
+			<-ctx.Done()
+			time.Sleep(50 * time.Second)
+			return nil
+		}, log.option(), HolderTimeout(20*time.Second)))
+		time.Sleep(time.Hour)
+		if n := strings.Count(log.String(), "fn of a leader goes on"); n != 2 {
+			t.Errorf("%d warnings in 50 s, want 2: %q", n, log.String())
+		}
+	})
+}
+
+func TestACampaignOutlivesTheServersErrorsWithGrowingPauses(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		var last time.Time
+		var pauses []time.Duration
+		srv.dial = func(context.Context) error {
+			if !last.IsZero() {
+				pauses = append(pauses, time.Since(last))
+			}
+			if last = time.Now(); len(pauses) < 20 {
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		var log logBuffer
+		ran := 0
+		wantError(t, Lead(t.Context(), db, key, func(context.Context) error { ran++; return nil }, log.option()))
+		if ran != 1 {
+			t.Errorf("fn ran %d times", ran)
+		}
+		for i, d := range pauses {
+			mean := min(leadPauseMin<<i, leadPauseMax)
+			if d < mean/2 || d > mean*3/2 {
+				t.Errorf("pause %d: %v, want about %v", i, d, mean)
+			}
+		}
+		if n := strings.Count(log.String(), "campaign failed"); n != 20 {
+			t.Errorf("%d warnings", n)
+		}
+	})
+}
+
+func TestACampaignEndsWithCtxOrTheDB(t *testing.T) {
+	t.Parallel()
+	t.Run("ctx", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = script55P03(t)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			wantError(t, Lead(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+			synctest.Wait()
+			if srv.open() != 0 {
+				t.Error("the connection was not discarded")
+			}
+		})
+	})
+	t.Run("ctx, during a pause", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.dial = func(context.Context) error { return errors.New("connection refused") }
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			start := time.Now()
+			wantError(t, Lead(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+			if d := time.Since(start); d != time.Minute {
+				t.Errorf("after %v", d)
+			}
+		})
+	})
+	t.Run("a closed db", func(t *testing.T) {
+		db, srv := newServer(t)
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, Lead(t.Context(), db, key, nothing), "sql: database is closed")
+		srv.want(t)
+	})
+	t.Run("a db closed while waiting", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				if query == waitQuery {
+					if err := db.Close(); err != nil {
+						t.Error(err)
+					}
+					return 0, errors.New("conn closed")
+				}
+				return 0, nil
+			}
+			wantError(t, Lead(t.Context(), db, key, nothing), "sql: database is closed")
+		})
+	})
+	t.Run("after the leader's term", func(t *testing.T) {
+		db, srv := newServer(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+			cancel()
+			<-ctx.Done()
+			return nil
+		}))
+		srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
+	})
+}

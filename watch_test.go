@@ -1,0 +1,552 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/DATA-DOG/go-sqlmock"
+)
+
+func TestStatementsOfTheHeartbeat(t *testing.T) {
+	t.Parallel()
+	const rows = heldPrefix + "'ExclusiveLock' AND (" +
+		"locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '4294967295' AND objid OPERATOR(pg_catalog.=) '4294967295' AND objsubid OPERATOR(pg_catalog.=) 1 OR " +
+		"locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '1' AND objid OPERATOR(pg_catalog.=) '2' AND objsubid OPERATOR(pg_catalog.=) 1 OR " +
+		"locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '4294967289' AND objid OPERATOR(pg_catalog.=) '2147483648' AND objsubid OPERATOR(pg_catalog.=) 2)"
+	synctest.Test(t, func(t *testing.T) {
+		db, mock := newMock(t)
+		result := func(n int64) func(string) {
+			return func(query string) {
+				mock.ExpectExec(query).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, n))
+			}
+		}
+		all := " pg_catalog.%(-1) AND pg_catalog.%(4294967298) AND pg_catalog.%(-7, -2147483647-1)"
+		result(1)("SELECT WHERE" + strings.ReplaceAll(all, "%", "pg_try_advisory_lock"))
+		result(3)("SET idle_session_timeout = 60000; " + rows)
+		result(3)(rows)
+		result(1)("RESET idle_session_timeout; SELECT WHERE" + strings.ReplaceAll(all, "%", "pg_advisory_unlock"))
+		wantError(t, WithLocks(t.Context(), db, []Key{Pair(-7, -2147483648), ID(1<<32 + 2), ID(-1)}, func(context.Context) error {
+			time.Sleep(50 * time.Second)
+			return nil
+		}, Heartbeat(20*time.Second), HolderTimeout(time.Minute)))
+	})
+}
+
+func TestAHeldLockIsCheckedEveryHeartbeatAndTheServerArmedOnce(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures[:3] {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			var at []time.Duration
+			start := time.Now()
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				if strings.Contains(query, "pg_locks") {
+					at = append(at, time.Since(start))
+					time.Sleep(100 * time.Millisecond) // the answer takes a while
+				}
+				return 1, nil
+			}
+			wantError(t, c.run(t.Context(), db, key, func(ctx context.Context) error {
+				time.Sleep(3500 * time.Millisecond)
+				return ctx.Err()
+			}))
+			srv.want(t, on(1, "open", tryQuery, armQuery, heldQuery, heldQuery, disarmQuery)...)
+			if !slices.Equal(at, []time.Duration{time.Second, 2 * time.Second, 3 * time.Second}) {
+				t.Errorf("heartbeats at %v", at)
+			}
+
+			// Nothing runs after the release.
+			time.Sleep(time.Hour)
+			if n := len(srv.lines()); n != 6 {
+				t.Errorf("sent after the release: %q", srv.lines()[6:])
+			}
+		})
+	}
+}
+
+func TestALockThatIsReleasedBeforeItsFirstHeartbeatCostsNone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		for range 3 {
+			wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
+				time.Sleep(999 * time.Millisecond)
+				return nil
+			}))
+		}
+		time.Sleep(time.Hour)
+		srv.want(t, on(1, "open", tryQuery, unlockQuery, tryQuery, unlockQuery, tryQuery, unlockQuery)...)
+	})
+}
+
+func TestSharedLocksAreCheckedAsSuch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
+			time.Sleep(1500 * time.Millisecond)
+			return nil
+		}, Shared(), HolderTimeout(3*time.Second)))
+		srv.want(t, on(1, "open", "SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
+			"SET idle_session_timeout = 3000; "+heldShared,
+			"RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)")...)
+	})
+}
+
+// After a wait that failed, the heartbeat asks for the lock, and the release frees
+// every grant of it.
+func TestTheReleaseAfterAHiddenGrantAndAHeartbeat(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t, refused, fails(err55P03), granted)
+		wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
+			time.Sleep(1500 * time.Millisecond)
+			return nil
+		}))
+		srv.want(t, on(1, "open", tryQuery, waitQuery, waitQuery, armQuery, "RESET idle_session_timeout; "+unlockAllQuery)...)
+	})
+}
+
+func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
+	t.Parallel()
+	mine := errors.New("mine")
+	hang := func(ctx context.Context) (int64, error) { <-ctx.Done(); return 0, ctx.Err() }
+	for _, test := range []struct {
+		name   string
+		second func(ctx context.Context) (int64, error) // the second heartbeat's answer
+		after  time.Duration
+		wants  []any
+	}{
+		{
+			"the session is gone", func(context.Context) (int64, error) { return 0, io.ErrUnexpectedEOF },
+			2 * time.Second, []any{io.ErrUnexpectedEOF},
+		},
+		{
+			"the server ended it", func(context.Context) (int64, error) { return 0, pgError("57P05") },
+			2 * time.Second, []any{pgError("57P05")},
+		},
+		{
+			"it does not hold the lock any more", func(context.Context) (int64, error) { return 0, nil },
+			2 * time.Second, []any{"this session did not hold it"},
+		},
+		{"no answer in time", hang, 3 * time.Second, []any{"no answer from the server within 1s"}},
+		{
+			"no answer, and the driver does not return", func(context.Context) (int64, error) { time.Sleep(time.Hour); return 1, nil },
+			3 * time.Second, []any{"no answer from the server within 1s"},
+		},
+		{
+			"an answer too late", func(context.Context) (int64, error) { time.Sleep(1001 * time.Millisecond); return 1, nil },
+			3 * time.Second, []any{"no answer from the server within 1s"},
+		},
+	} {
+		for _, c := range closures[:3] {
+			for _, fnErr := range []error{nil, mine} {
+				t.Run(c.name+" "+test.name, func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						db, srv := newServer(t)
+						srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+							if query == heldQuery {
+								return test.second(ctx)
+							}
+							return 1, nil
+						}
+						wants := append(test.wants, ErrLost, "lock lost")
+						start := time.Now()
+						err := c.run(t.Context(), db, key, func(ctx context.Context) error {
+							select {
+							case <-ctx.Done():
+							case <-time.After(time.Minute):
+								t.Error("ctx has not ended")
+							}
+							if d := time.Since(start); d != test.after {
+								t.Errorf("ctx ended after %v, want %v", d, test.after)
+							}
+							wantError(t, context.Cause(ctx), append(wants, "advisory: hold bigint 42: ")...)
+							time.Sleep(10 * time.Second) // fn takes no notice
+							_, err := Token(ctx)
+							wantError(t, err, ErrLost)
+							return fnErr
+						})
+						wants = append(wants, "advisory: release bigint 42: ")
+						if fnErr != nil {
+							wants = append(wants, fnErr)
+						}
+						wantError(t, err, wants...)
+						time.Sleep(2 * time.Hour)
+						srv.want(t, on(1, "open", tryQuery, armQuery, heldQuery, "close")...)
+					})
+				})
+			}
+		}
+	}
+}
+
+func TestOneOfSeveralLocksLostIsALoss(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if strings.Contains(query, "pg_locks") {
+				return 2, nil
+			}
+			return 1, nil
+		}
+		err := WithLocks(t.Context(), db, []Key{ID(1), ID(2), ID(3)}, func(ctx context.Context) error {
+			<-ctx.Done()
+			return nil
+		})
+		wantError(t, err, ErrLost, "bigint 1, bigint 2, bigint 3")
+		synctest.Wait()
+		if srv.open() != 0 {
+			t.Error("the session was not discarded")
+		}
+	})
+}
+
+func TestAnAnswerJustInTimeIsOne(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if strings.Contains(query, "pg_locks") {
+				time.Sleep(999 * time.Millisecond)
+			}
+			return 1, nil
+		}
+		wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
+			time.Sleep(time.Minute)
+			return ctx.Err()
+		}))
+	})
+}
+
+func TestAProcessThatWasFrozenHasLostItsLock(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		l, err := Acquire(t.Context(), db, key)
+		wantError(t, err)
+		// The clock went on, and the timer did not.
+		w := l.hold.watch
+		w.mu.Lock()
+		w.proof = w.proof.Add(-time.Second)
+		w.mu.Unlock()
+		<-l.Context().Done()
+		wantError(t, context.Cause(l.Context()), ErrLost, "no heartbeat for 2s")
+		wantError(t, l.Release(), ErrLost)
+		wantError(t, l.Release(), ErrLost)
+		synctest.Wait()
+		srv.want(t, on(1, "open", tryQuery, "close")...) // no heartbeat, which might have come back well
+	})
+}
+
+// A Release that meets a heartbeat waits for it, and what comes of it is no news.
+func TestAReleaseDuringAHeartbeat(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		answer func(ctx context.Context) (int64, error)
+		want   []string
+		wants  []any
+	}{
+		{
+			"which is well", func(context.Context) (int64, error) { time.Sleep(500 * time.Millisecond); return 1, nil },
+			on(1, "open", tryQuery, armQuery, disarmQuery), nil,
+		},
+		{
+			"which is not answered", func(ctx context.Context) (int64, error) { <-ctx.Done(); return 0, ctx.Err() },
+			on(1, "open", tryQuery, armQuery, disarmQuery), nil,
+		},
+		{
+			"from which the driver does not return", func(context.Context) (int64, error) { time.Sleep(time.Hour); return 1, nil },
+			on(1, "open", tryQuery, armQuery, "close"), []any{ErrLost},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+					if query == armQuery {
+						return test.answer(ctx)
+					}
+					return 1, nil
+				}
+				l, err := Acquire(t.Context(), db, key)
+				wantError(t, err)
+				time.Sleep(1100 * time.Millisecond)
+				start := time.Now()
+				wantError(t, l.Release(), test.wants...)
+				if d := time.Since(start); d > releaseBound+2*abandonAfter {
+					t.Errorf("Release took %v", d)
+				}
+				wantError(t, context.Cause(l.Context()), context.Canceled)
+				time.Sleep(2 * time.Hour)
+				srv.want(t, test.want...)
+			})
+		})
+	}
+}
+
+// Both want their turn on the session at one moment. Whichever comes first, the
+// connection goes back to the pool without an idle_session_timeout.
+func TestAHeartbeatNeverFollowsTheRelease(t *testing.T) {
+	t.Parallel()
+	for range 300 {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				if query == unlockQuery || query == disarmQuery {
+					time.Sleep(time.Millisecond)
+				}
+				return 1, nil
+			}
+			l, err := Acquire(t.Context(), db, key)
+			wantError(t, err)
+			time.Sleep(time.Second)
+			wantError(t, l.Release())
+			time.Sleep(time.Second)
+			lines := srv.lines()
+			want := on(1, "open", tryQuery, unlockQuery)
+			if len(lines) > 3 {
+				want = on(1, "open", tryQuery, armQuery, disarmQuery)
+			}
+			if !slices.Equal(lines, want) {
+				t.Errorf("log: %q", lines)
+			}
+		})
+	}
+}
+
+func TestALockIsWatchedBeyondTheCtxOfItsAcquisition(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		l, err := Acquire(ctx, db, key)
+		wantError(t, err)
+		cancel()
+		time.Sleep(2500 * time.Millisecond)
+		wantError(t, l.Release())
+		srv.want(t, on(1, "open", tryQuery, armQuery, heldQuery, disarmQuery)...)
+	})
+}
+
+// Where the caller drives the session, nobody else sends anything on it.
+func TestNoHeartbeatOnTheCallersSession(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures[3:] {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			wantError(t, c.run(t.Context(), db, key, func(context.Context) error {
+				time.Sleep(time.Hour)
+				return nil
+			}))
+			srv.want(t, on(1, append(slices.Clip(c.acquires), c.releases...)...)...)
+		})
+	}
+}
+
+func TestTokenIsAskedForOnceOnTheHoldingSession(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			db, srv := newServer(t)
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				if query == tokenQuery {
+					return 1<<40 + 7, nil
+				}
+				return 1, nil
+			}
+			var after context.Context
+			wantError(t, c.run(t.Context(), db, key, func(ctx context.Context) error {
+				after = ctx
+				derived, cancel := context.WithCancel(ctx)
+				defer cancel()
+				for _, ctx := range []context.Context{ctx, derived, ctx} {
+					no, err := Token(ctx)
+					wantError(t, err)
+					if no != 1<<40+7 {
+						t.Errorf("token %d", no)
+					}
+				}
+				return nil
+			}))
+			srv.want(t, on(1, slices.Concat(c.acquires, []string{tokenQuery}, c.releases)...)...)
+
+			_, err := Token(context.WithoutCancel(after))
+			wantError(t, err, ErrLost, "token of bigint 42")
+		})
+	}
+}
+
+func TestTokenIsOfTheInnermostLock(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	wantError(t, WithLock(t.Context(), db, ID(1), func(ctx context.Context) error {
+		return WithLock(ctx, db, ID(2), func(ctx context.Context) error {
+			_, err := Token(ctx)
+			return err
+		})
+	}))
+	if !slices.Contains(srv.lines(), "2 "+tokenQuery) {
+		t.Errorf("log: %q", srv.lines())
+	}
+}
+
+func TestLockToken(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	l, err := Acquire(t.Context(), db, key)
+	wantError(t, err)
+	for _, ask := range []func() (int64, error){
+		func() (int64, error) { return l.Token(t.Context()) },
+		func() (int64, error) { return Token(l.Context()) },
+	} {
+		no, err := ask()
+		wantError(t, err)
+		if no != 1 {
+			t.Errorf("token %d", no)
+		}
+	}
+	wantError(t, l.Release())
+	_, err = l.Token(t.Context())
+	wantError(t, err, ErrLost, "not held any more")
+	srv.want(t, on(1, "open", tryQuery, tokenQuery, unlockQuery)...)
+}
+
+func TestTokenWithoutALockIsAnError(t *testing.T) {
+	t.Parallel()
+	_, err := Token(t.Context())
+	wantError(t, err, "advisory: token: ctx carries no lock")
+}
+
+func TestTokenUnderAnEndedCtxSendsNothing(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	l, err := Acquire(t.Context(), db, key)
+	wantError(t, err)
+	cause := errors.New("cause")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	_, err = l.Token(ctx)
+	wantError(t, err, context.Canceled, cause, "token of bigint 42: cause")
+	wantError(t, l.Release())
+	srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
+}
+
+// A driver that breaks off a statement closes the session, and with it goes the lock.
+func TestTheEndOfCtxDoesNotBreakOffToken(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures[:4] {
+		db, srv := newServer(t)
+		wantError(t, c.run(t.Context(), db, key, func(ctx context.Context) error {
+			ctx, cancel := context.WithCancel(ctx)
+			srv.script = func(stmtCtx context.Context, _ int, query string) (int64, error) {
+				if query == tokenQuery {
+					cancel()
+					return 99, stmtCtx.Err()
+				}
+				return 1, nil
+			}
+			no, err := Token(ctx)
+			wantError(t, err)
+			if no != 99 {
+				t.Errorf("token %d", no)
+			}
+			return nil
+		}))
+		srv.want(t, on(1, slices.Concat(c.acquires, []string{tokenQuery}, c.releases)...)...)
+	}
+}
+
+func TestTokenThatCannotBeHad(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		reply reply
+		wants []any
+	}{
+		{"the session is gone", fails(io.ErrUnexpectedEOF), []any{ErrLost, io.ErrUnexpectedEOF, "token of bigint 42: lock lost"}},
+		{"a standby", fails(pgError("25006")), []any{pgError("25006"), "token of bigint 42"}},
+		{"PostgreSQL 12", fails(pgError("42883")), []any{pgError("42883"), "PostgreSQL 14"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			db, srv := newServer(t, granted, test.reply, reply{rows: 5}, done)
+			l, err := Acquire(t.Context(), db, key)
+			wantError(t, err)
+			_, err = l.Token(t.Context())
+			wantError(t, err, test.wants...)
+			if errors.Is(err, ErrLost) {
+				_ = l.Release()
+				return
+			}
+			no, err := l.Token(t.Context()) // an error is not remembered
+			wantError(t, err)
+			if no != 5 {
+				t.Errorf("token %d", no)
+			}
+			wantError(t, l.Release())
+			srv.want(t, on(1, "open", tryQuery, tokenQuery, tokenQuery, unlockQuery)...)
+		})
+	}
+}
+
+func TestATokenThatIsNoNumberIsAnError(t *testing.T) {
+	t.Parallel()
+	db, mock := newMock(t)
+	mock.ExpectExec(tryQuery).WillReturnResult(sqlmock.NewResult(0, 1))
+	mock.ExpectQuery(tokenQuery).WithoutArgs().WillReturnRows(sqlmock.NewRows([]string{"text"}).AddRow("(1,2)"))
+	mock.ExpectExec(unlockQuery).WillReturnResult(sqlmock.NewResult(0, 1))
+	wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
+		if no, err := Token(ctx); err == nil {
+			t.Errorf("token %d", no)
+		}
+		return nil
+	}))
+}
+
+// Heartbeat and token are two statements on one session at one time.
+func TestTokenDuringAHeartbeatWaitsForIt(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		under := false
+		srv.script = func(context.Context, int, string) (int64, error) {
+			if under {
+				t.Error("two statements at once")
+			}
+			under = true
+			time.Sleep(200 * time.Millisecond)
+			under = false
+			return 1, nil
+		}
+		wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
+			time.Sleep(1100 * time.Millisecond)
+			_, err := Token(ctx)
+			return err
+		}))
+		srv.want(t, on(1, "open", tryQuery, armQuery, tokenQuery, disarmQuery)...)
+	})
+}
+
+func TestTokenOfATransactionThatHasEndedIsErrLost(t *testing.T) {
+	t.Parallel()
+	db, _ := newServer(t)
+	_ = WithTxLock(t.Context(), db, key, func(ctx context.Context, tx *sql.Tx) error {
+		if err := tx.Commit(); err != nil {
+			t.Error(err)
+		}
+		_, err := Token(ctx)
+		wantError(t, err, ErrLost, sql.ErrTxDone)
+		return nil
+	})
+}
