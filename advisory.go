@@ -289,6 +289,9 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error, hint 
 	case ctx.Err() != nil:
 		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx)}
 		e.msg = "not acquired: " + context.Cause(ctx).Error()
+	case errors.Is(err, ErrDeadlock):
+		e.msg = "the holder of the lock waits for this transaction: deadlock"
+		e.errs = []error{ErrDeadlock}
 	case sqlState(err) == deadlockDetected:
 		e.msg = explain(err)
 		e.errs = []error{ErrDeadlock, err}

@@ -29,8 +29,13 @@ var (
 	// Waiting for it would last for ever.
 	ErrReentrant = errors.New("advisory: lock already held by this caller")
 
-	// ErrDeadlock: the server found a deadlock and ended this wait (SQLSTATE
-	// 40P01). The lock is not held.
+	// ErrDeadlock: the wait was part of a deadlock, and has ended. The lock is not held.
+	// The server found it (SQLSTATE 40P01), or AcquireTx did.
+	//
+	// Not every deadlock is found. The waits of this package end before the server's
+	// deadlock_timeout (see the package documentation), so that it does not see one that
+	// is made of them alone. Callers that take several locks one by one should do so in one order, as
+	// WithLocks does, or with a Timeout.
 	ErrDeadlock = errors.New("advisory: deadlock detected")
 )
 

@@ -5,11 +5,12 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 )
 
 // The transaction-scoped statements. COMMIT and ROLLBACK release the locks, and a
-// failed wait leaves none: the transaction, or the savepoint, is rolled back.
+// failed wait leaves none: the transaction is rolled back.
 
 // tryTxStatement: one row if the lock was granted.
 func tryTxStatement(k Key, shared bool) string {
@@ -35,10 +36,16 @@ func waitTxStatement(bound time.Duration, k Key, shared bool) string {
 		", pg_catalog.set_config('lock_timeout', old.lock_timeout, true) FROM old"
 }
 
+// deadlockStatement: a row for each holder of the lock that waits for this session.
+func deadlockStatement(k Key) string {
+	return "SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND granted" +
+		" AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())" +
+		" AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
+}
+
 const (
-	savepointStatement  = "SAVEPOINT advisory_wait; "
-	keepStatement       = "; RELEASE SAVEPOINT advisory_wait"
-	rollbackToStatement = "ROLLBACK TO SAVEPOINT advisory_wait; RELEASE SAVEPOINT advisory_wait"
+	savepointStatement  = "SAVEPOINT advisory"
+	rollbackToStatement = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 )
 
 // WithTxLock runs fn in a transaction that holds the lock of key: BEGIN, lock, fn,
@@ -282,10 +289,15 @@ func (t *txn) end(keys []Key) error {
 // which holds it until COMMIT or ROLLBACK (or until it is rolled back to a savepoint
 // that is older than the lock). It works behind a transaction pooler.
 //
-// It takes the options Shared, NoWait, Timeout, Logger and Observe. tx stays usable after any error
-// that ends a wait: NoWait, Timeout, the end of ctx, a deadlock. Waits run under a
-// savepoint named advisory_wait, and the end of ctx is noticed within 400 ms, not by
-// cancelling, which would cost the connection. tx's own settings stay as they are.
+// It takes the options Shared, NoWait, Timeout, Logger and Observe. tx stays usable after any
+// error that ends a wait: NoWait, Timeout, the end of ctx, a deadlock. Its settings stay as they are.
+//
+// It does not wait in the server's queue, but tries again after pauses that grow to 100 ms.
+// CREATE INDEX CONCURRENTLY, having met a transaction in the middle of a statement, waits
+// for all of the transaction, which would wait for the lock: if the lock's holder builds the index,
+// for ever. So those who do wait in the queue go first; where many compete for a key, use [WithTxLock].
+// If the holder is found to wait for tx, for a row that it has locked, say, the error
+// matches [ErrDeadlock], after some two seconds.
 //
 // At REPEATABLE READ and above, tx reads what there was before its first statement,
 // and this may be its first: take the lock with [WithTxLock], or a session-level lock
@@ -301,11 +313,11 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	r := &runner{send: txSend(tx), busy: make(chan struct{}, 1)}
-	if err = r.acquireTx(ctx, key, &cfg); err != nil {
+	a := txAcquisition{runner: runner{send: txSend(tx), busy: make(chan struct{}, 1)}, tx: tx, key: key, cfg: &cfg}
+	if err = a.acquire(ctx); err != nil {
 		var hint string
 		if errors.Is(err, errTimeout) {
-			hint = r.heldByTx(ctx, tx, key)
+			hint = a.heldBy(ctx)
 		}
 		err = acquireError(ctx, keys, &cfg, err, hint)
 	}
@@ -313,66 +325,96 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	return err
 }
 
-// heldByTx says who holds the lock of k, under a savepoint: a question that fails must
-// not cost the transaction.
-func (r *runner) heldByTx(ctx context.Context, tx *sql.Tx, k Key) (who string) {
-	ctx = context.WithoutCancel(ctx)
-	if _, err := r.exec(ctx, heldByBound, "SAVEPOINT advisory_wait"); err != nil {
-		return ""
-	}
-	var answer string
-	if r.do(ctx, heldByBound, func(ctx context.Context) (err error) {
-		answer, err = heldBy(ctx, tx, k)
-		return err
-	}) == nil {
-		who = answer
-	}
-	_, _ = r.exec(ctx, heldByBound, rollbackToStatement) // if it fails, tx's next statement tells
-	return who
+const (
+	// How long AcquireTx pauses between two tries: at first, and at most.
+	tryPauseMin = 5 * time.Millisecond
+	tryPauseMax = 100 * time.Millisecond
+
+	// deadlockPause is how long AcquireTx waits before it asks whether the holder waits
+	// for it. It is PostgreSQL's default deadlock_timeout.
+	deadlockPause = time.Second
+)
+
+// A txAcquisition acquires a lock in a transaction of the caller's. Its statements do not
+// go under the caller's ctx, because a driver that breaks one off closes the connection.
+type txAcquisition struct {
+	runner
+	tx  *sql.Tx
+	key Key
+	cfg *config
 }
 
-func (r *runner) acquireTx(ctx context.Context, k Key, cfg *config) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
+func (a *txAcquisition) acquire(ctx context.Context) error {
 	var deadline time.Time
-	if cfg.timeout > 0 {
-		deadline = time.Now().Add(cfg.timeout)
+	if a.cfg.timeout > 0 {
+		deadline = time.Now().Add(a.cfg.timeout)
 	}
-	running := context.WithoutCancel(ctx)
-	rows, err := r.exec(running, answerWithin(0, deadline), tryTxStatement(k, cfg.shared))
-	switch {
-	case err != nil:
-		return err
-	case rows > 0:
-		return nil
-	case cfg.noWait:
-		return errRefused
-	}
+	pause := tryPauseMin
+	lookAt := time.Now().Add(deadlockPause)
+	suspect := false
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		bound := within(waitBound, deadline)
-		if bound <= 0 {
+		rows, err := a.exec(context.WithoutCancel(ctx), answerWithin(0, deadline), tryTxStatement(a.key, a.cfg.shared))
+		switch {
+		case err != nil:
+			return err
+		case rows > 0:
+			return nil
+		case a.cfg.noWait:
+			return errRefused
+		case within(1, deadline) <= 0:
 			return errTimeout
 		}
-		start := time.Now()
-		_, err := r.exec(running, answerWithin(bound, deadline), savepointStatement+waitTxStatement(bound, k, cfg.shared)+keepStatement)
-		if err == nil {
-			return nil
-		}
-		if state := sqlState(err); state != lockNotAvailable && state != queryCanceled && state != deadlockDetected {
-			return err
-		}
-		if _, rerr := r.exec(running, answerBound, rollbackToStatement); rerr != nil {
-			return errors.Join(err, rerr)
-		}
-		switch sqlState(err) {
-		case deadlockDetected:
-			return err
-		case queryCanceled:
-			pause(ctx, start)
+		sleep(ctx, within(pause/2+rand.N(pause/2), deadline))
+		pause = min(2*pause, tryPauseMax)
+		if time.Now().After(lookAt) && ctx.Err() == nil {
+			deadlock, err := a.deadlocked(ctx)
+			if err != nil {
+				return err
+			}
+			if deadlock && suspect { // twice: it is no moment in a hand-off
+				return ErrDeadlock
+			}
+			suspect = deadlock
+			lookAt = time.Now().Add(deadlockPause)
 		}
 	}
+}
+
+// deadlocked tells whether a holder of the lock waits for this transaction.
+func (a *txAcquisition) deadlocked(ctx context.Context) (yes bool, err error) {
+	err = a.aside(ctx, func(ctx context.Context) error {
+		rows, err := a.send(ctx, deadlockStatement(a.key))
+		yes = rows > 0
+		return err
+	})
+	return yes, err
+}
+
+// heldBy says who holds the lock, if that can be told.
+func (a *txAcquisition) heldBy(ctx context.Context) string {
+	var who string
+	if a.aside(ctx, func(ctx context.Context) (err error) {
+		who, err = heldBy(ctx, a.tx, a.key)
+		return err
+	}) != nil {
+		return ""
+	}
+	return who
+}
+
+// aside asks a question under a savepoint: one that fails must not cost the transaction.
+// It returns an error if the transaction may be lost all the same.
+func (a *txAcquisition) aside(ctx context.Context, question func(context.Context) error) error {
+	ctx = context.WithoutCancel(ctx)
+	if _, err := a.exec(ctx, answerBound, savepointStatement); err != nil {
+		return err
+	}
+	if err := a.do(ctx, answerBound, question); err != nil && sqlState(err) == "" {
+		return err
+	}
+	_, err := a.exec(ctx, answerBound, rollbackToStatement)
+	return err
 }

@@ -127,6 +127,42 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	})
 }
 
+// What fn does on the connection that holds the lock does not reach its next user.
+func TestConnectionIsHandedBackCleanOrNotAtAll(t *testing.T) {
+	t.Parallel()
+	eachDriver(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		db.SetMaxOpenConns(1)
+		key := testKey(t)
+		pid := backendPID(t, db)
+
+		err := withConnLock.with(t.Context(), db, key, func(ctx context.Context, q querier) error {
+			_, err := q.ExecContext(ctx, "SELECT pg_advisory_lock("+key.SQL()+"), pg_advisory_lock("+second(key).SQL()+")")
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		wantClean(t, db)
+		if backendPID(t, db) != pid {
+			t.Error("forgotten locks cost the connection")
+		}
+
+		err = withConnLock.with(t.Context(), db, key, func(ctx context.Context, q querier) error {
+			_, err := q.ExecContext(ctx, "SELECT pg_advisory_unlock("+key.SQL()+"), pg_advisory_lock("+second(key).SQL()+")")
+			return err
+		})
+		if !errors.Is(err, advisory.ErrLost) {
+			t.Errorf("error is %v, want ErrLost", err)
+		}
+		wantClean(t, db)
+		if backendPID(t, db) == pid {
+			t.Error("a connection in doubt was handed back")
+		}
+		wantFree(t, adminDB(t), second(key))
+	})
+}
+
 // Not in parallel with other tests, whose goroutines it would count.
 func TestNoGoroutineIsLeftBehind(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {

@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -68,18 +67,23 @@ func TestSharedLocksOverlap(t *testing.T) {
 	eachDriver(t, func(t *testing.T, d driver) {
 		pools := []*sql.DB{d.open(t, server.DSN()), d.open(t, server.DSN())}
 		key := testKey(t)
-		var inside sync.WaitGroup // until all of them are
-		inside.Add(2 * len(ways))
+		var inside atomic.Int64
+		all := make(chan struct{})
 		err := concurrently(2*len(ways), 1, func(i int) error {
 			w := ways[i/2]
 			w.shared = true
 			return w.with(soon(t), pools[i%2], key, func(ctx context.Context, _ querier) error {
-				inside.Done()
-				inside.Wait()
-				if i < 2 {
-					wantRefused(t, pools[i], key)
+				if inside.Add(1) == int64(2*len(ways)) {
+					wantRefused(t, pools[0], key)
+					wantRefused(t, pools[1], key)
+					close(all)
 				}
-				return nil
+				select {
+				case <-all:
+					return nil
+				case <-ctx.Done():
+					return fmt.Errorf("alone: %w", ctx.Err())
+				}
 			})
 		})
 		if err != nil {

@@ -16,6 +16,8 @@ func TestTakingAHeldKeyAgainIsAnErrorAtOnce(t *testing.T) {
 		db := d.open(t, server.DSN())
 		for _, outer := range openers { // they give out a ctx
 			for _, inner := range ways {
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				defer cancel()
 				key, ran := testKey(t), false
 				again := func(ctx context.Context) error {
 					began := time.Now()
@@ -25,16 +27,16 @@ func TestTakingAHeldKeyAgainIsAnErrorAtOnce(t *testing.T) {
 					}
 					return err
 				}
-				err := outer.with(soon(t), db, key, func(ctx context.Context, _ querier) error { return again(ctx) })
+				err := outer.with(ctx, db, key, func(ctx context.Context, _ querier) error { return again(ctx) })
 				if !errors.Is(err, advisory.ErrReentrant) || ran {
-					t.Errorf("%s in %s: error is %v, want ErrReentrant (ran: %t)", inner.name, outer.name, err, ran)
+					t.Fatalf("%s in %s: error is %v, want ErrReentrant (ran: %t)", inner.name, outer.name, err, ran)
 				}
 				// However deep, and whatever is taken between.
-				err = outer.with(soon(t), db, key, func(ctx context.Context, _ querier) error {
+				err = outer.with(ctx, db, key, func(ctx context.Context, _ querier) error {
 					return advisory.WithLock(ctx, db, advisory.Name("between "+t.Name()), again)
 				})
 				if !errors.Is(err, advisory.ErrReentrant) || ran {
-					t.Errorf("%s deep in %s: error is %v, want ErrReentrant (ran: %t)", inner.name, outer.name, err, ran)
+					t.Fatalf("%s deep in %s: error is %v, want ErrReentrant (ran: %t)", inner.name, outer.name, err, ran)
 				}
 			}
 		}
@@ -70,7 +72,7 @@ func TestReleasedKeyMayBeTakenAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx := context.WithoutCancel(lock.Context())
-		if err := withLock.with(ctx, db, key, noWork); !errors.Is(err, advisory.ErrReentrant) {
+		if err := withLock.with(ctx, db, key, noWork, advisory.Timeout(5*time.Second)); !errors.Is(err, advisory.ErrReentrant) {
 			t.Errorf("error is %v, want ErrReentrant", err)
 		}
 		if err := lock.Release(); err != nil {
