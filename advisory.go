@@ -1,3 +1,52 @@
+// Package advisory makes work run in one process at a time, of all that share a
+// PostgreSQL database, with PostgreSQL's advisory locks. It works on database/sql with
+// any driver that speaks to PostgreSQL 14 or newer, and imports the standard library alone.
+//
+//	err := advisory.WithLock(ctx, db, advisory.Name("nightly-report"), func(ctx context.Context) error {
+//		return buildReport(ctx) // ctx ends if the lock is lost
+//	})
+//
+// # Which function
+//
+// [WithLock] is for work of any kind; [WithLocks] for several keys, [Acquire] for what is no
+// function. [Lead] runs a function on one of many processes for as long as they live.
+// [WithTxLock] is for work that is one transaction in the same database: lock and work
+// commit together, and no pooler is in the way. [WithConnLock] is for migrations and other work
+// on one session. [AcquireTx] and [AcquireConn] take a lock in a transaction and on a
+// connection of the caller's.
+//
+// # What a session-level lock is
+//
+// PostgreSQL holds the lock for a session, that is, for a connection, until it is unlocked
+// or the session ends. Each held lock occupies one connection of the pool, and so does each
+// wait: give the pool more than that, or the work under the locks gets no connection.
+// A connection goes back to the pool only if the server has said that
+// the lock is released; in doubt it is closed, because a closed session holds no lock.
+//
+// # Waiting
+//
+// Waits are in the server's queue, so that a released lock is handed on at once, but
+// for at most 400 ms in one statement, again and again: a waiting statement holds a
+// snapshot, and if the holder runs CREATE INDEX CONCURRENTLY, which waits for all snapshots, the
+// two would deadlock (golang-migrate/migrate#960, flyway/flyway#1654). They outlive a
+// restart and a failover of the server. Taking a key again with the ctx that fn was given is an error at
+// once, [ErrReentrant], and not a wait for oneself.
+//
+// # A lock is a lease
+//
+// A session can die without its holder's doing. The session of a held lock is checked
+// every [Heartbeat]; if it does not answer, or does not hold the lock, the context that
+// fn was given ends, with a cause that matches [ErrLost], within two heartbeats, and the closure returns ErrLost
+// whatever fn returns. In the other direction, a holder that falls silent (power loss,
+// partition, SIGSTOP) is ended by the server itself after [HolderTimeout], and that is
+// at least three heartbeats: its context has ended before another process can have the lock.
+// For a process that is frozen together with its clock there is [Token].
+//
+// # Poolers and standbys
+//
+// Session-level locks mean nothing behind a pooler in transaction or statement mode, and exclude
+// nobody on the primary if they are taken on a standby. [Check] finds that out. WithTxLock at
+// READ COMMITTED and AcquireTx work behind a transaction pooler.
 package advisory
 
 import (
