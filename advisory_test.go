@@ -19,24 +19,30 @@ import (
 
 // The statements for key, as they must go out.
 const (
-	tryQuery         = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42)"
-	waitQuery        = "SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock(42)"
-	waitAgainQuery   = waitQuery + " WHERE NOT EXISTS (" + heldQuery + ")"
-	unlockQuery      = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
-	unlockAllQuery   = "SELECT pg_catalog.pg_advisory_unlock_all() WHERE pg_catalog.pg_advisory_unlock(42)"
-	freeQuery        = "SELECT pg_catalog.pg_advisory_unlock_all()"
-	heldPrefix       = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
-	heldRow          = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
-	heldQuery        = heldPrefix + "'ExclusiveLock' AND (" + heldRow + ")"
-	heldShared       = heldPrefix + "'ShareLock' AND (" + heldRow + ")"
-	armQuery         = "SET idle_session_timeout = 15000; " + heldQuery
-	disarmQuery      = "RESET idle_session_timeout; " + unlockQuery
-	tryTxQuery       = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock(42)"
-	tryFirstQuery    = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
-	waitTxQuery      = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_xact_lock(42), pg_catalog.set_config('lock_timeout', old.lock_timeout, true) FROM old"
-	savepointTxQuery = "SAVEPOINT advisory_wait; " + waitTxQuery + "; RELEASE SAVEPOINT advisory_wait"
-	rollbackToQuery  = "ROLLBACK TO SAVEPOINT advisory_wait; RELEASE SAVEPOINT advisory_wait"
-	holdersQuery     = `SELECT coalesce(l.pid, 0), l.granted, l.mode = 'ShareLock',
+	tryQuery        = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42)"
+	waitQuery       = "SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock(42)"
+	waitAgainQuery  = waitQuery + " WHERE NOT EXISTS (" + heldQuery + ")"
+	armedWaitQuery  = "SET idle_session_timeout = 15000; " + waitQuery
+	unlockQuery     = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
+	unlockAllQuery  = "SELECT pg_catalog.pg_advisory_unlock_all() WHERE pg_catalog.pg_advisory_unlock(42)"
+	unlockLentQuery = "SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock(42)) THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
+	freeQuery       = "SELECT pg_catalog.pg_advisory_unlock_all()"
+	clearQuery      = "ROLLBACK; SELECT pg_catalog.pg_advisory_unlock_all()"
+	clearArmedQuery = "ROLLBACK; RESET idle_session_timeout; SELECT pg_catalog.pg_advisory_unlock_all()"
+	heldPrefix      = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
+	heldRow         = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
+	heldQuery       = heldPrefix + "'ExclusiveLock' AND (" + heldRow + ")"
+	heldShared      = heldPrefix + "'ShareLock' AND (" + heldRow + ")"
+	armQuery        = "SET idle_session_timeout = 15000; " + heldQuery
+	disarmQuery     = "RESET idle_session_timeout; " + unlockQuery
+	disarmAllQuery  = "RESET idle_session_timeout; " + unlockAllQuery
+	tryTxQuery      = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock(42)"
+	tryFirstQuery   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
+	waitTxQuery     = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_xact_lock(42), pg_catalog.set_config('lock_timeout', old.lock_timeout, true) FROM old"
+	savepointQuery  = "SAVEPOINT advisory"
+	rollbackToQuery = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
+	deadlockQuery   = "SELECT FROM pg_catalog.pg_locks WHERE " + heldRow + " AND granted AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
+	holdersQuery    = `SELECT coalesce(l.pid, 0), l.granted, l.mode = 'ShareLock',
 	coalesce(a.usename::text, ''), coalesce(a.application_name, ''), coalesce(pg_catalog.host(a.client_addr), ''), coalesce(a.state, ''),
 	CASE WHEN a.query = '<insufficient privilege>' THEN '' ELSE coalesce(a.query, '') END,
 	a.backend_start, l.waitstart
@@ -87,7 +93,7 @@ var closures = []struct {
 		"WithConnLock", func(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 			return WithConnLock(ctx, db, key, func(ctx context.Context, _ *sql.Conn) error { return fn(ctx) }, opts...)
 		},
-		[]string{"open", tryQuery}, []string{unlockAllQuery}, []string{unlockAllQuery},
+		[]string{"open", tryQuery}, []string{unlockLentQuery}, []string{unlockLentQuery},
 	},
 	{
 		"WithTxLock", func(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
@@ -146,11 +152,14 @@ func TestStatementsOfWithLock(t *testing.T) {
 			"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(-7, 42)",
 			"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(-7, 42)",
 		}},
-		{"contended", key, nil, []string{"0: " + tryQuery, waitQuery, unlockQuery}},
+		{"contended", key, nil, []string{"0: " + tryQuery, armedWaitQuery, disarmQuery}},
 		{"contended, shared", key, []Option{Shared()}, []string{
 			"0: SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
-			"SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42)",
-			"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)",
+			"SET idle_session_timeout = 15000; SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42)",
+			"RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)",
+		}},
+		{"contended, HolderTimeout", key, []Option{HolderTimeout(time.Minute)}, []string{
+			"0: " + tryQuery, "SET idle_session_timeout = 60000; " + waitQuery, disarmQuery,
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -206,11 +215,11 @@ func TestWithLocksContended(t *testing.T) {
 	}{
 		{
 			"frees what the try took, and waits in order", []reply{refused}, nil,
-			on(1, "open", tries, freeQuery, waitQuery, waitQuery2, "SELECT WHERE "+unlocks), nil,
+			on(1, "open", tries, freeQuery, armedWaitQuery, waitQuery2, "RESET idle_session_timeout; SELECT WHERE "+unlocks), nil,
 		},
 		{
 			"a wait that failed may have been granted", []reply{refused, done, granted, fails(err55P03)}, nil,
-			on(1, "open", tries, freeQuery, waitQuery, waitQuery2, waitQuery2, "SELECT pg_catalog.pg_advisory_unlock_all() WHERE "+unlocks), nil,
+			on(1, "open", tries, freeQuery, armedWaitQuery, waitQuery2, waitQuery2, "RESET idle_session_timeout; SELECT pg_catalog.pg_advisory_unlock_all() WHERE "+unlocks), nil,
 		},
 		{
 			"NoWait frees what the try took", []reply{refused}, []Option{NoWait()},
@@ -222,11 +231,11 @@ func TestWithLocksContended(t *testing.T) {
 		},
 		{
 			"a deadlock", []reply{refused, done, granted, fails(pgError("40P01"))}, nil,
-			on(1, "open", tries, freeQuery, waitQuery, waitQuery2, "close"), []any{ErrDeadlock},
+			on(1, "open", tries, freeQuery, armedWaitQuery, waitQuery2, clearArmedQuery, "close"), []any{ErrDeadlock},
 		},
 		{
 			"one of them was not held any more", []reply{granted, refused}, nil,
-			on(1, "open", tries, "SELECT WHERE "+unlocks, "close"), []any{ErrLost, "bigint 42, bigint 43"},
+			on(1, "open", tries, "SELECT WHERE "+unlocks, clearQuery, "close"), []any{ErrLost, "bigint 42, bigint 43"},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -255,7 +264,7 @@ func TestTimeoutOfSeveralKeysFreesThoseAlreadyHeld(t *testing.T) {
 		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(300*time.Millisecond))
 		wantError(t, err, ErrNotAcquired, "bigint 42, bigint 43: not acquired within 300ms")
 		lines := srv.lines()
-		if last := lines[len(lines)-1]; last != "1 "+freeQuery {
+		if last := lines[len(lines)-1]; last != "1 RESET idle_session_timeout; "+freeQuery {
 			t.Errorf("last: %s", last)
 		}
 	})
@@ -366,7 +375,7 @@ func TestAPanicOnALostLockDiscardsAndSaysSoToTheLogger(t *testing.T) {
 		}()
 		_ = WithLock(t.Context(), db, key, func(context.Context) error { panic("mine") }, log.option())
 	}()
-	srv.want(t, on(1, "open", tryQuery, unlockQuery, "close")...)
+	srv.want(t, on(1, "open", tryQuery, unlockQuery, clearQuery, "close")...)
 	if !strings.Contains(log.String(), "lock lost") {
 		t.Errorf("log: %q", log.String())
 	}
@@ -420,7 +429,11 @@ func TestAnUnlockThatIsRefusedOrFailsMakesTheErrorErrLostAndDiscards(t *testing.
 				db, srv := newServer(t, granted, test.reply)
 				err := c.run(t.Context(), db, key, func(context.Context) error { return test.fn })
 				wantError(t, err, test.wants...)
-				srv.want(t, on(1, append(append(slices.Clip(c.acquires), c.releases...), "close")...)...)
+				want := append(slices.Clip(c.acquires), c.releases...)
+				if !sessionGone(test.reply.err) {
+					want = append(want, clearQuery)
+				}
+				srv.want(t, on(1, append(want, "close")...)...)
 				if n := db.Stats().OpenConnections; n != 0 {
 					t.Errorf("%d connections in the pool", n)
 				}
@@ -461,9 +474,6 @@ func TestTheEndOfCtxAtEachStepDiscardsTheConnection(t *testing.T) {
 				"server's cancel": func(context.Context, reply) reply { return fails(err57014) },
 				"as if nothing":   func(_ context.Context, r reply) reply { return r },
 			} {
-				if c.name == "WithTxLock at REPEATABLE READ" && step == 3 && manner == "as if nothing" {
-					continue // TestBugFnRunsUnderAnEndedCtxAtRepeatableRead
-				}
 				t.Run(c.name+" "+manner, func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
 						ctx, cancel := context.WithCancelCause(t.Context())
@@ -493,7 +503,7 @@ func TestTheEndOfCtxAtEachStepDiscardsTheConnection(t *testing.T) {
 							t.Errorf("step %d: %d of %d connections still open; log: %q", step, srv.open(), srv.opened, srv.lines())
 						}
 						for _, line := range srv.lines()[step+2:] {
-							if line != "1 ROLLBACK" && line != "1 close" {
+							if line != "1 ROLLBACK" && line != "1 "+clearQuery && line != "1 "+clearArmedQuery && line != "1 close" {
 								t.Errorf("step %d: sent afterwards: %s", step, line)
 							}
 						}
@@ -650,7 +660,7 @@ func TestReleaseTwiceIsReleaseOnce(t *testing.T) {
 		wants []any
 	}{
 		{"held", granted, on(1, "open", tryQuery, unlockQuery), nil},
-		{"lost", refused, on(1, "open", tryQuery, unlockQuery, "close"), []any{ErrLost}},
+		{"lost", refused, on(1, "open", tryQuery, unlockQuery, clearQuery, "close"), []any{ErrLost}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

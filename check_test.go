@@ -184,3 +184,11 @@ func TestCheckOfADeadServer(t *testing.T) {
 	srv.dial = func(context.Context) error { return io.ErrClosedPipe }
 	wantError(t, Check(t.Context(), db), io.ErrClosedPipe)
 }
+
+func TestCheckOfNothing(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	wantError(t, Check(t.Context(), nil), "advisory: check: nil db")
+	wantError(t, Check(noCtx, db), "advisory: check: nil ctx")
+	srv.want(t)
+}

@@ -525,15 +525,23 @@ func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
 // confirm asks the server whether the session still has its locks, if its grant was so
 // long on its way that the server, which counts from the grant, may have ended it since.
 func (s *session) confirm(ctx context.Context, every time.Duration) error {
-	if !s.armed || time.Since(s.proof) < every {
+	if time.Since(s.proof) < every {
+		return nil
+	}
+	if !s.armed {
+		s.proof = time.Now() // there is no other clock to be ahead of
 		return nil
 	}
 	s.proof = time.Now()
 	rows, err := s.exec(ctx, answerBound, heldStatement(s.held, s.shared))
-	if err == nil && rows < int64(len(s.held)) {
-		err = errLostBeforeUse
+	switch {
+	case err != nil:
+		return err
+	case rows < int64(len(s.held)):
+		return errLostBeforeUse
+	default:
+		return ctx.Err()
 	}
-	return err
 }
 
 // release unlocks what the session holds in one round trip, and hands it back. It
@@ -552,7 +560,7 @@ func (s *session) release() error {
 	switch {
 	case err == nil && rows == 0:
 		err = errNotHeld
-	case err == nil && rows > 1:
+	case err == nil && rows > 1, s.lent && sqlState(err) == inFailedTransaction:
 		// Closing it properly would wait for the transaction.
 		s.gone.Store(true)
 		err = errLeftOpen
@@ -681,7 +689,7 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 		defer cancel()
 	}
 	var (
-		stale  = db.Stats().OpenConnections
+		stale  = db.Stats().Idle
 		waited bool
 		outage time.Time // when the server was first missed, while waiting
 	)
@@ -792,12 +800,14 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		if s.silent > 0 && !s.armed {
 			s.armed = true
 			rows, err := s.exec(ctx, answerWithin(0, deadline), s.arm()+heldStatement(keys, cfg.shared))
-			if err == nil && rows == 0 {
-				err = errLostBeforeUse
+			if err != nil {
+				return err
 			}
-			return err
+			if rows == 0 {
+				return errLostBeforeUse
+			}
 		}
-		return nil
+		return ctx.Err()
 	})
 	h, err := newHold(ctx, db, keys, s, o, err)
 	if err != nil {

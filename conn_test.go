@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,15 +37,15 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 		},
 		{
 			"granted after waiting", []reply{refused, granted}, nil,
-			on(1, "open", tryQuery, waitQuery, unlockQuery), nil,
+			on(1, "open", tryQuery, armedWaitQuery, disarmQuery), nil,
 		},
 		{
 			"a lock_timeout may hide a grant: all is unlocked", []reply{refused, fails(err55P03), fails(err55P03), granted}, nil,
-			on(1, "open", tryQuery, waitQuery, waitQuery, waitQuery, unlockAllQuery), nil,
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery), nil,
 		},
 		{
 			"a statement_timeout ends one wait, not the waiting", []reply{refused, fails(err57014), fails(err57014), granted}, nil,
-			on(1, "open", tryQuery, waitQuery, waitQuery, waitQuery, unlockAllQuery), nil,
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery), nil,
 		},
 		{
 			"NoWait refused", []reply{refused}, []Option{NoWait()},
@@ -56,42 +57,42 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 		},
 		{
 			"the server refuses the try", []reply{fails(pgError("53200"))}, nil,
-			on(1, "open", tryQuery, "close"), []any{pgError("53200")},
+			on(1, "open", tryQuery, clearQuery, "close"), []any{pgError("53200")},
 		},
 		{
 			"the try is cancelled by an administrator", []reply{fails(err57014)}, nil,
-			on(1, "open", tryQuery, "close"), []any{err57014},
+			on(1, "open", tryQuery, clearQuery, "close"), []any{err57014},
 		},
 		{
 			"the wait is refused", []reply{refused, fails(pgError("53200"))}, nil,
-			on(1, "open", tryQuery, waitQuery, "close"), []any{pgError("53200")},
+			on(1, "open", tryQuery, armedWaitQuery, clearQuery, "close"), []any{pgError("53200")},
 		},
 		{
 			"the wait deadlocks", []reply{refused, fails(err55P03), fails(pgError("40P01"))}, nil,
-			on(1, "open", tryQuery, waitQuery, waitQuery, "close"), []any{ErrDeadlock, pgError("40P01")},
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, clearQuery, "close"), []any{ErrDeadlock, pgError("40P01")},
 		},
 		{
 			"the session dies in the wait", []reply{refused, fails(died)}, nil,
-			slices.Concat(on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
+			slices.Concat(on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
 		},
 		{
 			"the session dies between try and wait", []reply{refused, fails(driver.ErrBadConn)}, nil,
-			slices.Concat(on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
+			slices.Concat(on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
 		},
 		{
 			"three sessions die", []reply{refused, fails(died), refused, fails(err55P03), fails(died), fails(died)}, nil,
 			slices.Concat(
-				on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, waitQuery, waitQuery, "close"),
+				on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", tryQuery, armedWaitQuery, armedWaitQuery, "close"),
 				on(3, "open", tryQuery, "close"), on(4, "open", tryQuery, unlockQuery),
 			), nil,
 		},
 		{
 			"unlock refused", []reply{granted, refused}, nil,
-			on(1, "open", tryQuery, unlockQuery, "close"), []any{ErrLost},
+			on(1, "open", tryQuery, unlockQuery, clearQuery, "close"), []any{ErrLost},
 		},
 		{
 			"unlock refused after a hidden grant", []reply{refused, fails(err55P03), granted, refused}, nil,
-			on(1, "open", tryQuery, waitQuery, waitQuery, unlockAllQuery, "close"), []any{ErrLost},
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery, clearArmedQuery, "close"), []any{ErrLost},
 		},
 		{
 			"unlock fails", []reply{granted, fails(died)}, nil,
@@ -147,7 +148,7 @@ func TestTimeoutIsKeptByTheServerAndCostsNoConnection(t *testing.T) {
 		if d := time.Since(start); d != time.Second {
 			t.Errorf("after %v", d)
 		}
-		srv.want(t, on(1, "open", tryQuery, waitQuery, waitQuery, strings.Replace(waitQuery, "400", "200", 1), holdersQuery, freeQuery)...)
+		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, strings.Replace(armedWaitQuery, "400", "200", 1), holdersQuery, freeQuery)...)
 	})
 }
 
@@ -163,7 +164,7 @@ func TestTheLastGrantAtTheTimeoutIsFreedOrItsSessionDiscarded(t *testing.T) {
 			return waits(ctx, conn, query)
 		}
 		wantError(t, WithLock(t.Context(), db, key, nothing, Timeout(400*time.Millisecond)), ErrNotAcquired)
-		srv.want(t, on(1, "open", tryQuery, waitQuery, holdersQuery, freeQuery, "close")...)
+		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, holdersQuery, freeQuery, clearQuery, "close")...)
 	})
 }
 
@@ -181,7 +182,12 @@ func TestAServerThatDoesNotAnswerEndsATimeoutSoonAfter(t *testing.T) {
 			}
 			start := time.Now()
 			err := c.run(t.Context(), db, key, nothing, Timeout(2*time.Second))
-			wantError(t, err, ErrNotAcquired, "not acquired within 2s")
+			wantError(t, err, ErrNotAcquired, "not acquired within 2s", "no answer from the server")
+			var silence noAnswer
+			var is interface{ Timeout() bool }
+			if !errors.As(err, &silence) || !errors.As(err, &is) || !is.Timeout() {
+				t.Errorf("%s: error %v", c.name, err)
+			}
 			if d := time.Since(start); d != 3*time.Second {
 				t.Errorf("%s: after %v", c.name, d)
 			}
@@ -201,7 +207,7 @@ func TestAWaitThatIsNotAnsweredIsGivenUpWithoutATimeoutToo(t *testing.T) {
 			if conn > 1 {
 				return 1, nil
 			}
-			if query == waitQuery {
+			if query == armedWaitQuery {
 				<-ctx.Done()
 				return 0, ctx.Err()
 			}
@@ -212,7 +218,7 @@ func TestAWaitThatIsNotAnsweredIsGivenUpWithoutATimeoutToo(t *testing.T) {
 		if d := time.Since(start); d < waitBound+answerBound || d > waitBound+answerBound+time.Second {
 			t.Errorf("after %v", d)
 		}
-		srv.want(t, slices.Concat(on(1, "open", tryQuery, waitQuery, "close"), on(2, "open", tryQuery, unlockQuery))...)
+		srv.want(t, slices.Concat(on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", tryQuery, unlockQuery))...)
 	})
 }
 
@@ -457,7 +463,7 @@ func stuck(srv *server, prefix string) (free func()) {
 
 func TestADriverThatDoesNotReturnFromAnAcquisitionIsAbandoned(t *testing.T) {
 	t.Parallel()
-	const try, wait = "SELECT WHERE pg_catalog.pg_try", "SELECT pg_catalog.set_config"
+	const try, wait, armedWait = "SELECT WHERE pg_catalog.pg_try", "SELECT pg_catalog.set_config", "SET idle_session_timeout"
 	for _, test := range []struct {
 		closure int
 		stuckIn string
@@ -465,8 +471,11 @@ func TestADriverThatDoesNotReturnFromAnAcquisitionIsAbandoned(t *testing.T) {
 		sent    []string // until then
 	}{
 		{0, try, []Option{Timeout(time.Minute)}, []string{"open", tryQuery}},
-		{0, wait, nil, []string{"open", tryQuery, waitQuery}},
-		{2, wait, nil, []string{"open", tryQuery, waitQuery}},
+		{0, try, nil, []string{"open", tryQuery}},
+		{3, try, nil, []string{"open", tryQuery}},
+		{5, try, nil, []string{"open", tryQuery}},
+		{0, armedWait, nil, []string{"open", tryQuery, armedWaitQuery}},
+		{2, armedWait, nil, []string{"open", tryQuery, armedWaitQuery}},
 		{3, wait, nil, []string{"open", tryQuery, waitQuery}},
 		{4, "BEGIN", nil, []string{"open", "BEGIN"}},
 		{5, wait, nil, []string{"open", tryQuery, waitQuery}},
@@ -491,10 +500,11 @@ func TestADriverThatDoesNotReturnFromAnAcquisitionIsAbandoned(t *testing.T) {
 				srv.want(t, on(1, test.sent...)...)
 
 				// The driver returns after all: the connection is closed then, and
-				// nothing else is sent on it. A BEGIN is undone.
+				// nothing else is sent on it, but that database/sql may come to undo the
+				// BEGIN first.
 				free()
 				synctest.Wait()
-				if test.stuckIn == "BEGIN" {
+				if test.stuckIn == "BEGIN" && slices.Contains(srv.lines(), "1 ROLLBACK") {
 					test.sent = append(test.sent, "ROLLBACK")
 				}
 				srv.want(t, on(1, append(test.sent, "close")...)...)
@@ -554,6 +564,11 @@ func TestReleaseIsBoundedEvenIfTheDriverDoesNotReturn(t *testing.T) {
 	}
 }
 
+const (
+	armLent    = "SET idle_session_timeout = 60000; SET idle_in_transaction_session_timeout = 60000; "
+	disarmLent = "RESET idle_session_timeout; RESET idle_in_transaction_session_timeout; "
+)
+
 func TestStatementsOfWithConnLock(t *testing.T) {
 	t.Parallel()
 	mock := func(t *testing.T, queries ...string) *sql.DB {
@@ -563,15 +578,15 @@ func TestStatementsOfWithConnLock(t *testing.T) {
 		}
 		return db
 	}
-	wantError(t, withConnLock(t.Context(), mock(t, tryQuery, unlockAllQuery)))
+	wantError(t, withConnLock(t.Context(), mock(t, tryQuery, unlockLentQuery)))
 	wantError(t, withConnLock(t.Context(), mock(t,
 		"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
-		"SELECT pg_catalog.pg_advisory_unlock_all() WHERE pg_catalog.pg_advisory_unlock_shared(42)",
+		strings.ReplaceAll(unlockLentQuery, "pg_advisory_unlock(", "pg_advisory_unlock_shared("),
 	), Shared()))
 	wantError(t, withConnLock(t.Context(), mock(t,
-		tryQuery, "SET idle_session_timeout = 60000; "+heldQuery, "RESET idle_session_timeout; "+unlockAllQuery,
+		tryQuery, armLent+heldQuery, disarmLent+unlockLentQuery,
 	), HolderTimeout(time.Minute)))
-	wantError(t, WithConnLock(t.Context(), mock(t, tryQuery, "CREATE TABLE t ()", unlockAllQuery), key,
+	wantError(t, WithConnLock(t.Context(), mock(t, tryQuery, "CREATE TABLE t ()", unlockLentQuery), key,
 		func(ctx context.Context, conn *sql.Conn) error {
 			_, err := conn.ExecContext(ctx, "CREATE TABLE t ()")
 			return err
@@ -586,7 +601,7 @@ func TestWithConnLockThatCannotBeArmedIsNotAcquired(t *testing.T) {
 		return nil
 	}, HolderTimeout(time.Minute))
 	wantError(t, err, pgError("42704"), "PostgreSQL 14")
-	srv.want(t, on(1, "open", tryQuery, "SET idle_session_timeout = 60000; "+heldQuery, "close")...)
+	srv.want(t, on(1, "open", tryQuery, armLent+heldQuery, "ROLLBACK; "+disarmLent+freeQuery, "close")...)
 }
 
 func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
@@ -650,9 +665,9 @@ func TestAcquireConn(t *testing.T) {
 			[]string{tryQuery, lastWait, heldQuery, "close"}, []any{died},
 		},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryQuery, "close"}, []any{died}},
-		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryQuery, "close"}, []any{pgError("53200")}},
+		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryQuery, clearQuery, "close"}, []any{pgError("53200")}},
 		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryQuery, waitQuery, "close"}, []any{died}},
-		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, waitQuery, "close"}, []any{ErrDeadlock}},
+		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, waitQuery, clearQuery, "close"}, []any{ErrDeadlock}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -696,9 +711,9 @@ func TestReleaseConn(t *testing.T) {
 	}{
 		{"held", granted, nil, []string{unlockQuery}, nil},
 		{"held shared", granted, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)"}, nil},
-		{"not held", refused, nil, []string{unlockQuery, "close"}, []any{ErrLost, "release bigint 42"}},
+		{"not held", refused, nil, []string{unlockQuery, clearQuery, "close"}, []any{ErrLost, "release bigint 42"}},
 		{"fails", fails(died), nil, []string{unlockQuery, "close"}, []any{ErrLost, died}},
-		{"refused", fails(pgError("25P02")), nil, []string{unlockQuery, "close"}, []any{ErrLost, pgError("25P02")}},
+		{"refused", fails(pgError("25P02")), nil, []string{unlockQuery, clearQuery, "close"}, []any{ErrLost, pgError("25P02")}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -754,6 +769,493 @@ func TestATimeoutWithoutEndIsOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t, refused, fails(err55P03))
 		wantError(t, WithLock(t.Context(), db, key, nothing, Timeout(1<<63-1)))
-		srv.want(t, on(1, "open", tryQuery, waitQuery, waitQuery, unlockAllQuery)...)
+		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery)...)
 	})
+}
+
+func TestATryIsAbandonedWithCtxInRealTimeToo(t *testing.T) {
+	t.Parallel()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, i := range []int{0, 3, 5} {
+		wg.Go(func() {
+			db, srv := newServer(t)
+			free := stuck(srv, "SELECT WHERE pg_catalog.pg_try")
+			defer free()
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+			defer cancel()
+			start := time.Now()
+			wantError(t, closures[i].run(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+			if d := time.Since(start); d > 2*abandonAfter+time.Second {
+				t.Errorf("%s: after %v", closures[i].name, d)
+			}
+		})
+	}
+}
+
+// The arming statement asks whether the lock is held.
+func TestWithConnLockThatIsNotHeldAfterArmingIsNotAcquired(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t, granted, refused)
+	err := WithConnLock(t.Context(), db, key, func(context.Context, *sql.Conn) error {
+		t.Error("fn runs")
+		return nil
+	}, HolderTimeout(time.Minute))
+	wantError(t, err, "lost as soon as it was granted")
+	if srv.open() != 0 {
+		t.Error("the session was not discarded")
+	}
+}
+
+// A connection that lies in the pool may lead into a black hole.
+func TestAPooledConnectionThatDoesNotAnswerIsDroppedAndTheNextOneTried(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				idle(t, db, 2)
+				back := make(chan struct{})
+				srv.script = func(ctx context.Context, conn int, _ string) (int64, error) {
+					switch conn {
+					case 1: // the driver does not return
+						<-back
+					case 2:
+						<-ctx.Done()
+						return 0, ctx.Err()
+					}
+					return 1, nil
+				}
+				start := time.Now()
+				wantError(t, c.run(t.Context(), db, key, nothing))
+				if d := time.Since(start); d < 2*answerBound || d > 2*answerBound+3*abandonAfter {
+					t.Errorf("after %v", d)
+				}
+				close(back)
+				synctest.Wait()
+				if srv.opened != 3 || srv.open() != 1 || db.Stats().InUse != 0 {
+					t.Errorf("%d connections of %d open", srv.open(), srv.opened)
+				}
+			})
+		})
+	}
+}
+
+// So may one that the driver asks whether it lives.
+func TestAPooledConnectionWhosePingIsNotAnsweredIsDropped(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			idle(t, db, 1)
+			srv.reset = func(ctx context.Context, conn int) error {
+				if conn > 1 {
+					return nil
+				}
+				<-ctx.Done()
+				return driver.ErrBadConn
+			}
+			start := time.Now()
+			wantError(t, c.run(t.Context(), db, key, nothing))
+			if d := time.Since(start); d != answerBound {
+				t.Errorf("%s: after %v", c.name, d)
+			}
+			if srv.opened != 2 || srv.open() != 1 {
+				t.Errorf("%s: %d connections of %d open", c.name, srv.open(), srv.opened)
+			}
+		})
+	}
+}
+
+// The connections that others use do not make a dead network a longer wait.
+func TestAConnectionThatIsNeverMadeIsGivenUpWhateverElseIsInUse(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		for range 3 {
+			conn, err := db.Conn(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+		}
+		srv.dial = func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		start := time.Now()
+		wantError(t, WithLock(t.Context(), db, key, nothing), "no answer from the server within 30s")
+		if d := time.Since(start); d != dialBound {
+			t.Errorf("after %v", d)
+		}
+	})
+}
+
+func TestADriverThatDoesNotReturnFromMakingAConnectionIsAbandoned(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			back := make(chan struct{})
+			srv.dial = func(context.Context) error { <-back; return nil }
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			start := time.Now()
+			wantError(t, c.run(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+			if d := time.Since(start); d != time.Second {
+				t.Errorf("%s: after %v", c.name, d)
+			}
+			close(back)
+			synctest.Wait()
+			srv.want(t, "1 open")
+			if stats := db.Stats(); stats.Idle != 1 || stats.InUse != 0 {
+				t.Errorf("%s: the connection that came late: %+v", c.name, stats)
+			}
+		})
+	}
+}
+
+// What Close does is the driver's business: that of pgx on a pgxpool hands a sound
+// session to the next user. None may have a lock then.
+func TestADiscardedSessionLeavesNoLockEvenIfCloseDoesNotEndIt(t *testing.T) {
+	t.Parallel()
+	internal := pgError("XX000")
+	for _, test := range []struct {
+		name string
+		run  func(t *testing.T, db *sql.DB, failing func(string, error))
+	}{
+		{"the release fails", func(t *testing.T, db *sql.DB, failing func(string, error)) {
+			failing(unlockQuery, internal)
+			wantError(t, WithLock(t.Context(), db, key, nothing), ErrLost, internal)
+		}},
+		{"the release of conn fails", func(t *testing.T, db *sql.DB, failing func(string, error)) {
+			failing(unlockLentQuery, internal)
+			wantError(t, withConnLock(t.Context(), db), ErrLost, internal)
+		}},
+		{"the release of the caller's conn fails", func(t *testing.T, db *sql.DB, failing func(string, error)) {
+			failing(unlockQuery, internal)
+			conn, err := db.Conn(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantError(t, AcquireConn(t.Context(), conn, key))
+			wantError(t, ReleaseConn(t.Context(), conn, key), ErrLost, internal)
+		}},
+		{"the answer to the try is an error", func(t *testing.T, db *sql.DB, failing func(string, error)) {
+			failing(tryQuery, internal)
+			wantError(t, WithLock(t.Context(), db, key, nothing), internal)
+		}},
+		{"BEGIN fails under a session-level lock", func(t *testing.T, db *sql.DB, failing func(string, error)) {
+			failing("BEGIN SERIALIZABLE", internal)
+			wantError(t, WithTxLock(t.Context(), db, key, noTx, isolation(sql.LevelSerializable)), internal)
+		}},
+		{"a heartbeat fails", func(t *testing.T, db *sql.DB, failing func(string, error)) {
+			failing(armQuery, internal)
+			wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
+				<-ctx.Done()
+				return nil
+			}), ErrLost, internal)
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				held, armed := false, false
+				fails := map[string]error{}
+				srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+					switch {
+					case strings.Contains(query, "_try_"):
+						held = true
+					case query == clearQuery || query == clearArmedQuery:
+						held = false
+					}
+					armed = strings.HasPrefix(query, "SET ") || armed && !strings.Contains(query, "RESET ")
+					return 1, fails[query]
+				}
+				test.run(t, db, func(query string, err error) { fails[query] = err })
+				synctest.Wait()
+				if held || armed {
+					t.Errorf("held: %v, armed: %v; log: %q", held, armed, srv.lines())
+				}
+				if lines := srv.lines(); lines[len(lines)-1] != "1 close" || db.Stats().OpenConnections != 0 {
+					t.Errorf("not closed; log: %q", lines)
+				}
+			})
+		})
+	}
+}
+
+// A session that is not to be cleared is closed, and that within a moment.
+func TestADiscardThatIsNotAnsweredEndsInAClose(t *testing.T) {
+	t.Parallel()
+	for name, answer := range map[string]func(context.Context) error{
+		"an error":  func(context.Context) error { return pgError("XX000") },
+		"no answer": func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+					switch query {
+					case unlockQuery:
+						return 0, nil
+					case clearQuery:
+						return 0, answer(ctx)
+					}
+					return 1, nil
+				}
+				start := time.Now()
+				wantError(t, WithLock(t.Context(), db, key, nothing), ErrLost)
+				if d := time.Since(start); d > abandonAfter {
+					t.Errorf("after %v", d)
+				}
+				synctest.Wait()
+				srv.want(t, on(1, "open", tryQuery, unlockQuery, clearQuery, "close")...)
+			})
+		})
+	}
+}
+
+// In real time, because database/sql waits for its own locks.
+func TestWhatFnLeavesOpenOnItsConnDoesNotHoldUpTheRelease(t *testing.T) {
+	t.Parallel()
+	died := io.ErrUnexpectedEOF
+	leftOpen := []any{"advisory: release bigint 42: fn left a transaction open on its conn"}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, test := range []struct {
+		name  string
+		reply reply // to the release
+		panic bool
+		rows  bool // that is what is left, and not a transaction
+		wants []any
+	}{
+		{"a transaction", reply{rows: 2}, false, false, leftOpen},
+		{"a transaction that has failed", fails(pgError("25P02")), false, false, leftOpen},
+		{"a transaction, and the session is dead", fails(died), false, false, []any{ErrLost, died}},
+		{"a transaction, with a panic", reply{rows: 2}, true, false, nil},
+		{"a transaction, with a panic, and the session is dead", fails(died), true, false, nil},
+		{"rows, and the session is dead", fails(died), false, true, []any{ErrLost, died}},
+	} {
+		wg.Go(func() {
+			db, srv := newServer(t)
+			srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
+				return [][]driver.Value{{int64(1)}, {int64(2)}}, nil
+			}
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				if query == unlockLentQuery {
+					return test.reply.rows, test.reply.err
+				}
+				return 1, nil
+			}
+			var rows *sql.Rows
+			var tx *sql.Tx
+			start := time.Now()
+			err := func() error {
+				defer func() {
+					if r := recover(); (r == "mine") != test.panic {
+						t.Errorf("%s: recovered %v", test.name, r)
+					}
+				}()
+				return WithConnLock(t.Context(), db, key, func(_ context.Context, conn *sql.Conn) (err error) {
+					if test.rows {
+						rows, err = conn.QueryContext(context.Background(), "SELECT $1", 1)
+					} else {
+						tx, err = conn.BeginTx(context.Background(), nil)
+					}
+					if test.panic {
+						panic("mine")
+					}
+					return err
+				})
+			}()
+			wantError(t, err, test.wants...)
+			if d := time.Since(start); d > abandonAfter+time.Second {
+				t.Errorf("%s: after %v", test.name, d)
+			}
+			if lines := srv.lines(); lines[len(lines)-1] != "1 close" || lines[3] != "1 "+unlockLentQuery {
+				t.Errorf("%s: log: %q", test.name, lines)
+			}
+			// database/sql's part can end now.
+			if test.rows {
+				err = errors.Join(rows.Err(), rows.Close())
+			} else if err = tx.Rollback(); errors.Is(err, driver.ErrBadConn) {
+				err = nil
+			}
+			if err != nil {
+				t.Errorf("%s: %v", test.name, err)
+			}
+		})
+	}
+}
+
+// The server counts from a grant that may have been long on its way.
+func TestAnArmedGrantThatTookAHeartbeatIsConfirmed(t *testing.T) {
+	t.Parallel()
+	const wait = "SET idle_session_timeout = 600; " + waitQuery
+	for _, test := range []struct {
+		name  string
+		took  time.Duration
+		reply reply // to the question
+		want  []string
+		wants []any
+	}{
+		{"quick", 199 * time.Millisecond, done, on(1, "open", tryQuery, wait, disarmQuery), nil},
+		{"slow", 200 * time.Millisecond, granted, on(1, "open", tryQuery, wait, heldQuery, disarmQuery), nil},
+		{
+			"too slow", time.Second, refused,
+			slices.Concat(on(1, "open", tryQuery, wait, heldQuery, clearArmedQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
+		},
+		{
+			"gone", time.Second, fails(io.ErrUnexpectedEOF),
+			slices.Concat(on(1, "open", tryQuery, wait, heldQuery, "close"), on(2, "open", tryQuery, unlockQuery)), nil,
+		},
+		{
+			"refused", time.Second, fails(pgError("53200")),
+			on(1, "open", tryQuery, wait, heldQuery, clearArmedQuery, "close"), []any{pgError("53200")},
+		},
+	} {
+		for _, c := range closures[:3] {
+			t.Run(c.name+" "+test.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					db, srv := newServer(t)
+					srv.script = func(_ context.Context, conn int, query string) (int64, error) {
+						switch {
+						case conn > 1:
+						case query == tryQuery:
+							return 0, nil
+						case query == wait:
+							time.Sleep(test.took)
+						case query == heldQuery:
+							return test.reply.rows, test.reply.err
+						}
+						return 1, nil
+					}
+					wantError(t, c.run(t.Context(), db, key, func(ctx context.Context) error { return ctx.Err() },
+						Heartbeat(200*time.Millisecond), HolderTimeout(600*time.Millisecond)), test.wants...)
+					synctest.Wait()
+					srv.want(t, test.want...)
+				})
+			})
+		}
+	}
+}
+
+func TestAGrantThatIsConfirmedTooLateIsNotUsed(t *testing.T) {
+	t.Parallel()
+	for _, i := range []int{0, 3} {
+		c := closures[i]
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				switch {
+				case query == tryQuery && i == 0:
+					return 0, nil
+				case strings.Contains(query, "set_config"):
+					time.Sleep(time.Second)
+				case strings.Contains(query, "pg_locks"):
+					cancel()
+				}
+				return 1, nil
+			}
+			wantError(t, c.run(ctx, db, key, func(context.Context) error {
+				t.Errorf("%s: fn runs", c.name)
+				return nil
+			}, HolderTimeout(time.Minute)), ErrNotAcquired, context.Canceled)
+		})
+	}
+}
+
+func TestWaitsOfWithConnLockAreArmedWithHolderTimeout(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t, refused, fails(err55P03), granted)
+		wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
+		srv.want(t, on(1, "open", tryQuery, armLent+waitQuery, armLent+waitQuery, disarmLent+unlockLentQuery)...)
+	})
+}
+
+func TestWithConnLockThatIsLostBeforeUseIsTriedOnTheNextConnection(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	idle(t, db, 1)
+	srv.script = func(_ context.Context, conn int, query string) (int64, error) {
+		if conn == 1 && strings.Contains(query, "pg_locks") {
+			return 0, nil
+		}
+		return 1, nil
+	}
+	wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
+	srv.want(t, slices.Concat(
+		on(1, "open", tryQuery, armLent+heldQuery, "ROLLBACK; "+disarmLent+freeQuery, "close"),
+		on(2, "open", tryQuery, armLent+heldQuery, disarmLent+unlockLentQuery),
+	)...)
+}
+
+// A driver need not have ExecerContext, nor use it.
+func TestDriversThatPrepareEveryStatement(t *testing.T) {
+	t.Parallel()
+	for name, connect := range map[string]func(*fakeConn) driver.Conn{
+		"without ExecerContext": func(c *fakeConn) driver.Conn { return preparing{c} },
+		"with ErrSkip":          func(c *fakeConn) driver.Conn { return skipping{preparing{c}} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, test := range []struct {
+				replies []reply
+				want    []string
+				wants   []any
+			}{
+				{nil, []string{"open", tryQuery, unlockQuery}, nil},
+				{[]reply{granted, refused}, []string{"open", tryQuery, unlockQuery, "close"}, []any{ErrLost}},
+				{[]reply{fails(io.ErrUnexpectedEOF)}, []string{"open", tryQuery, "close"}, []any{io.ErrUnexpectedEOF}},
+			} {
+				srv := &server{script: inOrder(test.replies...)}
+				db := sql.OpenDB(connecting{srv, connect})
+				wantError(t, WithLock(t.Context(), db, key, nothing, NoWait()), test.wants...)
+				srv.want(t, on(1, test.want...)...)
+				if err := db.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+type connecting struct {
+	*server
+	wrap func(*fakeConn) driver.Conn
+}
+
+func (c connecting) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := c.server.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return c.wrap(conn.(*fakeConn)), nil
+}
+
+type preparing struct{ c *fakeConn }
+
+func (p preparing) Begin() (driver.Tx, error)                 { return p.c.Begin() }
+func (p preparing) Close() error                              { return p.c.Close() }
+func (p preparing) Prepare(query string) (driver.Stmt, error) { return prepared{p.c, query}, nil }
+
+type skipping struct{ preparing }
+
+func (skipping) ExecContext(context.Context, string, []driver.NamedValue) (driver.Result, error) {
+	return nil, driver.ErrSkip
+}
+
+type prepared struct {
+	c     *fakeConn
+	query string
+}
+
+func (prepared) Close() error                              { return nil }
+func (prepared) NumInput() int                             { return 0 }
+func (prepared) Query([]driver.Value) (driver.Rows, error) { return nil, errors.New("query") }
+func (p prepared) Exec([]driver.Value) (driver.Result, error) {
+	return p.c.ExecContext(context.Background(), p.query, nil)
 }

@@ -81,14 +81,15 @@ func keyList(keys []Key) string {
 // SQLSTATEs that mean something to a lock (PostgreSQL manual, appendix "PostgreSQL
 // Error Codes").
 const (
-	lockNotAvailable   = "55P03" // lock_timeout
-	queryCanceled      = "57014" // statement_timeout, pg_cancel_backend
-	deadlockDetected   = "40P01"
-	outOfMemory        = "53200" // the server's lock table is full
-	tooManyConnections = "53300"
-	syntaxError        = "42601"
-	undefinedFunc      = "42883"
-	undefinedObject    = "42704"
+	lockNotAvailable    = "55P03" // lock_timeout
+	queryCanceled       = "57014" // statement_timeout, pg_cancel_backend
+	inFailedTransaction = "25P02"
+	deadlockDetected    = "40P01"
+	outOfMemory         = "53200" // the server's lock table is full
+	tooManyConnections  = "53300"
+	syntaxError         = "42601"
+	undefinedFunc       = "42883"
+	undefinedObject     = "42704"
 )
 
 // sqlState is the SQLSTATE of a server's error, or "". Both drivers' errors have

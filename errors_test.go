@@ -3,10 +3,12 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"strings"
 	"sync"
 	"testing"
@@ -150,18 +152,22 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 		err  error
 		goOn bool
 	}{
+		{driver.ErrBadConn, true},
+		{io.EOF, true},
 		{io.ErrUnexpectedEOF, true},
-		{errors.New("conn closed"), true},
-		{fmt.Errorf("write: %w", io.ErrClosedPipe), true},
-		{pgError("08006"), true}, // connection_failure
-		{pgError("57P01"), true}, // admin_shutdown
-		{pgError("57P02"), true}, // crash_shutdown
-		{pgError("57P03"), true}, // cannot_connect_now
-		{pgError("57P05"), true}, // idle_session_timeout
-		{pgError("25P03"), true}, // idle_in_transaction_session_timeout
+		{fmt.Errorf("write: %w", net.ErrClosed), true},
+		{fmt.Errorf("write: %w", &net.OpError{Op: "write", Err: errors.New("broken pipe")}), true},
+		{errors.New("a driver's own"), false}, // says nothing of the session
+		{pgError("08006"), true},              // connection_failure
+		{pgError("57P01"), true},              // admin_shutdown
+		{pgError("57P02"), true},              // crash_shutdown
+		{pgError("57P03"), true},              // cannot_connect_now
+		{pgError("57P05"), true},              // idle_session_timeout
+		{pgError("25P03"), true},              // idle_in_transaction_session_timeout
+		{pgError("25P04"), true},              // transaction_timeout
 		{pgError("42501"), false},
 		{pgError("53200"), false},
-		{pgError("53300"), true}, // too_many_connections
+		{pgError("53300"), false}, // too_many_connections: no answer to a statement, but see TestAWaitOutlivesARestartOfTheServer
 		{pgError("XX000"), false},
 	} {
 		for _, c := range []struct {
@@ -188,6 +194,7 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 					if got, want := srv.opened, map[bool]int{false: 1, true: 2}[test.goOn]; got != want {
 						t.Errorf("%d connections were made, want %d", got, want)
 					}
+					synctest.Wait()
 					if got, want := srv.open(), srv.opened-1; got != want {
 						t.Errorf("%d connections open, want %d", got, want)
 					}

@@ -27,6 +27,9 @@ type server struct {
 	// dial makes a connection. nil: always.
 	dial func(ctx context.Context) error
 
+	// reset is asked before a connection of the pool is used again. nil: it is well.
+	reset func(ctx context.Context, conn int) error
+
 	mu     sync.Mutex
 	log    []string
 	opened int
@@ -130,11 +133,22 @@ func (s *server) Connect(ctx context.Context) (driver.Conn, error) {
 }
 
 type fakeConn struct {
-	s  *server
-	no int
+	s      *server
+	no     int
+	closed bool // guarded by s.mu
 }
 
 func (c *fakeConn) send(ctx context.Context, query string) (int64, error) {
+	c.s.mu.Lock()
+	closed := c.closed
+	c.s.mu.Unlock()
+	switch {
+	case closed && query == "ROLLBACK":
+		return 0, driver.ErrBadConn // database/sql ends its transaction, in its own time
+	case closed:
+		c.s.write("%d after close: %s", c.no, query)
+		return 0, driver.ErrBadConn
+	}
 	c.s.write("%d %s", c.no, query)
 	if c.s.script == nil {
 		return 1, nil
@@ -142,12 +156,23 @@ func (c *fakeConn) send(ctx context.Context, query string) (int64, error) {
 	return c.s.script(ctx, c.no, query)
 }
 
+// Close closes once, like the drivers' own: it may be called twice.
 func (c *fakeConn) Close() error {
-	c.s.write("%d close", c.no)
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	c.s.closed++
+	if !c.closed {
+		c.closed = true
+		c.s.closed++
+		c.s.log = append(c.s.log, fmt.Sprintf("%d close", c.no))
+	}
 	return nil
+}
+
+func (c *fakeConn) ResetSession(ctx context.Context) error {
+	if c.s.reset == nil {
+		return nil
+	}
+	return c.s.reset(ctx, c.no)
 }
 
 func (c *fakeConn) Prepare(query string) (driver.Stmt, error) {

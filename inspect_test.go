@@ -161,10 +161,11 @@ func TestTheHolderIsAskedForOnTheCallersSessionToo(t *testing.T) {
 		err   error
 		conns bool // AcquireConn's conn is as it was
 		says  string
+		last  string // in AcquireTx's transaction
 	}{
-		{"named", nil, true, ": held by pid 7"},
-		{"not to be seen", pgError("42501"), true, "within 1s"},
-		{"the connection dies", io.ErrUnexpectedEOF, false, "within 1s"},
+		{"named", nil, true, ": held by pid 7", rollbackToQuery},
+		{"not to be seen", pgError("42501"), true, "within 1s", rollbackToQuery},
+		{"the connection dies", io.ErrUnexpectedEOF, false, "within 1s", holdersQuery},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -176,7 +177,7 @@ func TestTheHolderIsAskedForOnTheCallersSessionToo(t *testing.T) {
 				wantError(t, AcquireConn(t.Context(), on.conn, key, Timeout(time.Second)), ErrNotAcquired, test.says)
 				wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrNotAcquired, test.says)
 				lines := srv.lines()
-				if last := lines[len(lines)-1]; last != "2 "+rollbackToQuery {
+				if last := lines[len(lines)-1]; last != "2 "+test.last {
 					t.Errorf("the transaction is left at: %s", last)
 				}
 				if _, err := on.conn.ExecContext(t.Context(), "SELECT"); (err == nil) != test.conns {
@@ -215,11 +216,30 @@ func TestTheSavepointOfTheQuestionFails(t *testing.T) {
 		on, srv := newTarget(t)
 		waits := script55P03(t)
 		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-			if query == "SAVEPOINT advisory_wait" {
+			if query == savepointQuery {
 				return 0, errors.New("conn closed")
 			}
 			return waits(ctx, conn, query)
 		}
 		wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrNotAcquired)
 	})
+}
+
+func TestTheHolderOfTheKeyIsAskedFor(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = script55P03(t)
+			srv.rows = func(_ int, args []driver.NamedValue) ([][]driver.Value, error) {
+				for i, want := range []int64{1, 2, 1} {
+					if got := args[i].Value; got != want {
+						t.Errorf("%s: argument %d: %v, want %d", c.name, i, got, want)
+					}
+				}
+				return [][]driver.Value{row(7, true, "", "")}, nil
+			}
+			wantError(t, c.run(t.Context(), db, ID(1<<32+2), nothing, Timeout(time.Second)), ErrNotAcquired, "held by pid 7")
+		})
+	}
 }

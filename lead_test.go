@@ -3,6 +3,7 @@ package advisory
 import (
 	"context"
 	"errors"
+	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -54,7 +55,7 @@ func TestALeaderThatLosesItsLockCampaignsAgainAfterFn(t *testing.T) {
 		wantError(t, err)
 		synctest.Wait()
 		srv.want(t, slices.Concat(
-			on(1, "open", tryQuery, armQuery, "close"), on(2, "open", tryQuery, armQuery, "close"), on(3, "open", tryQuery, unlockQuery),
+			on(1, "open", tryQuery, armQuery, clearArmedQuery, "close"), on(2, "open", tryQuery, armQuery, clearArmedQuery, "close"), on(3, "open", tryQuery, unlockQuery),
 		)...)
 		if n := strings.Count(log.String(), "leadership lost"); n != 2 {
 			t.Errorf("log: %q", log.String())
@@ -163,11 +164,11 @@ func TestACampaignEndsWithCtxOrTheDB(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			db, srv := newServer(t)
 			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-				if query == waitQuery {
+				if query == armedWaitQuery {
 					if err := db.Close(); err != nil {
 						t.Error(err)
 					}
-					return 0, errors.New("conn closed")
+					return 0, net.ErrClosed
 				}
 				return 0, nil
 			}
@@ -184,4 +185,53 @@ func TestACampaignEndsWithCtxOrTheDB(t *testing.T) {
 		}))
 		srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
 	})
+}
+
+func TestALeaderThatLosesItsLockAndItsCtxReturnsFnsError(t *testing.T) {
+	t.Parallel()
+	mine := errors.New("mine")
+	for _, fnErr := range []error{nil, mine} {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				if strings.Contains(query, "pg_locks") {
+					return 0, nil
+				}
+				return 1, nil
+			}
+			wants := []any{context.Canceled}
+			if fnErr != nil {
+				wants = append(wants, fnErr)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+				<-ctx.Done()
+				cancel()
+				return fnErr
+			}), wants...)
+			synctest.Wait()
+			srv.want(t, on(1, "open", tryQuery, armQuery, clearArmedQuery, "close")...)
+		})
+	}
+}
+
+// A leader's ctx that ends for a loss of another lock is no loss of its own.
+func TestALeaderUnderALockThatIsLostStepsDown(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+		cancel(ErrLost)
+		<-ctx.Done()
+		return nil
+	}))
+	srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
+}
+
+// The loss is noticed while fn ends by itself.
+func TestALeaderWhoseUnlockIsRefusedIsToldSo(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t, granted, refused)
+	wantError(t, Lead(t.Context(), db, key, nothing), ErrLost)
+	srv.want(t, on(1, "open", tryQuery, unlockQuery, clearQuery, "close")...)
 }

@@ -199,5 +199,63 @@ func TestSessionLocker(t *testing.T) {
 	srv.script = inOrder(refused, refused)
 	wantError(t, l.SessionLock(t.Context(), conn), ErrNotAcquired)
 	wantError(t, l.SessionUnlock(t.Context(), conn), ErrLost)
-	srv.want(t, slices.Concat(on(1, "open", try, unlock), on(1, try, unlock, "close"))...)
+	srv.want(t, slices.Concat(on(1, "open", try, unlock), on(1, try, unlock, clearQuery, "close"))...)
+}
+
+func TestAnObserverThatPanicsLeavesNoLock(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		for name, o := range map[string]*Observer{
+			"AcquireEnd": {AcquireEnd: func(context.Context, LockInfo, time.Duration, error) { panic("mine") }},
+			"HoldStart":  {HoldStart: func(context.Context, LockInfo) context.Context { panic("mine") }},
+			"HoldEnd":    {HoldEnd: func(context.Context, LockInfo, time.Duration, error) { panic("mine") }},
+		} {
+			t.Run(c.name+" "+name, func(t *testing.T) {
+				t.Parallel()
+				db, srv := newServer(t)
+				func() {
+					defer func() {
+						if r := recover(); r != "mine" {
+							t.Errorf("recovered %v", r)
+						}
+					}()
+					_ = c.run(t.Context(), db, key, func(context.Context) error {
+						if name != "HoldEnd" {
+							t.Error("fn runs")
+						}
+						return nil
+					}, Observe(o))
+				}()
+				want := slices.Clone(c.acquires)
+				switch {
+				case name == "HoldEnd":
+					want = append(want, c.releases...)
+				case strings.HasPrefix(c.name, "WithTxLock"):
+					want = append(want, "ROLLBACK", clearQuery, "close")
+				default:
+					want = append(want, clearQuery, "close")
+				}
+				srv.want(t, on(1, want...)...)
+				if n := db.Stats().InUse; n != 0 {
+					t.Errorf("%d connections not handed back", n)
+				}
+			})
+		}
+	}
+}
+
+func TestAnObserversNilCtxIsIgnored(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		db, _ := newServer(t)
+		wantError(t, c.run(context.WithValue(t.Context(), spanKey{}, "mine"), db, key, func(ctx context.Context) error {
+			if got := ctx.Value(spanKey{}); got != "mine" {
+				t.Errorf("fn's ctx is of %v", got)
+			}
+			return ctx.Err()
+		}, Observe(&Observer{
+			AcquireStart: func(context.Context, LockInfo) context.Context { return noCtx },
+			HoldStart:    func(context.Context, LockInfo) context.Context { return noCtx },
+		})))
+	}
 }

@@ -249,13 +249,22 @@ func TestTheLastOfARepeatedOptionCounts(t *testing.T) {
 func TestTimesAreSentInMillisecondsRoundedUp(t *testing.T) {
 	t.Parallel()
 	for d, want := range map[time.Duration]string{
-		1:                                "SET idle_session_timeout = 1; ",
-		time.Millisecond:                 "SET idle_session_timeout = 1; ",
-		time.Millisecond + 1:             "SET idle_session_timeout = 2; ",
-		math.MaxInt32 * time.Millisecond: "SET idle_session_timeout = 2147483647; ",
+		1:                                "1",
+		time.Millisecond:                 "1",
+		time.Millisecond + 1:             "2",
+		math.MaxInt32 * time.Millisecond: "2147483647",
 	} {
 		db, srv := newServer(t)
 		wantError(t, WithConnLock(t.Context(), db, key, func(context.Context, *sql.Conn) error { return nil }, HolderTimeout(d)))
-		srv.want(t, on(1, "open", tryQuery, want+heldQuery, "RESET idle_session_timeout; "+unlockAllQuery)...)
+		srv.want(t, on(1, "open", tryQuery, strings.ReplaceAll(armLent, "60000", want)+heldQuery, disarmLent+unlockLentQuery)...)
+	}
+}
+
+func TestAnIsolationLevelThatPostgreSQLHasNotIsNonsense(t *testing.T) {
+	t.Parallel()
+	for _, level := range []sql.IsolationLevel{sql.LevelWriteCommitted, sql.LevelSnapshot, sql.LevelLinearizable, 99, -1} {
+		db, srv := newServer(t)
+		wantError(t, WithTxLock(t.Context(), db, key, noTx, isolation(level)), "option TxOptions: PostgreSQL has no isolation level "+level.String())
+		srv.want(t)
 	}
 }

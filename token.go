@@ -90,7 +90,7 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	case err == nil:
 		t.no = no
 		return no, nil
-	case sessionGone(err), errors.Is(err, errHoldEnded):
+	case sessionGone(err), errors.Is(err, errHoldEnded), errors.Is(err, sql.ErrTxDone), errors.Is(err, sql.ErrConnDone):
 		return 0, lostError("token of", t.mark.keys, err)
 	default:
 		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: explain(err), errs: []error{err}}

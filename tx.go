@@ -146,6 +146,9 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) erro
 	}
 	t.s.waited, t.s.waitingFor = true, k
 	for {
+		if err := ctx.Err(); err != nil {
+			return t.rollback(err)
+		}
 		bound := within(waitBound, deadline)
 		if bound <= 0 {
 			return t.rollback(errTimeout)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/DATA-DOG/go-sqlmock"
+	"github.com/google/go-cmp/cmp"
 )
 
 func noTx(context.Context, *sql.Tx) error { return nil }
@@ -140,8 +141,19 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			), nil,
 		},
 		{
+			"a lock_timeout, ROLLBACK fails", []reply{done, refused, fails(err55P03), fails(died)}, nil, noTx,
+			slices.Concat(
+				on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"),
+				on(2, "open", "BEGIN", tryFirstQuery, "COMMIT"),
+			), nil,
+		},
+		{
+			"a lock_timeout, ROLLBACK is refused", []reply{done, refused, fails(err55P03), fails(pgError("XX000"))}, nil, noTx,
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", clearQuery, "close"), []any{pgError("XX000")},
+		},
+		{
 			"a deadlock", []reply{done, refused, fails(pgError("40P01"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{ErrDeadlock},
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", clearQuery, "close"), []any{ErrDeadlock},
 		},
 		{
 			"BEGIN fails", []reply{fails(died)}, nil, noTx,
@@ -149,7 +161,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"BEGIN is refused", []reply{fails(pgError("0A000"))}, nil, noTx,
-			on(1, "open", "BEGIN", "close"), []any{pgError("0A000")},
+			on(1, "open", "BEGIN", clearQuery, "close"), []any{pgError("0A000")},
 		},
 		{
 			"BEGIN fails under a session-level lock", []reply{granted, fails(died)}, []Option{serializable}, noTx,
@@ -161,7 +173,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"the try is refused", []reply{done, fails(pgError("53200"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{pgError("53200"), "max_locks_per_transaction"},
+			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", clearQuery, "close"), []any{pgError("53200"), "max_locks_per_transaction"},
 		},
 		{
 			"the connection dies under BEGIN", []reply{fails(driver.ErrBadConn)}, nil, noTx,
@@ -181,7 +193,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"HolderTimeout cannot be set", []reply{done, fails(pgError("42704"))}, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal, "ROLLBACK", "close"), []any{pgError("42704")},
+			on(1, "open", "BEGIN", setLocal, "ROLLBACK", clearQuery, "close"), []any{pgError("42704")},
 		},
 		{
 			"COMMIT is refused: the server has rolled back", []reply{done, granted, fails(pgError("40001"))}, nil, noTx,
@@ -193,7 +205,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"COMMIT is refused, and so is unlock", []reply{granted, done, fails(pgError("40001")), refused}, []Option{serializable}, noTx,
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, "close"), []any{pgError("40001"), ErrLost},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, clearQuery, "close"), []any{pgError("40001"), ErrLost},
 		},
 		{
 			"COMMIT fails: nobody knows", []reply{done, granted, fails(died)}, nil, noTx,
@@ -209,7 +221,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"unlock refused after COMMIT", []reply{granted, done, done, refused}, []Option{serializable}, noTx,
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, "close"), []any{ErrLost, "release bigint 42"},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, clearQuery, "close"), []any{ErrLost, "release bigint 42"},
 		},
 		{
 			"unlock fails after COMMIT, which is on the same session", []reply{granted, done, done, fails(died)}, []Option{serializable}, noTx,
@@ -221,15 +233,15 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"fn fails, and unlock is refused", []reply{granted, done, done, refused}, []Option{serializable}, func(context.Context, *sql.Tx) error { return mine },
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", unlockQuery, "close"), []any{mine, ErrLost},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", unlockQuery, clearQuery, "close"), []any{mine, ErrLost},
 		},
 		{
 			"fn commits", nil, nil, commit,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
+			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", clearQuery, "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
 		},
 		{
 			"fn rolls back", nil, []Option{serializable}, func(_ context.Context, tx *sql.Tx) error { return tx.Rollback() },
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", "close"), []any{sql.ErrTxDone},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", clearQuery, "close"), []any{sql.ErrTxDone},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -345,10 +357,16 @@ func TestADriverThatDoesNotReturnInATransactionIsAbandoned(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
 	free := stuck(srv, waitTxQuery)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-	defer cancel()
+	script := srv.script
+	ctx, cancel := context.WithCancel(t.Context())
+	srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+		if query == waitTxQuery {
+			cancel()
+		}
+		return script(ctx, conn, query)
+	}
 	start := time.Now()
-	wantError(t, WithTxLock(ctx, db, key, noTx), ErrNotAcquired, context.DeadlineExceeded)
+	wantError(t, WithTxLock(ctx, db, key, noTx), ErrNotAcquired, context.Canceled)
 	if d := time.Since(start); d > 2*abandonAfter+time.Second {
 		t.Errorf("after %v", d)
 	}
@@ -395,7 +413,7 @@ func TestADriverThatDoesNotReturnFromCommitIsAbandonedWithCtx(t *testing.T) {
 func TestAcquireTx(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
-	lastWait := strings.Replace(savepointTxQuery, "400", "200", 1)
+	const shared = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)"
 	for _, test := range []struct {
 		name    string
 		replies []reply
@@ -404,54 +422,23 @@ func TestAcquireTx(t *testing.T) {
 		wants   []any
 	}{
 		{"granted", nil, nil, []string{tryTxQuery}, nil},
-		{"shared", nil, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)"}, nil},
-		{"granted after waiting", []reply{refused}, nil, []string{tryTxQuery, savepointTxQuery}, nil},
-		{
-			"shared, granted after waiting", []reply{refused}, []Option{Shared()},
-			[]string{
-				"SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)",
-				strings.Replace(savepointTxQuery, "xact_lock", "xact_lock_shared", 1),
-			}, nil,
-		},
+		{"shared", nil, []Option{Shared()}, []string{shared}, nil},
+		{"granted after waiting", []reply{refused, refused}, nil, []string{tryTxQuery, tryTxQuery, tryTxQuery}, nil},
+		{"shared, granted after waiting", []reply{refused}, []Option{Shared()}, []string{shared, shared}, nil},
 		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryTxQuery}, []any{ErrNotAcquired}},
 		{
-			"a lock_timeout", []reply{refused, fails(err55P03), done, granted}, nil,
-			[]string{tryTxQuery, savepointTxQuery, rollbackToQuery, savepointTxQuery}, nil,
+			"Timeout, with a last try", []reply{refused, refused}, []Option{Timeout(time.Millisecond)},
+			[]string{tryTxQuery, tryTxQuery, savepointQuery, holdersQuery, rollbackToQuery}, []any{ErrNotAcquired, "not acquired within 1ms"},
 		},
-		{
-			"a statement_timeout", []reply{refused, fails(err57014), done, granted}, nil,
-			[]string{tryTxQuery, savepointTxQuery, rollbackToQuery, savepointTxQuery}, nil,
-		},
-		{
-			"Timeout", []reply{refused, fails(err55P03), done, fails(err55P03)}, []Option{Timeout(600 * time.Millisecond)},
-			[]string{tryTxQuery, savepointTxQuery, rollbackToQuery, lastWait, rollbackToQuery, "SAVEPOINT advisory_wait", holdersQuery, rollbackToQuery}, []any{ErrNotAcquired, "not acquired within 600ms"},
-		},
-		{
-			"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil,
-			[]string{tryTxQuery, savepointTxQuery, rollbackToQuery}, []any{ErrDeadlock, pgError("40P01")},
-		},
+		{"the last try is granted", []reply{refused, granted}, []Option{Timeout(time.Millisecond)}, []string{tryTxQuery, tryTxQuery}, nil},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryTxQuery}, []any{died}},
-		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryTxQuery, savepointTxQuery}, []any{died}},
-		{
-			"the rollback to the savepoint fails", []reply{refused, fails(err55P03), fails(died)}, nil,
-			[]string{tryTxQuery, savepointTxQuery, rollbackToQuery}, []any{err55P03, died},
-		},
+		{"the second try fails", []reply{refused, fails(died)}, nil, []string{tryTxQuery, tryTxQuery}, []any{died}},
+		{"the server refuses the second try", []reply{refused, fails(err57014)}, nil, []string{tryTxQuery, tryTxQuery}, []any{err57014}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t)
-				tx, err := db.BeginTx(context.Background(), nil)
-				if err != nil {
-					t.Fatal(err)
-				}
-				answers := inOrder(test.replies...)
-				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-					rows, err := answers(ctx, conn, query)
-					if err == error(err55P03) {
-						_, err = script55P03(t)(ctx, conn, query)
-					}
-					return rows, err
-				}
+				tx, srv := beginTx(t)
+				srv.script = inOrder(test.replies...)
 				wantError(t, AcquireTx(t.Context(), tx, key, test.opts...), test.wants...)
 				srv.want(t, on(1, append([]string{"open", "BEGIN"}, test.want...)...)...)
 				if err := tx.Commit(); err != nil {
@@ -462,60 +449,166 @@ func TestAcquireTx(t *testing.T) {
 	}
 }
 
+// beginTx returns a transaction of a server of its own.
+func beginTx(t *testing.T) (*sql.Tx, *server) {
+	t.Helper()
+	db, srv := newServer(t)
+	tx, err := db.BeginTx(context.Background(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = tx.Rollback() })
+	return tx, srv
+}
+
+// tries is the times at which a server on which another holds the lock is asked for it.
+func tries(srv *server) *[]time.Duration {
+	start := time.Now()
+	at := new([]time.Duration)
+	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+		switch query {
+		case tryTxQuery:
+			*at = append(*at, time.Since(start))
+			return 0, nil
+		case deadlockQuery:
+			return 0, nil
+		}
+		return 1, nil
+	}
+	return at
+}
+
+func TestTheTriesOfAcquireTxArePaced(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		tx, srv := beginTx(t)
+		at := tries(srv)
+		start := time.Now()
+		wantError(t, AcquireTx(t.Context(), tx, key, Timeout(10*time.Second)), ErrNotAcquired, "not acquired within 10s")
+		if d := time.Since(start); d != 10*time.Second {
+			t.Errorf("after %v", d)
+		}
+		most := 5 * time.Millisecond
+		for i := 1; i < len(*at); i++ {
+			d, last := (*at)[i]-(*at)[i-1], i == len(*at)-1
+			if d > most || d < most/2 && !last {
+				t.Errorf("pause %d: %v, want %v to %v", i, d, most/2, most)
+			}
+			most = min(2*most, 100*time.Millisecond)
+		}
+		if last := (*at)[len(*at)-1]; last != 10*time.Second {
+			t.Errorf("the last try is at %v", last)
+		}
+		if n := strings.Count(strings.Join(srv.lines(), "\n"), deadlockQuery); n != 9 {
+			t.Errorf("asked for a deadlock %d times in 10 s", n)
+		}
+	})
+}
+
 func TestTheEndOfCtxEndsAWaitOfAcquireTxWithoutCancelling(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		tx, err := db.BeginTx(context.Background(), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		tx, srv := beginTx(t)
 		cause := errors.New("cause")
 		ctx, cancel := context.WithCancelCause(t.Context())
 		time.AfterFunc(time.Second, func() { cancel(cause) })
-		waits := script55P03(t)
-		srv.script = func(stmtCtx context.Context, conn int, query string) (int64, error) {
-			rows, err := waits(stmtCtx, conn, query)
+		srv.script = func(stmtCtx context.Context, _ int, _ string) (int64, error) {
+			time.Sleep(60 * time.Millisecond)
 			if stmtCtx.Err() != nil {
 				t.Error("a statement was cancelled")
 			}
-			return rows, err
+			return 0, nil
 		}
 		start := time.Now()
 		wantError(t, AcquireTx(ctx, tx, key), ErrNotAcquired, context.Canceled, cause)
-		if d := time.Since(start) - time.Second; d < 0 || d > waitBound {
+		if d := time.Since(start) - time.Second; d < 0 || d > 60*time.Millisecond {
 			t.Errorf("%v after the end of ctx", d)
 		}
-		srv.want(t, on(1, "open", "BEGIN", tryTxQuery,
-			savepointTxQuery, rollbackToQuery, savepointTxQuery, rollbackToQuery, savepointTxQuery, rollbackToQuery)...)
+		sent := srv.lines()
 		wantError(t, AcquireTx(ctx, tx, key), ErrNotAcquired, cause) // sends nothing
+		srv.want(t, sent...)
 		if err := tx.Commit(); err != nil {
 			t.Error(err)
 		}
 	})
 }
 
-func TestStatementTimeoutsInAcquireTxArePaced(t *testing.T) {
+// If the holder waits for the transaction that waits for it, neither gets anywhere.
+func TestADeadlockThatTheServerDoesNotSeeEndsAcquireTx(t *testing.T) {
+	t.Parallel()
+	question := []string{tryTxQuery, savepointQuery, deadlockQuery, rollbackToQuery}
+	twice := slices.Concat(question, question)
+	died := io.ErrUnexpectedEOF
+	for _, test := range []struct {
+		name    string
+		failing string // the statement that fails, with err
+		err     error
+		rows    []int64 // the answers
+		want    []string
+		after   time.Duration
+		wants   []any
+	}{
+		{"found twice", "", nil, []int64{1, 1}, twice, 2 * time.Second, []any{ErrDeadlock, "acquire bigint 42", "waits for this transaction"}},
+		{"found by two holders", "", nil, []int64{2, 3}, twice, 2 * time.Second, []any{ErrDeadlock}},
+		{"a moment in a hand-off", "", nil, []int64{1, 0, 1, 0, 1, 1}, slices.Concat(twice, twice, twice), 6 * time.Second, []any{ErrDeadlock}},
+		{"the connection dies", deadlockQuery, died, nil, question[:3], time.Second, []any{died}},
+		{"the savepoint fails", savepointQuery, pgError("53200"), nil, question[:2], time.Second, []any{pgError("53200")}},
+		{"the rollback fails", rollbackToQuery, died, []int64{0}, question, time.Second, []any{died}},
+		{"it may not be asked for", deadlockQuery, pgError("42501"), nil, append(slices.Clone(twice), tryTxQuery), 3 * time.Second, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tx, srv := beginTx(t)
+				start := time.Now()
+				answers := test.rows
+				srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+					switch {
+					case query == test.failing:
+						return 0, test.err
+					case query == tryTxQuery && time.Since(start) > 2900*time.Millisecond && test.wants == nil:
+						return 1, nil
+					case query == tryTxQuery:
+						return 0, nil
+					case query == deadlockQuery:
+						rows := answers[0]
+						answers = answers[1:]
+						return rows, nil
+					}
+					return 1, nil
+				}
+				wantError(t, AcquireTx(t.Context(), tx, key), test.wants...)
+				if d := time.Since(start) - test.after; d < -100*time.Millisecond || d > time.Duration(len(test.want)/4+1)*100*time.Millisecond {
+					t.Errorf("%v off", d)
+				}
+				if diff := cmp.Diff(on(1, append([]string{"open", "BEGIN"}, test.want...)...), slices.Compact(srv.lines())); diff != "" {
+					t.Errorf("log of the server, tries in a row as one (-want +got):\n%s", diff)
+				}
+				srv.script = nil
+				if err := tx.Commit(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+func TestADriverThatDoesNotReturnFromTheQuestionForADeadlockIsAbandoned(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		tx, err := db.Begin()
-		if err != nil {
-			t.Fatal(err)
-		}
+		tx, srv := beginTx(t)
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if strings.HasPrefix(query, "SAVEPOINT advisory_wait;") {
-				return 0, err57014
+			if query == deadlockQuery {
+				time.Sleep(time.Minute)
+				return 1, nil
 			}
 			return 0, nil
 		}
-		wantError(t, AcquireTx(t.Context(), tx, key, Timeout(time.Second)), ErrNotAcquired)
-		if n := strings.Count(strings.Join(srv.lines(), "\n"), "1 SAVEPOINT advisory_wait;"); n != 20 {
-			t.Errorf("%d waits in a second, want 20", n)
+		start := time.Now()
+		wantError(t, AcquireTx(t.Context(), tx, key), "no answer from the server within 10s")
+		if d := time.Since(start); d > deadlockPause+tryPauseMax+answerBound+abandonAfter {
+			t.Errorf("after %v", d)
 		}
-		if err := tx.Rollback(); err != nil {
-			t.Error(err)
-		}
+		time.Sleep(time.Hour)
 	})
 }
 
@@ -555,4 +648,43 @@ func TestAServerThatDoesNotAnswerAcquireTxIsGivenUp(t *testing.T) {
 		}
 		_ = tx.Rollback()
 	})
+}
+
+// A connection that dies between the bounded wait and its ROLLBACK is one of the pool's.
+func TestAWaitThatDiesInRollbackGoesOn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, _ := newServer(t, done, refused, fails(err55P03), fails(io.ErrUnexpectedEOF))
+		wantError(t, WithTxLock(t.Context(), db, key, noTx))
+	})
+}
+
+func TestFnDoesNotRunUnderAnEndedCtxAtRepeatableRead(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+		if strings.HasPrefix(query, "BEGIN") {
+			cancel()
+		}
+		return 1, nil
+	}
+	wantError(t, WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error {
+		t.Error("fn runs")
+		return nil
+	}, isolation(sql.LevelRepeatableRead)), ErrNotAcquired, context.Canceled)
+}
+
+// The error has the cause, and the context's own error.
+func TestACommitEndedByCtxMatchesTheContextsError(t *testing.T) {
+	t.Parallel()
+	for range 20 { // do chooses at random
+		db, _ := newServer(t)
+		cause := errors.New("cause")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		wantError(t, WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error {
+			cancel(cause)
+			return nil
+		}), context.Canceled, cause, "commit bigint 42")
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -110,7 +111,7 @@ func TestTheReleaseAfterAHiddenGrantAndAHeartbeat(t *testing.T) {
 			time.Sleep(1500 * time.Millisecond)
 			return nil
 		}))
-		srv.want(t, on(1, "open", tryQuery, waitQuery, waitQuery, armQuery, "RESET idle_session_timeout; "+unlockAllQuery)...)
+		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, heldQuery, disarmAllQuery)...)
 	})
 }
 
@@ -123,27 +124,29 @@ func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
 		second func(ctx context.Context) (int64, error) // the second heartbeat's answer
 		after  time.Duration
 		wants  []any
+		sound  bool // the session is there: its locks are freed before it is closed
+		late   bool // it may be
 	}{
 		{
 			"the session is gone", func(context.Context) (int64, error) { return 0, io.ErrUnexpectedEOF },
-			2 * time.Second, []any{io.ErrUnexpectedEOF},
+			2 * time.Second, []any{io.ErrUnexpectedEOF}, false, false,
 		},
 		{
 			"the server ended it", func(context.Context) (int64, error) { return 0, pgError("57P05") },
-			2 * time.Second, []any{pgError("57P05")},
+			2 * time.Second, []any{pgError("57P05")}, false, false,
 		},
 		{
 			"it does not hold the lock any more", func(context.Context) (int64, error) { return 0, nil },
-			2 * time.Second, []any{"this session did not hold it"},
+			2 * time.Second, []any{"this session did not hold it"}, true, false,
 		},
-		{"no answer in time", hang, 3 * time.Second, []any{"no answer from the server within 1s"}},
+		{"no answer in time", hang, 3 * time.Second, []any{"no answer from the server within 1s"}, false, true},
 		{
 			"no answer, and the driver does not return", func(context.Context) (int64, error) { time.Sleep(time.Hour); return 1, nil },
-			3 * time.Second, []any{"no answer from the server within 1s"},
+			3 * time.Second, []any{"no answer from the server within 1s"}, false, false,
 		},
 		{
 			"an answer too late", func(context.Context) (int64, error) { time.Sleep(1001 * time.Millisecond); return 1, nil },
-			3 * time.Second, []any{"no answer from the server within 1s"},
+			3 * time.Second, []any{"no answer from the server within 1s"}, false, true,
 		},
 	} {
 		for _, c := range closures[:3] {
@@ -180,7 +183,11 @@ func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
 						}
 						wantError(t, err, wants...)
 						time.Sleep(2 * time.Hour)
-						srv.want(t, on(1, "open", tryQuery, armQuery, heldQuery, "close")...)
+						want := []string{"open", tryQuery, armQuery, heldQuery}
+						if test.sound || test.late && slices.Contains(srv.lines(), "1 "+clearArmedQuery) {
+							want = append(want, clearArmedQuery)
+						}
+						srv.want(t, on(1, append(want, "close")...)...)
 					})
 				})
 			}
@@ -243,7 +250,7 @@ func TestAProcessThatWasFrozenHasLostItsLock(t *testing.T) {
 		wantError(t, l.Release(), ErrLost)
 		wantError(t, l.Release(), ErrLost)
 		synctest.Wait()
-		srv.want(t, on(1, "open", tryQuery, "close")...) // no heartbeat, which might have come back well
+		srv.want(t, on(1, "open", tryQuery, clearQuery, "close")...) // no heartbeat, which might have come back well
 	})
 }
 
@@ -538,6 +545,19 @@ func TestTokenDuringAHeartbeatWaitsForIt(t *testing.T) {
 	})
 }
 
+func TestTokenOfAConnThatIsClosedIsErrLost(t *testing.T) {
+	t.Parallel()
+	db, _ := newServer(t)
+	_ = WithConnLock(t.Context(), db, key, func(ctx context.Context, conn *sql.Conn) error {
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		_, err := Token(ctx)
+		wantError(t, err, ErrLost, sql.ErrConnDone)
+		return nil
+	})
+}
+
 func TestTokenOfATransactionThatHasEndedIsErrLost(t *testing.T) {
 	t.Parallel()
 	db, _ := newServer(t)
@@ -549,4 +569,86 @@ func TestTokenOfATransactionThatHasEndedIsErrLost(t *testing.T) {
 		wantError(t, err, ErrLost, sql.ErrTxDone)
 		return nil
 	})
+}
+
+// Token and Release meet: the token is one of before the unlock, or none. A later one
+// could be larger than the next holder's.
+func TestATokenIsNotAskedForAfterTheUnlock(t *testing.T) {
+	t.Parallel()
+	bad := 0
+	const n = 200
+	for range n {
+		db, srv := newServer(t)
+		unlocking, unlock := make(chan struct{}), make(chan struct{})
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if query == unlockQuery {
+				close(unlocking)
+				<-unlock
+			}
+			return 1, nil
+		}
+		l, err := Acquire(t.Context(), db, key)
+		wantError(t, err)
+		var wg sync.WaitGroup
+		_, err = l.Token(errCtx{context.Background(), func() { // in the moment between
+			wg.Go(func() { _ = l.Release() })
+			<-unlocking
+			time.AfterFunc(100*time.Microsecond, func() { close(unlock) })
+		}})
+		wg.Wait()
+		if err == nil {
+			bad++
+		}
+	}
+	if bad > 0 {
+		t.Errorf("%d of %d tokens were taken after the unlock", bad, n)
+	}
+}
+
+type errCtx struct {
+	context.Context
+	asked func()
+}
+
+func (c errCtx) Err() error { c.asked(); return nil }
+
+// The server that is armed with a grant counts from it: so do the heartbeats, from when
+// it was asked for. Otherwise the first one counts from the answer, however late.
+func TestTheFirstHeartbeat(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		waits       bool
+		took, first time.Duration
+	}{
+		{false, 0, time.Second},
+		{false, 600 * time.Millisecond, 1600 * time.Millisecond},
+		{false, 5 * time.Second, 6 * time.Second},
+		{true, 600 * time.Millisecond, time.Second},
+		{true, 999 * time.Millisecond, time.Second},
+		{true, 5 * time.Second, 6 * time.Second}, // it was confirmed at 5 s
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			start := time.Now()
+			var at []time.Duration
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				switch {
+				case query == tryQuery && test.waits:
+					return 0, nil
+				case query == tryQuery || query == armedWaitQuery:
+					time.Sleep(test.took)
+				case strings.Contains(query, "pg_locks"):
+					at = append(at, time.Since(start))
+				}
+				return 1, nil
+			}
+			wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
+				time.Sleep(1100 * time.Millisecond)
+				return ctx.Err()
+			}))
+			if len(at) == 0 || !slices.Contains(at, test.first) || at[0] != test.first && at[0] != test.took {
+				t.Errorf("waits %v, grant after %v: heartbeats at %v, want %v", test.waits, test.took, at, test.first)
+			}
+		})
+	}
 }
