@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"strconv"
 	"strings"
@@ -288,6 +289,7 @@ var errAbandoned = errors.New("the driver has not returned from the statement be
 type session struct {
 	runner
 	conn *sql.Conn
+	db   *sql.DB // whose pool conn is from, if it is ours
 	ours bool
 	log  *slog.Logger
 
@@ -326,7 +328,7 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 	}
 	if stats.Idle > 0 {
 		conn, err := db.Conn(ctx)
-		return opened(ctx, conn, err, cfg)
+		return opened(ctx, db, conn, err, cfg)
 	}
 	type result struct {
 		conn *sql.Conn
@@ -345,15 +347,17 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 	}()
 	select {
 	case r := <-results:
-		return opened(ctx, r.conn, r.err, cfg)
+		return opened(ctx, db, r.conn, r.err, cfg)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
 }
 
-func opened(ctx context.Context, conn *sql.Conn, err error, cfg *config) (*session, error) {
+func opened(ctx context.Context, db *sql.DB, conn *sql.Conn, err error, cfg *config) (*session, error) {
 	if err == nil {
-		return newSession(conn, true, cfg), nil
+		s := newSession(conn, true, cfg)
+		s.db = db
+		return s, nil
 	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -450,11 +454,33 @@ func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
 		}
 		failed = true
 		s.doubtful = true
+		if err := s.poolClosed(); err != nil {
+			return err
+		}
 		if sqlState(err) == queryCanceled {
 			pause(ctx, s.proof)
 		}
 	}
 }
+
+// poolClosed returns an error if the pool has been closed: a connection in use outlives
+// it, and so would a wait.
+func (s *session) poolClosed() error {
+	if s.db == nil {
+		return nil
+	}
+	if _, err := s.db.Conn(endedCtx); isClosed(err) {
+		return err
+	}
+	return nil
+}
+
+// endedCtx asks for a connection without taking one.
+var endedCtx = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
 
 // timedOut is wait's answer at the deadline: errTimeout, unless the last wait was
 // granted in the moment in which it failed.
@@ -523,17 +549,26 @@ func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
 }
 
 // confirm asks the server whether the session still has its locks, if its grant was so
-// long on its way that the server, which counts from the grant, may have ended it since.
-func (s *session) confirm(ctx context.Context, every time.Duration) error {
-	if time.Since(s.proof) < every {
+// long on its way that the server, which counts from the grant, may have ended it since,
+// and has it count from now on, if armNow says so.
+func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool) error {
+	fresh := time.Since(s.proof) < every
+	if !s.armed && !armNow {
+		if !fresh {
+			s.proof = time.Now() // there is no other clock to be ahead of
+		}
 		return nil
 	}
-	if !s.armed {
-		s.proof = time.Now() // there is no other clock to be ahead of
+	if s.armed && fresh {
 		return nil
+	}
+	query := heldStatement(s.held, s.shared)
+	if !s.armed {
+		query = s.arm() + query
+		s.armed = true
 	}
 	s.proof = time.Now()
-	rows, err := s.exec(ctx, answerBound, heldStatement(s.held, s.shared))
+	rows, err := s.exec(ctx, answerBound, query)
 	switch {
 	case err != nil:
 		return err
@@ -690,6 +725,7 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 	}
 	var (
 		stale  = db.Stats().Idle
+		early  = 3 // times to lose a lock as soon as it is granted
 		waited bool
 		outage time.Time // when the server was first missed, while waiting
 	)
@@ -724,7 +760,12 @@ func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attemp
 			return nil, acquireError(ctx, keys, cfg, err, hint)
 		case isClosed(err), !sessionGone(err) && !(waited && !opened && transient(err)):
 			return nil, acquireError(ctx, keys, cfg, err, "")
+		case errors.Is(err, errLostBeforeUse) && early == 0:
+			return nil, acquireError(ctx, keys, cfg, err, "")
 		case waited:
+			if errors.Is(err, errLostBeforeUse) {
+				early--
+			}
 			if outage.IsZero() {
 				outage = time.Now()
 			}
@@ -797,17 +838,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
 			return err
 		}
-		if s.silent > 0 && !s.armed {
-			s.armed = true
-			rows, err := s.exec(ctx, answerWithin(0, deadline), s.arm()+heldStatement(keys, cfg.shared))
-			if err != nil {
-				return err
-			}
-			if rows == 0 {
-				return errLostBeforeUse
-			}
-		}
-		return ctx.Err()
+		return s.confirm(ctx, math.MaxInt64, s.silent > 0)
 	})
 	h, err := newHold(ctx, db, keys, s, o, err)
 	if err != nil {

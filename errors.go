@@ -118,6 +118,11 @@ func sessionGone(err error) bool {
 	}
 	var silence noAnswer
 	var network net.Error
+	// pgx says so of an error on a connection that it has found closed.
+	var unsent interface{ SafeToRetry() bool }
+	if errors.As(err, &unsent) && unsent.SafeToRetry() {
+		return true
+	}
 	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.Is(err, net.ErrClosed) || errors.Is(err, errAbandoned) ||
 		errors.As(err, &silence) || errors.As(err, &network)

@@ -49,6 +49,7 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 //	SELECT l.pid, l.granted, l.mode, l.waitstart, a.usename, a.application_name, a.client_addr, a.state, a.query
 //	FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
 //	WHERE locktype = 'advisory' AND objsubid = 1
+//	  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 //	  AND (classid::bigint << 32 | objid::bigint) = ('x' || left(encode(sha256('nightly-report'), 'hex'), 16))::bit(64)::bigint
 //	ORDER BY granted DESC, waitstart;
 //

@@ -26,7 +26,8 @@ const (
 // Logger and retried, after pauses that grow to 5 s.
 //
 // When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
-// a planned step-down. It also returns when ctx ends before fn has run, with an error
+// a planned step-down. So fn should try again by itself what fails because the database is away
+// for a moment. Lead also returns when ctx ends before fn has run, with an error
 // that matches ctx's, if the db is closed, and, with [ErrReentrant], if ctx carries the key
 // already.
 //
@@ -35,7 +36,7 @@ const (
 // It takes the options Heartbeat, HolderTimeout, Logger and Observe.
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil), armNow: true}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err

@@ -164,6 +164,9 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) erro
 		if ctx.Err() != nil || !waitEnded(err) {
 			return err
 		}
+		if err := t.s.poolClosed(); err != nil {
+			return err
+		}
 		if sqlState(err) == queryCanceled {
 			pause(ctx, start)
 		}
@@ -387,13 +390,16 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 }
 
 // deadlocked tells whether a holder of the lock waits for this transaction.
-func (a *txAcquisition) deadlocked(ctx context.Context) (yes bool, err error) {
-	err = a.aside(ctx, func(ctx context.Context) error {
-		rows, err := a.send(ctx, deadlockStatement(a.key))
-		yes = rows > 0
+func (a *txAcquisition) deadlocked(ctx context.Context) (bool, error) {
+	var rows int64 // the question's until aside returns nil
+	err := a.aside(ctx, func(ctx context.Context) (err error) {
+		rows, err = a.send(ctx, deadlockStatement(a.key))
 		return err
 	})
-	return yes, err
+	if err != nil {
+		return false, err
+	}
+	return rows > 0, nil
 }
 
 // heldBy says who holds the lock, if that can be told.
