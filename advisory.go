@@ -198,7 +198,7 @@ func (c call) acquire(ctx context.Context, keys []Key, cfg *config) (*hold, erro
 		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
 			return err
 		}
-		return s.confirm(ctx, cfg.heartbeat, c.armNow)
+		return s.confirm(ctx, cfg.heartbeat, false)
 	})
 	if c.detached {
 		ctx = context.WithoutCancel(ctx)
@@ -282,7 +282,6 @@ type call struct {
 	db       *sql.DB   // nil where the function is not given one
 	missing  string    // the argument that is nil, or ""
 	detached bool      // the hold outlives ctx
-	armNow   bool      // the hold will outlast a heartbeat: a round trip before does not matter
 }
 
 // missing is the first name that goes with true.

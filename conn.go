@@ -184,7 +184,7 @@ type runner struct {
 func rawSend(conn *sql.Conn) func(context.Context, string) (int64, error) {
 	return func(ctx context.Context, query string) (rows int64, err error) {
 		skip := false
-		rawErr := conn.Raw(func(dc any) error {
+		rawErr := raw(conn, func(dc any) error {
 			execer, ok := dc.(driver.ExecerContext)
 			if !ok {
 				skip = true
@@ -203,6 +203,22 @@ func rawSend(conn *sql.Conn) func(context.Context, string) (int64, error) {
 			return rows, err
 		}
 	}
+}
+
+// raw is Conn.Raw, which panics if database/sql closes the Conn at the wrong moment, as it
+// does by itself when the context of a transaction ends: it looks whether the Conn is
+// closed, and then takes its connection, without a lock around the two.
+func raw(conn *sql.Conn, f func(dc any) error) (err error) {
+	called := false
+	defer func() {
+		if !called && recover() != nil {
+			err = sql.ErrConnDone
+		}
+	}()
+	return conn.Raw(func(dc any) error {
+		called = true
+		return f(dc)
+	})
 }
 
 // txSend sends over a transaction.
@@ -669,7 +685,7 @@ func (s *session) discard() {
 	go func() {
 		defer close(done)
 		s.busy <- struct{}{} // not given back: nothing is sent any more
-		err := s.conn.Raw(func(dc any) error {
+		err := raw(s.conn, func(dc any) error {
 			s.clear(dc)
 			// database/sql's word for "do not use it again".
 			return driver.ErrBadConn

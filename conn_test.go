@@ -773,26 +773,6 @@ func TestATimeoutWithoutEndIsOne(t *testing.T) {
 	})
 }
 
-func TestATryIsAbandonedWithCtxInRealTimeToo(t *testing.T) {
-	t.Parallel()
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	for _, i := range []int{0, 3, 5} {
-		wg.Go(func() {
-			db, srv := newServer(t)
-			free := stuck(srv, "SELECT WHERE pg_catalog.pg_try")
-			defer free()
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-			defer cancel()
-			start := time.Now()
-			wantError(t, closures[i].run(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
-			if d := time.Since(start); d > 2*abandonAfter+time.Second {
-				t.Errorf("%s: after %v", closures[i].name, d)
-			}
-		})
-	}
-}
-
 // The arming statement asks whether the lock is held.
 func TestWithConnLockThatIsNotHeldAfterArmingIsNotAcquired(t *testing.T) {
 	t.Parallel()
@@ -1258,4 +1238,29 @@ func (prepared) NumInput() int                             { return 0 }
 func (prepared) Query([]driver.Value) (driver.Rows, error) { return nil, errors.New("query") }
 func (p prepared) Exec([]driver.Value) (driver.Result, error) {
 	return p.c.ExecContext(context.Background(), p.query, nil)
+}
+
+// Connections in use outlive their pool; a wait does not.
+func TestAWaitEndsWithItsPool(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = script55P03(t)
+			time.AfterFunc(time.Second, func() {
+				if err := db.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			start := time.Now()
+			wantError(t, c.run(t.Context(), db, key, nothing), "acquire bigint 42: sql: database is closed")
+			if d := time.Since(start) - time.Second; d > waitBound {
+				t.Errorf("%s: %v after Close", c.name, d)
+			}
+			synctest.Wait()
+			if srv.open() != 0 {
+				t.Errorf("%s: the connection is still open", c.name)
+			}
+		})
+	}
 }

@@ -158,13 +158,15 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 		{fmt.Errorf("write: %w", net.ErrClosed), true},
 		{fmt.Errorf("write: %w", &net.OpError{Op: "write", Err: errors.New("broken pipe")}), true},
 		{errors.New("a driver's own"), false}, // says nothing of the session
-		{pgError("08006"), true},              // connection_failure
-		{pgError("57P01"), true},              // admin_shutdown
-		{pgError("57P02"), true},              // crash_shutdown
-		{pgError("57P03"), true},              // cannot_connect_now
-		{pgError("57P05"), true},              // idle_session_timeout
-		{pgError("25P03"), true},              // idle_in_transaction_session_timeout
-		{pgError("25P04"), true},              // transaction_timeout
+		{unsent(true), true},                  // as pgx has it
+		{unsent(false), false},
+		{pgError("08006"), true}, // connection_failure
+		{pgError("57P01"), true}, // admin_shutdown
+		{pgError("57P02"), true}, // crash_shutdown
+		{pgError("57P03"), true}, // cannot_connect_now
+		{pgError("57P05"), true}, // idle_session_timeout
+		{pgError("25P03"), true}, // idle_in_transaction_session_timeout
+		{pgError("25P04"), true}, // transaction_timeout
 		{pgError("42501"), false},
 		{pgError("53200"), false},
 		{pgError("53300"), false}, // too_many_connections: no answer to a statement, but see TestAWaitOutlivesARestartOfTheServer
@@ -203,3 +205,9 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 		}
 	}
 }
+
+// unsent is an error of a statement that was not sent.
+type unsent bool
+
+func (unsent) Error() string       { return "conn closed" }
+func (u unsent) SafeToRetry() bool { return bool(u) }

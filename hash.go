@@ -87,9 +87,8 @@ func (k Key) SQL() string {
 func (k Key) appendSQL(b []byte) []byte {
 	switch k.space {
 	case bigintSpace:
-		// PostgreSQL reads a literal's digits before its sign, so that the digits
-		// of the smallest integer overflow into the next wider type, for which
-		// there is no lock function.
+		// Where a cast follows, PostgreSQL reads a literal's digits before its sign, and
+		// those of the smallest integer overflow.
 		if k.id == math.MinInt64 {
 			return append(b, "-9223372036854775807-1"...)
 		}

@@ -36,7 +36,7 @@ const (
 // It takes the options Heartbeat, HolderTimeout, Logger and Observe.
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil), armNow: true}
+	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err

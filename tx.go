@@ -132,6 +132,9 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) erro
 	if err := t.begin(ctx); err != nil {
 		return err
 	}
+	if err := t.inTime(ctx); err != nil {
+		return err
+	}
 	rows, err := t.s.exec(ctx, answerWithin(0, deadline), try(k, t.s.shared))
 	switch {
 	case err != nil:

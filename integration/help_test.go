@@ -56,6 +56,22 @@ func hold(t testing.TB, db *sql.DB, key advisory.Key) (release func()) {
 	return release
 }
 
+// waitForTriers waits until n transactions have tried in vain to take key, and do not
+// wait for it in the server's queue.
+func waitForTriers(t testing.TB, db *sql.DB, key advisory.Key, n int) {
+	t.Helper()
+	waitFor(t, fmt.Sprintf("%d try to take %v", n, key), func() (bool, error) {
+		var got int
+		err := db.QueryRow(`SELECT count(*) FROM pg_stat_activity
+			WHERE state = 'idle in transaction' AND query ~ 'pg_try_advisory_xact_lock(_shared)?\(' AND query LIKE $1`,
+			"%("+key.SQL()+")%").Scan(&got)
+		if err == nil && got < n {
+			err = fmt.Errorf("%d try", got)
+		}
+		return got >= n, err
+	})
+}
+
 // noWork is the least that can be done under a lock.
 func noWork(context.Context, querier) error { return nil }
 

@@ -30,7 +30,7 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		t.Parallel()
 		var g errgroup.Group
-		for _, w := range ways {
+		for _, w := range queuers {
 			for name, opts := range options {
 				db := d.open(t, server.DSN())
 				db.SetMaxOpenConns(2)

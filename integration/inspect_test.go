@@ -277,9 +277,6 @@ func TestTimeoutNamesTheHolder(t *testing.T) {
 		holder, another := newSession(t, d, server.DSN(), "billing"), newSession(t, d, server.DSN(), "another")
 		held := fmt.Sprintf(`held by pid %d (app "billing", %s)`, holder.pid, server.Host())
 		eachWay(t, ways, func(t *testing.T, w way) {
-			if w.name == "WithTxLock" {
-				t.Skip("TODO: WithTxLock does not name the holder")
-			}
 			key := testKey(t)
 			holder.take(t, key, "")
 			err := w.with(t.Context(), db, key, noWork, advisory.Timeout(100*time.Millisecond))

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"runtime"
 	"slices"
 	"strings"
@@ -173,6 +174,7 @@ func TestNextLeaderFollowsWithinAHandOff(t *testing.T) {
 						}
 						begun := time.Now()
 						waitForWaiters(t, adminDB(t), key, 1)
+						time.Sleep(rand.N(100 * time.Millisecond)) // some term: the end of no poll interval
 						mu.Lock()
 						defer mu.Unlock()
 						if steppedBy >= 0 && steppedBy != i {

@@ -35,7 +35,7 @@ func TestRefusedAcquireTxLeavesTheTransactionAlive(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				go func() {
 					defer cancel()
-					waitForWaiters(t, adminDB(t), key, 1)
+					waitForTriers(t, adminDB(t), key, 1)
 				}()
 				return ctx
 			},
@@ -92,6 +92,7 @@ func TestRefusedAcquireTxLeavesTheTransactionAlive(t *testing.T) {
 func TestDeadlockLeavesTheTransactionAlive(t *testing.T) {
 	t.Parallel()
 	eachDriver(t, func(t *testing.T, d driver) {
+		t.Parallel()
 		victim := d.open(t, withParams(t, server.DSN(), "deadlock_timeout", "20ms"))
 		survivor := d.open(t, withParams(t, server.DSN(), "deadlock_timeout", "1min"))
 		key, c := testKey(t), newCounter(t, victim)
@@ -156,7 +157,7 @@ func TestLockTimeoutIsTheCallersOwn(t *testing.T) {
 					}
 					go func() {
 						defer release()
-						waitForWaiters(t, adminDB(t), key, 1)
+						waitForTriers(t, adminDB(t), key, 1)
 					}()
 					if err := advisory.AcquireTx(t.Context(), tx, key); err != nil {
 						t.Error(err)

@@ -27,6 +27,7 @@ type way struct {
 	closure bool // releases by itself, whatever the work does
 	opens   bool // gets a connection itself, and gives out a ctx
 	beats   bool // has a heartbeat
+	tries   bool // tries again and again, and does not wait in the server's queue
 	shared  bool // takes a shared lock
 	run     func(ctx context.Context, db *sql.DB, key advisory.Key, fn work, o options) error
 }
@@ -81,7 +82,7 @@ var (
 		run: func(ctx context.Context, db *sql.DB, key advisory.Key, fn work, o options) error {
 			return advisory.WithTxLock(ctx, db, key, func(ctx context.Context, tx *sql.Tx) error { return fn(ctx, tx) }, o.acquire...)
 		}}
-	acquireTx = way{name: "AcquireTx",
+	acquireTx = way{name: "AcquireTx", tries: true,
 		run: func(ctx context.Context, db *sql.DB, key advisory.Key, fn work, o options) error {
 			tx, err := db.BeginTx(ctx, nil)
 			if err != nil {
@@ -103,6 +104,7 @@ var ways = []way{withLock, withLocks, acquire, withConnLock, acquireConn, withTx
 var (
 	closures = waysThat(func(w way) bool { return w.closure })
 	openers  = waysThat(func(w way) bool { return w.opens })
+	queuers  = waysThat(func(w way) bool { return !w.tries })
 )
 
 func waysThat(are func(way) bool) []way {

@@ -280,7 +280,11 @@ func (s *Server) launch(ctx context.Context) (err error) {
 		case <-time.After(pollInterval):
 		}
 	}
-	if err := poll(ctx, func() error { return ping(ctx, s.dsn) }); err != nil {
+	dsn := s.dsn
+	if socket := s.SocketDSN(); len(s.cfg.prefix) > 0 && socket != "" {
+		dsn = socket // the prefix may have put the server into a network of its own
+	}
+	if err := poll(ctx, func() error { return ping(ctx, dsn) }); err != nil {
 		return s.startError(err, log)
 	}
 	s.proc = proc

@@ -1,0 +1,680 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pgadvisory/advisory"
+)
+
+// logBound logs how long something took, each time that it was tried, and fails the
+// test if it once took longer than it may.
+func logBound(t testing.TB, fault, what string, limit time.Duration, took []time.Duration) {
+	t.Helper()
+	if len(took) == 0 {
+		t.Errorf("%s: %s: not measured", fault, what)
+		return
+	}
+	slices.Sort(took)
+	p50, longest := took[len(took)/2], took[len(took)-1]
+	t.Logf("bound: %-20s | %-32s | n %3d | p50 %7.0f ms | max %7.0f ms | limit %6.0f ms",
+		fault, what, len(took), milliseconds(p50), milliseconds(longest), milliseconds(limit))
+	if longest > limit {
+		t.Errorf("%s: %s: took up to %v, want at most %v", fault, what, longest, limit)
+	}
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// terminateHolders ends the sessions of an application that hold an advisory lock.
+func terminateHolders(t testing.TB, application string) (n int) {
+	t.Helper()
+	if err := adminDB(t).QueryRow(`
+		SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+		WHERE application_name = $1 AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted)`,
+		application).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func wantLost(t testing.TB, what string, err error) {
+	t.Helper()
+	if !errors.Is(err, advisory.ErrLost) {
+		t.Errorf("%s: %v, want ErrLost", what, err)
+	}
+}
+
+// awaitLoss waits until ctx, that of a held lock, has ended, and fails the test unless
+// that is because the lock is lost.
+func awaitLoss(t testing.TB, ctx context.Context) (told bool) {
+	t.Helper()
+	select {
+	case <-ctx.Done():
+		wantLost(t, "cause", context.Cause(ctx))
+		return true
+	case <-time.After(10 * time.Second):
+		t.Error("the holder of a lock that is lost is not told")
+		return false
+	}
+}
+
+// wantLive fails the test if ctx has ended.
+func wantLive(t testing.TB, ctx context.Context) {
+	t.Helper()
+	if err := ctx.Err(); err != nil {
+		t.Errorf("the lock's context has ended: %v", context.Cause(ctx))
+	}
+}
+
+func TestLossOfSessionIsNoticed(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		const limit = 2500 * time.Millisecond // 2 default heartbeats, and some
+		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t)))
+
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		var mu sync.Mutex
+		var noticed []time.Duration
+		var cut time.Time // guarded by terminated
+		terminated := make(chan struct{})
+		notice := func(ctx context.Context) {
+			wantLive(t, ctx)
+			<-terminated
+			awaitLoss(t, ctx)
+			mu.Lock()
+			defer mu.Unlock()
+			noticed = append(noticed, time.Since(cut))
+		}
+		key := func(i int) advisory.Key { return advisory.Name(fmt.Sprint(t.Name(), i)) }
+
+		const each = 8
+		held := make(chan struct{}, 3*each)
+		for i := range each {
+			wg.Go(func() {
+				wantLost(t, "WithLock", advisory.WithLock(t.Context(), db, key(3*i), func(ctx context.Context) error {
+					held <- struct{}{}
+					notice(ctx)
+					return nil
+				}))
+			})
+			wg.Go(func() {
+				lock, err := advisory.Acquire(t.Context(), db, key(3*i+1))
+				held <- struct{}{}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				notice(lock.Context())
+				wantLost(t, "Release", lock.Release())
+				wantLost(t, "Release, again", lock.Release())
+				_, err = lock.Token(t.Context())
+				wantLost(t, "Token", err)
+			})
+			wg.Go(func() {
+				// Its error does not depend on a heartbeat, nor on fn's looking.
+				wantLost(t, "WithLock that did not look", advisory.WithLock(t.Context(), db, key(3*i+2), func(context.Context) error {
+					held <- struct{}{}
+					<-terminated
+					return nil
+				}))
+			})
+			// The heartbeats of the locks are out of step.
+			for range 3 {
+				<-held
+			}
+			time.Sleep(time.Second / each)
+		}
+		cut = time.Now()
+		if n := terminateHolders(t, appName(t)); n != 3*each {
+			t.Errorf("%d sessions terminated, want %d", n, 3*each)
+		}
+		close(terminated)
+		wg.Wait()
+		logBound(t, "terminated "+d.name, "holder told", limit, noticed)
+		wantClean(t, db)
+	})
+}
+
+// A session that the server ends tells nobody: its lock passes on at once, and until
+// its next heartbeat the old holder does not know. No lease bounds that from below.
+func TestTerminatedSessionIsTakenOverAtOnce(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		holders := d.open(t, withParams(t, server.DSN(), "application_name", appName(t)))
+		others := d.open(t, server.DSN())
+		var took []time.Duration
+		for i := range 5 {
+			key := advisory.Name(fmt.Sprint(t.Name(), i))
+			lock, err := advisory.Acquire(t.Context(), holders, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			begun := make(chan time.Time)
+			failed := make(chan error, 1)
+			go func() {
+				failed <- advisory.WithLock(t.Context(), others, key, func(context.Context) error {
+					begun <- time.Now()
+					return nil
+				})
+			}()
+			waitForWaiters(t, adminDB(t), key, 1)
+			cut := time.Now()
+			terminateHolders(t, appName(t))
+			took = append(took, (<-begun).Sub(cut))
+			if err := <-failed; err != nil {
+				t.Error(err)
+			}
+			wantLost(t, "Release", lock.Release())
+		}
+		logBound(t, "terminated "+d.name, "successor begins", time.Second, took)
+	})
+}
+
+// waitForHeartbeats waits until each of n sessions of an application that holds an
+// advisory lock has sent something since a time by the server's clock: a heartbeat.
+func waitForHeartbeats(t testing.TB, db *sql.DB, application string, n int, since time.Time) {
+	t.Helper()
+	waitFor(t, fmt.Sprintf("%d holders have sent a heartbeat", n), func() (bool, error) {
+		var got int
+		err := db.QueryRow(`
+			SELECT count(*) FROM pg_stat_activity
+			WHERE application_name = $1 AND state = 'idle' AND query_start > $2
+			  AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted)`, application, since).Scan(&got)
+		if err == nil && got < n {
+			err = fmt.Errorf("%d have", got)
+		}
+		return got >= n, err
+	})
+}
+
+func serverTime(t testing.TB, db *sql.DB) (now time.Time) {
+	t.Helper()
+	if err := db.QueryRow("SELECT clock_timestamp()").Scan(&now); err != nil {
+		t.Fatal(err)
+	}
+	return now
+}
+
+// A release resets what the first heartbeat has set, however the lock is released.
+func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
+	const heartbeat, silence = 100 * time.Millisecond, 10 * time.Second
+	bothDrivers(t, func(t *testing.T, d driver) {
+		// The session's own setting is what a reset goes back to.
+		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t), "idle_session_timeout", "77000"))
+		db.SetMaxIdleConns(100)
+		key := testKey(t)
+		opts := []advisory.Option{advisory.Heartbeat(heartbeat), advisory.HolderTimeout(silence)}
+		// beat returns after the first heartbeat of the lock, or several.
+		beat := func() error {
+			waitForHeartbeats(t, adminDB(t), appName(t), 1, serverTime(t, adminDB(t)))
+			return nil
+		}
+		failure := errors.New("fn's error")
+
+		for name, path := range map[string]func(ctx context.Context) error{
+			"WithLock": func(ctx context.Context) error {
+				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, opts...)
+			},
+			"WithLock shared": func(ctx context.Context) error {
+				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, append(opts, advisory.Shared())...)
+			},
+			"WithLocks": func(ctx context.Context) error {
+				return advisory.WithLocks(ctx, db, []advisory.Key{key, advisory.ID(7)}, func(context.Context) error { return beat() }, opts...)
+			},
+			"error": func(ctx context.Context) error {
+				err := advisory.WithLock(ctx, db, key, func(context.Context) error { return errors.Join(beat(), failure) }, opts...)
+				if !errors.Is(err, failure) || errors.Is(err, advisory.ErrLost) {
+					t.Errorf("%v, want fn's error alone", err)
+				}
+				return nil
+			},
+			"end of ctx": func(ctx context.Context) error {
+				ctx, cancel := context.WithCancel(ctx)
+				return advisory.WithLock(ctx, db, key, func(context.Context) error { defer cancel(); return beat() }, opts...)
+			},
+			"panic": func(ctx context.Context) error {
+				defer func() {
+					if p := recover(); p != failure {
+						t.Errorf("recovered %v", p)
+					}
+				}()
+				return advisory.WithLock(ctx, db, key, func(context.Context) error { beat(); panic(failure) }, opts...)
+			},
+			"Goexit": func(ctx context.Context) error {
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					_ = advisory.WithLock(ctx, db, key, func(context.Context) error { beat(); runtime.Goexit(); return nil }, opts...)
+				})
+				wg.Wait()
+				return nil
+			},
+			"Release": func(ctx context.Context) error {
+				lock, err := advisory.Acquire(ctx, db, key, opts...)
+				if err != nil {
+					return err
+				}
+				return errors.Join(beat(), lock.Release())
+			},
+			"no Release": func(ctx context.Context) error {
+				if _, err := advisory.Acquire(ctx, db, key, opts...); err != nil {
+					return err
+				}
+				_ = beat()
+				collect(t, adminDB(t), key)
+				return nil
+			},
+			"after a wait": func(ctx context.Context) error {
+				release := hold(t, adminDB(t), key)
+				go func() {
+					waitForWaiters(t, adminDB(t), key, 1)
+					release()
+				}()
+				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, opts...)
+			},
+			"WithConnLock": func(ctx context.Context) error {
+				return advisory.WithConnLock(ctx, db, key, func(_ context.Context, conn *sql.Conn) error {
+					wantSetting(t, conn, "idle_session_timeout", "10000")
+					return nil
+				}, opts[1])
+			},
+			"WithConnLock, not given": func(ctx context.Context) error {
+				return advisory.WithConnLock(ctx, db, key, func(_ context.Context, conn *sql.Conn) error {
+					wantSetting(t, conn, "idle_session_timeout", "77000")
+					return nil
+				})
+			},
+			"WithTxLock": func(ctx context.Context) error {
+				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
+					wantSetting(t, tx, "idle_in_transaction_session_timeout", "10000")
+					return nil
+				}, opts[1])
+			},
+			"WithTxLock, REPEATABLE READ": func(ctx context.Context) error {
+				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
+					wantSetting(t, tx, "idle_in_transaction_session_timeout", "10000")
+					return nil
+				}, opts[1], advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelRepeatableRead}))
+			},
+			"WithTxLock, rolled back": func(ctx context.Context) error {
+				err := advisory.WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error { return failure }, opts[1])
+				if !errors.Is(err, failure) {
+					t.Errorf("%v, want fn's error", err)
+				}
+				return nil
+			},
+			"WithTxLock, not given": func(ctx context.Context) error {
+				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
+					wantSetting(t, tx, "idle_in_transaction_session_timeout", "0")
+					return nil
+				})
+			},
+		} {
+			if err := path(soon(t)); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			wantFree(t, adminDB(t), key)
+			for _, s := range pooledSettings(t, db) {
+				if s != "77000 0 0" {
+					t.Errorf("%s: a pooled connection has the timeouts %q", name, s)
+				}
+			}
+			if t.Failed() {
+				return
+			}
+		}
+	})
+}
+
+// pooledSettings returns, of each connection in the pool, idle_session_timeout,
+// idle_in_transaction_session_timeout and lock_timeout.
+func pooledSettings(t testing.TB, db *sql.DB) (settings []string) {
+	t.Helper()
+	waitFor(t, "no connection is in use", func() (bool, error) { return db.Stats().InUse == 0, nil })
+	n := db.Stats().Idle
+	if n == 0 {
+		t.Error("no pooled connection")
+	}
+	for range n {
+		conn, err := db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close() // not before: each one once
+		var s string
+		// As a number, not "77s".
+		if err := conn.QueryRowContext(t.Context(), `
+			SELECT concat_ws(' ', max(setting) FILTER (WHERE name = 'idle_session_timeout'),
+				max(setting) FILTER (WHERE name = 'idle_in_transaction_session_timeout'),
+				max(setting) FILTER (WHERE name = 'lock_timeout')) FROM pg_settings`).Scan(&s); err != nil {
+			t.Fatal(err)
+		}
+		settings = append(settings, s)
+	}
+	return settings
+}
+
+func wantSetting(t testing.TB, q querier, name, want string) {
+	t.Helper()
+	var got string
+	if err := q.QueryRowContext(t.Context(), "SELECT setting FROM pg_settings WHERE name = $1", name).Scan(&got); err != nil || got != want {
+		t.Errorf("%s is %q (%v), want %q", name, got, err, want)
+	}
+}
+
+// A release and a heartbeat may fall on the same moment. The heartbeat must not be
+// the last to speak.
+func TestReleaseAtTheMomentOfAHeartbeatLeavesNoSetting(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		const heartbeat = 2 * time.Millisecond
+		ctx := soon(t)
+		deadline := time.Now().Add(1500 * time.Millisecond)
+		var mu sync.Mutex
+		rounds, armed := 0, 0
+		if err := concurrently(8, 1, func(g int) error {
+			db, err := d.openDB(server.DSN())
+			if err != nil {
+				return err
+			}
+			defer db.Close()
+			db.SetMaxOpenConns(1)
+			key := advisory.Name(fmt.Sprint(t.Name(), g))
+			for i := 0; time.Now().Before(deadline); i++ {
+				lock, err := advisory.Acquire(ctx, db, key, advisory.Heartbeat(heartbeat), advisory.HolderTimeout(time.Minute))
+				if err != nil {
+					return err
+				}
+				time.Sleep(heartbeat + time.Duration(i%40-30)*10*time.Microsecond)
+				// A heartbeat of 2 ms may well be late.
+				if err := lock.Release(); err != nil && !errors.Is(err, advisory.ErrLost) {
+					return err
+				}
+				var setting string
+				if err := db.QueryRowContext(ctx, "SHOW idle_session_timeout").Scan(&setting); err != nil {
+					return err
+				}
+				mu.Lock()
+				rounds++
+				if setting != "0" {
+					armed++
+				}
+				mu.Unlock()
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%d rounds", rounds)
+		if armed > 0 {
+			t.Errorf("after %d of %d releases, the pooled connection had an idle_session_timeout", armed, rounds)
+		}
+	})
+}
+
+// A wire stands between a pool and the server and records the statements that pass.
+type wire struct {
+	dsn string
+
+	mu         sync.Mutex
+	statements []string
+}
+
+func newWire(t testing.TB) *wire {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	w := &wire{dsn: withParams(t, server.DSN(), "host", "127.0.0.1", "port", strconv.Itoa(l.Addr().(*net.TCPAddr).Port), "sslmode", "disable")}
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go w.serve(client)
+		}
+	}()
+	return w
+}
+
+func (w *wire) serve(client net.Conn) {
+	defer client.Close()
+	backend, err := net.Dial("tcp", net.JoinHostPort(server.Host(), strconv.Itoa(server.Port())))
+	if err != nil {
+		return
+	}
+	defer backend.Close()
+	go func() {
+		_, _ = io.Copy(client, backend)
+		client.Close()
+	}()
+	for first := true; ; first = false {
+		// The first message has no type (PostgreSQL manual, "Message Formats").
+		var head [5]byte
+		from := 0
+		if first {
+			from = 1
+		}
+		if _, err := io.ReadFull(client, head[from:]); err != nil {
+			return
+		}
+		body := make([]byte, binary.BigEndian.Uint32(head[1:])-4)
+		if _, err := io.ReadFull(client, body); err != nil {
+			return
+		}
+		switch head[0] {
+		case 'Q':
+			w.record(string(bytes.TrimRight(body, "\x00")))
+		case 'P':
+			_, query, _ := bytes.Cut(body, []byte{0})
+			query, _, _ = bytes.Cut(query, []byte{0})
+			w.record(string(query))
+		}
+		if _, err := backend.Write(append(head[from:], body...)); err != nil {
+			return
+		}
+	}
+}
+
+func (w *wire) record(statement string) {
+	if statement == "-- ping" {
+		return // pgx looks after connections that were idle
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.statements = append(w.statements, statement)
+}
+
+// take returns what passed since it was called last.
+func (w *wire) take() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.statements
+	w.statements = nil
+	return s
+}
+
+func TestShortSectionsSendTwoStatements(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		w := newWire(t)
+		db := d.open(t, w.dsn)
+		for range 10 {
+			if err := advisory.WithLock(t.Context(), db, testKey(t), func(context.Context) error { return nil }); err != nil {
+				t.Fatal(err)
+			}
+			sent := w.take()
+			if len(sent) != 2 || !strings.Contains(sent[0], "pg_try_advisory_lock") || !strings.Contains(sent[1], "pg_advisory_unlock") ||
+				strings.Contains(strings.Join(sent, ""), "idle_session_timeout") {
+				t.Errorf("sent %q, want the lock and the unlock", sent)
+			}
+		}
+	})
+}
+
+func TestHeartbeatsEndWithTheRelease(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		const heartbeat = 100 * time.Millisecond
+		w := newWire(t)
+		db := d.open(t, w.dsn)
+		lock, err := advisory.Acquire(t.Context(), db, testKey(t), advisory.Heartbeat(heartbeat))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Release()
+		w.take()
+		var sent []string
+		waitFor(t, "three heartbeats are sent", func() (bool, error) {
+			sent = append(sent, w.take()...)
+			return len(sent) >= 3, nil
+		})
+		for i, s := range sent {
+			if arms := strings.Contains(s, "idle_session_timeout"); arms != (i == 0) {
+				t.Errorf("heartbeat %d: %q; the first one, and no other, sets idle_session_timeout", i+1, s)
+			}
+		}
+		if err := lock.Release(); err != nil {
+			t.Error(err)
+		}
+		sent = w.take()
+		if last := sent[len(sent)-1]; !strings.Contains(last, "RESET idle_session_timeout") || !strings.Contains(last, "pg_advisory_unlock") {
+			t.Errorf("released with %q, want the reset in the same round trip", last)
+		}
+		time.Sleep(4 * heartbeat) // for what must not happen, there is no condition
+		if sent := w.take(); len(sent) > 0 {
+			t.Errorf("sent after the release: %q", sent)
+		}
+	})
+}
+
+// Where the caller drives the session, the option alone makes a lease of the lock.
+func TestHolderTimeoutWhereTheCallerDrivesTheSession(t *testing.T) {
+	const silence = 300 * time.Millisecond
+	given := advisory.HolderTimeout(silence)
+	bothDrivers(t, func(t *testing.T, d driver) {
+		holders, others := d.open(t, server.DSN()), d.open(t, server.DSN())
+		for name, withLock := range map[string]func(advisory.Key, func()) error{
+			"WithTxLock": func(key advisory.Key, fn func()) error {
+				return advisory.WithTxLock(t.Context(), holders, key, func(context.Context, *sql.Tx) error { fn(); return nil }, given)
+			},
+			"WithTxLock, SERIALIZABLE": func(key advisory.Key, fn func()) error {
+				return advisory.WithTxLock(t.Context(), holders, key, func(context.Context, *sql.Tx) error { fn(); return nil }, given,
+					advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelSerializable}))
+			},
+			"WithConnLock": func(key advisory.Key, fn func()) error {
+				return advisory.WithConnLock(t.Context(), holders, key, func(context.Context, *sql.Conn) error { fn(); return nil }, given)
+			},
+		} {
+			var mu sync.Mutex
+			var took []time.Duration
+			var wg sync.WaitGroup
+			for i := range 3 {
+				wg.Go(func() {
+					key := advisory.Name(fmt.Sprint(t.Name(), name, i))
+					err := withLock(key, func() {
+						begin := time.Now()
+						if err := advisory.WithLock(soon(t), others, key, func(context.Context) error { return nil }); err != nil {
+							t.Error(err)
+						}
+						mu.Lock()
+						defer mu.Unlock()
+						took = append(took, time.Since(begin))
+					})
+					if err == nil {
+						t.Errorf("%s: no error, though the lock had passed to another", name)
+					}
+					if name == "WithConnLock" {
+						wantLost(t, name, err)
+					}
+				})
+			}
+			wg.Wait()
+			logBound(t, "silent "+d.name, name+": successor begins", silence+time.Second, took)
+			if shortest := slices.Min(took); shortest < silence-50*time.Millisecond {
+				t.Errorf("%s: the lock passed on after %v already", name, shortest)
+			}
+		}
+		wantClean(t, holders)
+	})
+}
+
+// collect has the garbage collector run until key is free.
+func collect(t testing.TB, db *sql.DB, key advisory.Key) {
+	t.Helper()
+	waitFor(t, "the abandoned lock is free", func() (bool, error) {
+		runtime.GC()
+		n, err := locks(t.Context(), db, key, true)
+		return n == 0, err
+	})
+}
+
+func TestAbandonedLockIsReleasedWithAWarning(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		var log syncBuffer
+		key := testKey(t)
+		acquire := func() context.Context {
+			lock, err := advisory.Acquire(t.Context(), db, key, advisory.Heartbeat(300*time.Millisecond),
+				advisory.Logger(slog.New(slog.NewTextHandler(&log, nil))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return lock.Context()
+		}
+		ctx := acquire() // which does not keep the Lock
+		collect(t, adminDB(t), key)
+		<-ctx.Done()
+		if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) || errors.Is(cause, advisory.ErrLost) {
+			t.Errorf("cause %v, want that of a release", cause)
+		}
+		if text := log.String(); strings.Count(text, "level=WARN") != 1 || !strings.Contains(text, t.Name()) {
+			t.Errorf("logged %q, want one warning that names the key", text)
+		}
+		wantClean(t, db)
+
+		// A Lock that is in use is not collected.
+		lock, err := advisory.Acquire(t.Context(), db, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 5 {
+			runtime.GC()
+		}
+		wantLive(t, lock.Context())
+		if err := lock.Release(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A syncBuffer is a bytes.Buffer for several goroutines.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}

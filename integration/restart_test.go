@@ -1,0 +1,151 @@
+package integration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+)
+
+// A crash of the server ends all sessions and keeps no lock.
+func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
+	t.Parallel()
+	s, err := pgtest.Start(t.Context(), pgtest.Local())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Stop() })
+
+	bothDrivers(t, func(t *testing.T, d driver) {
+		const n, waiters = 50, 10
+		db := d.open(t, s.DSN())
+		db.SetMaxIdleConns(n + waiters)
+		opts := []advisory.Option{advisory.Heartbeat(500 * time.Millisecond)}
+		key := func(i int) advisory.Key { return advisory.Name(fmt.Sprint(t.Name(), i)) }
+
+		var held []*advisory.Lock
+		for i := range n {
+			lock, err := advisory.Acquire(t.Context(), db, key(i), opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer lock.Release()
+			held = append(held, lock)
+		}
+		var mu sync.Mutex
+		var begun []time.Time
+		var wg sync.WaitGroup
+		for i := range waiters {
+			wg.Go(func() {
+				err := advisory.WithLock(soon(t), d.open(t, s.DSN()), key(i), func(ctx context.Context) error {
+					mu.Lock()
+					defer mu.Unlock()
+					begun = append(begun, time.Now())
+					return nil
+				}, opts...)
+				if err != nil {
+					t.Errorf("waiter: %v", err)
+				}
+			})
+		}
+		admin := d.open(t, s.DSN())
+		for i := range waiters {
+			waitForWaiters(t, admin, key(i), 1)
+		}
+
+		crash := time.Now()
+		if err := s.Restart(t.Context(), "immediate"); err != nil {
+			t.Fatal(err)
+		}
+		restarted := time.Now()
+		var told, took []time.Duration
+		for _, lock := range held {
+			if !awaitLoss(t, lock.Context()) {
+				t.FailNow()
+			}
+			told = append(told, time.Since(crash))
+			wantLost(t, "Release", lock.Release())
+		}
+		wg.Wait()
+		for _, at := range begun {
+			took = append(took, at.Sub(restarted))
+		}
+		logBound(t, "restart "+d.name, "holder told", 2*500*time.Millisecond+500*time.Millisecond, told)
+		logBound(t, "restart "+d.name, "waiter begins, from ready", 2*time.Second, took)
+
+		// The pool's connections are all dead, and it takes as many locks as before.
+		for i, lock := range held {
+			if held[i], err = advisory.Acquire(t.Context(), db, lock.Key(), opts...); err != nil {
+				t.Fatal(err)
+			}
+			defer held[i].Release()
+		}
+		for _, lock := range held {
+			wantLive(t, lock.Context())
+			if err := lock.Release(); err != nil {
+				t.Error(err)
+			}
+		}
+		wantClean(t, db)
+	})
+}
+
+// A fast shutdown says goodbye to its clients, who may well be waiting for a lock.
+func TestWaitOutlivesARestart(t *testing.T) {
+	t.Parallel()
+	s, err := pgtest.Start(t.Context(), pgtest.Local())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Stop() })
+	for _, mode := range []string{"fast", "immediate"} {
+		t.Run(mode, func(t *testing.T) {
+			bothDrivers(t, func(t *testing.T, d driver) {
+				key := testKey(t)
+				db := d.open(t, s.DSN())
+				lock, err := advisory.Acquire(t.Context(), db, key)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ways := map[string]func(context.Context) error{
+					"WithLock": func(ctx context.Context) error { return withLock.with(ctx, db, key, noWork) },
+					"WithTxLock": func(ctx context.Context) error {
+						return withTxLock.with(ctx, db, key, noWork)
+					},
+					"WithConnLock": func(ctx context.Context) error { return withConnLock.with(ctx, db, key, noWork) },
+				}
+				var took []time.Duration
+				failed := make(chan error, len(ways))
+				for name, way := range ways {
+					go func() {
+						err := way(soon(t))
+						if err != nil {
+							err = fmt.Errorf("%s: %w", name, err)
+						}
+						failed <- err
+					}()
+				}
+				waitForWaiters(t, db, key, len(ways))
+				if err := s.Restart(t.Context(), mode); err != nil {
+					t.Fatal(err)
+				}
+				restarted := time.Now()
+				for range ways {
+					if err := <-failed; err != nil {
+						t.Error(err)
+					}
+					took = append(took, time.Since(restarted))
+				}
+				logBound(t, mode+" restart "+d.name, "waiter goes on, from ready", 2*time.Second, took)
+				if err := lock.Release(); !errors.Is(err, advisory.ErrLost) {
+					t.Errorf("Release: %v, want ErrLost", err)
+				}
+			})
+		})
+	}
+}
