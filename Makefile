@@ -24,7 +24,7 @@ stress: ## the concurrency tests, again and again
 	$(GO) test -race -count=20 ./...
 	cd integration && $(GO) test -race -count=20 -timeout 60m -run '$(STRESS)' .
 
-STRESS ?= NoLostUpdate|Reentrant|Released|HandOff|Cancelled
+STRESS ?= NoUpdateIsLost|LeftBehind|LockIsReleased|HandOff|HeldKeyAgain|MomentOfAHeartbeat
 
 lint: ## what the field's linters say; nothing is changed
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not formatted:"; echo "$$unformatted"; exit 1; }

@@ -24,7 +24,7 @@ func bothHosts(d driver, a, b *pgtest.Server) string {
 }
 
 // A fenced counter remembers the largest token that it has seen, and refuses a smaller one.
-type fencedCounter struct{ key advisory.Key }
+type fencedCounter struct{}
 
 func (fencedCounter) create(t testing.TB, db *sql.DB) {
 	t.Helper()

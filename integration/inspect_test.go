@@ -238,8 +238,7 @@ func TestHoldersQueryOfTheDocumentationSeesTheSame(t *testing.T) {
 		holder.take(t, key, "_shared")
 		waiter.wait(t, key, "")
 		newSession(t, d, dsn, "of another lock").take(t, advisory.Name("other"), "")
-		// TODO: the query has no condition on database.
-		// newSession(t, d, inDatabase(t), "in another database").take(t, key, "")
+		newSession(t, d, inDatabase(t), "in another database").take(t, key, "")
 
 		db := d.open(t, dsn)
 		rows, err := db.Query(text)
@@ -382,7 +381,7 @@ func TestObserverIsToldWhatHappens(t *testing.T) {
 		l := c.leads(t)
 		terminateHolder(t, adminDB(t), key)
 		await(t, "fn's ctx ends", l.ctx.Done())
-		// TODO: fn's ctx ends before Lost is called, which may even come after HoldEnd.
+		// Lost is called after fn's ctx has ended.
 		waitFor(t, "the Observer is told of the loss", func() (bool, error) { return told.has("Lead lost: lost"), nil })
 		l.stepDown(nil)
 		c.leads(t).stepDown(nil)
