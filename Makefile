@@ -29,7 +29,7 @@ STRESS ?= NoUpdateIsLost|LeftBehind|LockIsReleased|HandOff|HeldKeyAgain|MomentOf
 lint: ## what the field's linters say; nothing is changed
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
 	for m in $(MODULES); do (cd $$m && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...) || exit 1; done
-	@outside=$$($(GO) list -deps . | grep -F . | grep -v '^vendor/' | grep -v "^$$($(GO) list -m)"); \
+	@outside=$$($(GO) list -deps -f '{{if not .Standard}}{{.ImportPath}}{{end}}' . | grep -v "^$$($(GO) list -m)$$"); \
 	test -z "$$outside" || { echo "the root package must import the standard library alone:"; echo "$$outside"; exit 1; }
 
 fmt:

@@ -133,6 +133,9 @@ func (w *watch) lose(cause error) {
 	w.ended = true
 	w.cause = cause
 	w.mu.Unlock()
+	if sessionGone(cause) {
+		w.s.gone.Store(true)
+	}
 	defer w.s.discard()
 	w.lost(cause)
 }
