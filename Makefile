@@ -14,7 +14,7 @@ demo: ## the main job, live
 	cd integration && $(GO) run ./demo
 
 test: unit ## everything
-	cd integration && $(GO) test $(RACE) -timeout 30m $(TESTFLAGS) ./...
+	cd integration && $(GO) test $(RACE) -p 1 -timeout 30m $(TESTFLAGS) ./... # one package at a time: they measure
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...
