@@ -731,10 +731,9 @@ func (s *session) clear(dc any) {
 //     without a server: a wait outlives a restart or a failover.
 //   - Anything else is final. So is a server that cannot be reached at first.
 func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attempt func(*session, time.Time) error) (*session, error) {
-	var deadline time.Time
+	deadline := cfg.deadline()
 	openCtx := ctx
-	if cfg.timeout > 0 {
-		deadline = time.Now().Add(cfg.timeout)
+	if !deadline.IsZero() {
 		var cancel context.CancelFunc
 		openCtx, cancel = context.WithDeadline(ctx, deadline)
 		defer cancel()
@@ -892,10 +891,7 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 	if err := ctx.Err(); err != nil {
 		return acquireError(ctx, keys, cfg, err, "") // nothing was sent
 	}
-	var deadline time.Time
-	if cfg.timeout > 0 {
-		deadline = time.Now().Add(cfg.timeout)
-	}
+	deadline := cfg.deadline()
 	s := newSession(conn, false, cfg)
 	err := s.acquire(ctx, keys, cfg.noWait, deadline)
 	if err == nil {

@@ -65,7 +65,7 @@ func Heartbeat(d time.Duration) Option {
 // be waited for, as idle_session_timeout, and forgets it with the release (RESET: a value
 // that the program itself had SET on the session before is not restored). A holder that got its lock at once
 // and goes silent before its first heartbeat is bounded by the server's tcp_keepalives
-// settings. A server whose own idle_session_timeout is shorter than a heartbeat frees
+// settings, and a process that is frozen then, whose kernel answers them, by nothing. A server whose own idle_session_timeout is shorter than a heartbeat frees
 // locks too early.
 //
 // On [WithTxLock] and [WithConnLock], where the caller drives the session, there
@@ -178,6 +178,14 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 		return c, fmt.Errorf("option TxOptions: PostgreSQL has no isolation level %v", c.txOptions.Isolation)
 	}
 	return c, nil
+}
+
+// deadline is when Timeout, counting from now, is over; zero without one.
+func (c *config) deadline() time.Time {
+	if c.timeout == 0 {
+		return time.Time{}
+	}
+	return time.Now().Add(c.timeout)
 }
 
 func (s optionSet) has(o optionSet) bool { return s&o == o }

@@ -354,10 +354,7 @@ type txAcquisition struct {
 }
 
 func (a *txAcquisition) acquire(ctx context.Context) error {
-	var deadline time.Time
-	if a.cfg.timeout > 0 {
-		deadline = time.Now().Add(a.cfg.timeout)
-	}
+	deadline := a.cfg.deadline()
 	pause := tryPauseMin
 	lookAt := time.Now().Add(deadlockPause)
 	suspect := false
