@@ -3,12 +3,13 @@
 
 GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
 MODULES     := . otel integration
 
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
 
-.PHONY: demo test unit stress lint fmt tidy
+.PHONY: demo test unit stress lint vuln fmt tidy
 
 demo: ## the main job, live
 	cd integration && $(GO) run ./demo
@@ -31,6 +32,10 @@ lint: ## what the field's linters say; nothing is changed
 	for m in $(MODULES); do (cd $$m && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...) || exit 1; done
 	@outside=$$($(GO) list -deps -f '{{if not .Standard}}{{.ImportPath}}{{end}}' . | grep -v "^$$($(GO) list -m)$$"); \
 	test -z "$$outside" || { echo "the root package must import the standard library alone:"; echo "$$outside"; exit 1; }
+	@$(MAKE) --no-print-directory vuln
+
+vuln: ## known vulnerabilities in what is called; without a network, a line that says so
+	@GO='$(GO)' GOVULNCHECK='$(GOVULNCHECK)' VULNFLAGS='$(VULNFLAGS)' .ci/vuln $(MODULES)
 
 fmt:
 	gofmt -w .
