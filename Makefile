@@ -9,13 +9,18 @@ MODULES     := . otel integration
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
 
-.PHONY: demo test unit stress lint vuln fmt tidy
+.PHONY: demo test test-matrix unit stress lint vuln fmt tidy
 
 demo: ## the main job, live
 	cd integration && $(GO) run ./demo
 
 test: unit ## everything
 	cd integration && $(GO) test $(RACE) -p 1 -timeout 30m $(TESTFLAGS) ./... # one package at a time: they measure
+
+test-matrix: ## the integration tests against each PostgreSQL version: VERSIONS="14 18" ARGS="-run Restart"
+	cd integration && $(GO) run ./internal/matrix $(VERSIONS) -- $(GO) test $(RACE) -p 1 -timeout 30m -count=1 $(TESTFLAGS) $(ARGS) ./...
+
+VERSIONS ?= 14 15 16 17 18
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...

@@ -85,6 +85,16 @@ func usable(box *sandbox, dir string) error {
 	return nil
 }
 
+// CheckBinDir returns an error unless dir holds the programs of a server that
+// [Start] could run, which as root is done as another user.
+func CheckBinDir(dir string) error {
+	box, err := newSandbox()
+	if err != nil {
+		return err
+	}
+	return errors.Join(usable(box, dir), box.close())
+}
+
 // candidates lists the directories that may hold a PostgreSQL, best first.
 func (m *machine) candidates(ctx context.Context) []string {
 	var dirs []string
@@ -157,6 +167,21 @@ func download(ctx context.Context, box *sandbox, cache string, cfg embeddedpostg
 	case <-ctx.Done():
 		return "", context.Cause(ctx)
 	}
+}
+
+// CacheDir makes and returns the directory in which downloaded programs are kept:
+// in the user's cache directory, or for root, whose servers run as another user,
+// in /var/cache.
+func CacheDir() (string, error) {
+	dir := cacheDir()
+	if dir == "" {
+		return "", errors.New("pgtest: this user has no cache directory")
+	}
+	err := os.MkdirAll(dir, 0o755)
+	if err == nil && os.Geteuid() == 0 {
+		err = os.Chmod(dir, 0o755) // whatever the umask
+	}
+	return dir, err
 }
 
 // cacheDir returns the directory for the programs, "" if there is none. Root's
