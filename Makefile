@@ -9,7 +9,7 @@ MODULES     := . otel integration
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
 
-.PHONY: demo test test-matrix unit stress lint vuln fmt tidy
+.PHONY: demo test test-matrix bench unit stress lint vuln fmt tidy
 
 demo: ## the main job, live
 	cd integration && $(GO) run ./demo
@@ -21,6 +21,11 @@ test-matrix: ## the integration tests against each PostgreSQL version: VERSIONS=
 	cd integration && $(GO) run ./internal/matrix $(VERSIONS) -- $(GO) test $(RACE) -p 1 -timeout 30m -count=1 $(TESTFLAGS) $(ARGS) ./...
 
 VERSIONS ?= 14 15 16 17 18
+
+bench: ## what a lock costs, against others: BENCHFLAGS="-run OneKey" for less
+	cd integration && $(GO) run ./bench $(BENCHFLAGS)
+
+BENCHFLAGS ?= -out bench
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...

@@ -1,0 +1,135 @@
+// Bench measures what a lock costs: this package's, against two raw statements, the
+// recipe that people copy, and other libraries, side by side in one run. The
+// contestants take turns, in many short rounds, and what is compared is the medians of
+// their rounds: so that whatever else the machine does meets all of them alike.
+//
+//	go run ./bench -out bench        # everything, and write it down
+//	go run ./bench -run 'OneKey'     # some workloads, and only print
+//
+// It prints a table of ratios, and with -out writes it as Markdown (results.md), draws
+// it (results.svg) and leaves the samples in the format of Go's benchmarks, for
+// benchstat (results.txt).
+//
+// PostgreSQL is found as by the tests; Redis and etcd are started where their servers
+// are installed ("apt-get install redis-server etcd-server"), and left out elsewhere.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"regexp"
+	"syscall"
+	"time"
+
+	// Both register themselves with database/sql.
+	_ "github.com/jackc/pgx/v5/stdlib"
+	_ "github.com/lib/pq"
+)
+
+// options say how much is measured.
+type options struct {
+	round  time.Duration // how long one round of a throughput takes
+	rounds int
+	run    *regexp.Regexp
+	quick  bool
+	check  bool
+	out    string // directory, "" for none
+
+	handOffs int           // samples of the time between two holders
+	watch    time.Duration // how long waiters are watched
+	limit    time.Duration // for what may not come to its end
+}
+
+func main() {
+	if job := os.Getenv(childEnv); job != "" {
+		os.Exit(childMain(job))
+	}
+	o, err := parseFlags(os.Args[1:])
+	if err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			os.Exit(0)
+		}
+		os.Exit(2)
+	}
+	if err := run(o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func parseFlags(args []string) (options, error) {
+	o := options{handOffs: 300, watch: 3 * time.Second, limit: 10 * time.Second}
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.DurationVar(&o.round, "round", 400*time.Millisecond, "how long a round takes")
+	fs.IntVar(&o.rounds, "rounds", 7, "rounds of each contestant")
+	run := fs.String("run", "", "run the workloads whose `name` matches this regular expression")
+	fs.BoolVar(&o.quick, "quick", false, "short and rough: to see whether it works")
+	fs.BoolVar(&o.check, "check", false, "exit with status 1 if a target is not reached")
+	fs.StringVar(&o.out, "out", "", "write results.md, results.svg and results.txt to this `directory`")
+	fs.Usage = func() {
+		fmt.Fprintln(fs.Output(), "Usage: bench [flags]\n\nFlags:")
+		fs.PrintDefaults()
+		fmt.Fprintln(fs.Output(), "\nWorkloads:")
+		for _, w := range workloads {
+			fmt.Fprintf(fs.Output(), "  %-18s %s\n", w.name, w.title)
+		}
+	}
+	if err := fs.Parse(args); err != nil {
+		return o, err
+	}
+	var err error
+	if o.run, err = regexp.Compile(*run); err == nil {
+		switch {
+		case fs.NArg() > 0:
+			err = fmt.Errorf("unexpected argument %q", fs.Arg(0))
+		case o.round <= 0 || o.rounds <= 0:
+			err = errors.New("-round and -rounds must be positive")
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(fs.Output(), err)
+		fs.Usage()
+		return o, err
+	}
+	if o.quick {
+		o.round, o.rounds = 60*time.Millisecond, 3
+		o.handOffs, o.watch, o.limit = 40, 500*time.Millisecond, 4*time.Second
+	}
+	return o, nil
+}
+
+func run(o options) (err error) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// The first Ctrl-C cleans up; the second one does not wait for that.
+	context.AfterFunc(ctx, stop)
+
+	start := time.Now()
+	b, err := newBench(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.close()) }()
+	if err := b.all(ctx); err != nil {
+		return err
+	}
+	r := &b.report
+	r.took = time.Since(start)
+	r.print(os.Stdout)
+	if o.out != "" {
+		if err := r.write(o.out); err != nil {
+			return err
+		}
+	}
+	if len(r.failures) > 0 {
+		return fmt.Errorf("%d did not run", len(r.failures))
+	}
+	if n := r.unmet(); o.check && n > 0 {
+		return fmt.Errorf("%d targets are not reached", n)
+	}
+	return nil
+}

@@ -1,0 +1,35 @@
+package main
+
+// target is how many times as many locks as impl ours must take, at least.
+func target(workload, impl, driver string) bound {
+	for _, t := range targets {
+		if t.workload == workload && t.impl == impl {
+			if driver == pgx {
+				return t.pgx
+			}
+			return t.pq
+		}
+	}
+	return bound{}
+}
+
+var targets = []struct {
+	workload, impl string
+	pgx, pq        bound
+}{
+	{"OneGoroutine", floor, atLeast(0.9), atLeast(0.9)},
+	{"OneGoroutine", recipe, atLeast(1), atLeast(2.5)},
+	{"Keys", recipe, atLeast(5), atLeast(10)},
+	{"KeysDelayed", recipe, atLeast(3), atLeast(5)},
+	{"OneKey", recipe, atLeast(100), atLeast(200)},
+	{"Processes", recipe, atLeast(20), atLeast(20)},
+
+	{"OneGoroutine", redislock, moreThan(1), moreThan(1)},
+	{"OneGoroutine", etcd, moreThan(1), moreThan(1)},
+	{"Keys", redislock, moreThan(1), moreThan(1)},
+	{"Keys", etcd, moreThan(1), moreThan(1)},
+	{"OneKey", redislock, moreThan(1), moreThan(1)},
+	{"OneKey", etcd, moreThan(1), moreThan(1)},
+	{"Processes", redislock, moreThan(1), moreThan(1)},
+	{"Processes", etcd, moreThan(1), moreThan(1)},
+}
