@@ -57,7 +57,6 @@ import (
 	"runtime"
 	"slices"
 	"sync"
-	"time"
 )
 
 // WithLock runs fn while holding the session-level advisory lock of key, waiting for
@@ -81,7 +80,8 @@ import (
 // NoWait, Timeout, Heartbeat, HolderTimeout, Logger and Observe. WithLock is safe to
 // call from several goroutines.
 func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
-	return withLocks(ctx, "WithLock", db, []Key{key}, fn, opts)
+	h := &hold{key: [1]Key{key}}
+	return h.with(ctx, "WithLock", db, h.key[:], fn, opts)
 }
 
 // WithLocks is [WithLock] for several keys: fn runs while all of them are held.
@@ -91,17 +91,16 @@ func WithLocks(ctx context.Context, db *sql.DB, keys []Key, fn func(context.Cont
 	keys = slices.Clone(keys)
 	slices.SortStableFunc(keys, compareKeys)
 	keys = slices.CompactFunc(keys, func(a, b Key) bool { return a.lockID() == b.lockID() })
-	return withLocks(ctx, "WithLocks", db, keys, fn, opts)
+	return new(hold).with(ctx, "WithLocks", db, keys, fn, opts)
 }
 
-func withLocks(ctx context.Context, fname string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) error {
-	c := call{function: fname, options: sessionOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
-	cfg, err := c.prepare(ctx, keys, opts)
-	if err != nil {
+// with runs fn while h holds the locks of keys.
+func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) (err error) {
+	c := call{function: function, options: sessionOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	if h.cfg, err = c.prepare(ctx, keys, opts); err != nil {
 		return err
 	}
-	h, err := c.acquire(ctx, keys, &cfg)
-	if err != nil {
+	if err := h.acquire(ctx, c, keys); err != nil {
 		return err
 	}
 	return h.run(fn)
@@ -114,14 +113,13 @@ func withLocks(ctx context.Context, fname string, db *sql.DB, keys []Key, fn fun
 // A Lock that is garbage-collected unreleased is released, with a warning to the
 // Logger. That is a safety net: it may be minutes late.
 func Acquire(ctx context.Context, db *sql.DB, key Key, opts ...Option) (*Lock, error) {
-	keys := []Key{key}
+	h := &hold{key: [1]Key{key}}
 	c := call{function: "Acquire", options: sessionOptions, db: db, missing: missing("db", db == nil, "", false), detached: true}
-	cfg, err := c.prepare(ctx, keys, opts)
-	if err != nil {
+	var err error
+	if h.cfg, err = c.prepare(ctx, h.key[:], opts); err != nil {
 		return nil, err
 	}
-	h, err := c.acquire(ctx, keys, &cfg)
-	if err != nil {
+	if err := h.acquire(ctx, c, h.key[:]); err != nil {
 		return nil, err
 	}
 	l := &Lock{hold: h}
@@ -137,21 +135,21 @@ type Lock struct {
 }
 
 // Key returns the key that was acquired.
-func (l *Lock) Key() Key { return l.hold.mark.keys[0] }
+func (l *Lock) Key() Key { return l.hold.keys[0] }
 
 // Context returns a context that ends when the lock is released or lost:
 // [context.Cause] then matches [context.Canceled] or [ErrLost]. It carries the values
 // of Acquire's ctx, and the mark that makes taking the key again [ErrReentrant].
 //
 // It does not keep the Lock from being garbage-collected.
-func (l *Lock) Context() context.Context { return l.hold.ctx }
+func (l *Lock) Context() context.Context { return &l.hold.marked }
 
 // Token returns the fencing token of the lock: see the function [Token]. ctx bounds
 // nothing but the start: the question is asked on the session that holds the lock,
 // and breaking it off would lose the lock.
 func (l *Lock) Token(ctx context.Context) (int64, error) {
 	defer runtime.KeepAlive(l)
-	return l.hold.mark.token.get(ctx)
+	return l.hold.token.get(ctx)
 }
 
 // Release releases the lock. It ends Context first, takes a few seconds at most even
@@ -169,66 +167,70 @@ func (l *Lock) Release() error {
 func abandoned(h *hold) {
 	// Not on the goroutine that runs all cleanups.
 	go func() {
-		h.s.log.Warn("advisory: Lock was garbage-collected without Release", "key", keyList(h.mark.keys))
+		h.cfg.logger.Warn("advisory: Lock was garbage-collected without Release", "key", keyList(h.keys))
 		if err := h.release(); err != nil {
-			h.s.log.Warn("advisory: abandoned Lock", "error", err)
+			h.cfg.logger.Warn("advisory: abandoned Lock", "error", err)
 		}
 	}()
 }
 
-// A hold is the locks that one caller holds on a session, and what ends with them.
+// A hold is the locks that one caller holds, and what ends with them.
 type hold struct {
-	s      *session
-	watch  *watch // nil where the caller drives the session
-	mark   *mark
-	ctx    context.Context
+	marked // fn's ctx
 	cancel context.CancelCauseFunc
+	cfg    config
+
+	session *session // that of WithConnLock, which its caller drives; nil: the locks are
+	hub     *hub     // the hub's
+	grants  []grant
 
 	observed *observation
 
 	once sync.Once // the release
 	err  error     // its result
+
+	// What a lone lock needs, so that it is made at once.
+	way   acquisition
+	key   [1]Key
+	grant [1]grant
+	asks  request // of the release
 }
 
-// acquire acquires keys on a session of their own and watches it.
-func (c call) acquire(ctx context.Context, keys []Key, cfg *config) (*hold, error) {
-	ctx, o := observe(ctx, c.function, keys, cfg)
-	s, err := keepTrying(ctx, c.db, keys, cfg, func(s *session, deadline time.Time) error {
-		s.silent = cfg.holderTimeout
-		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
-			return err
-		}
-		return s.confirm(ctx, cfg.heartbeat, false)
-	})
+// acquire acquires keys, and has them watched.
+func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
+	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
+	h.hub = hubOf(c.db)
+	h.way = acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub}
+	h.grants, err = h.way.acquire(keys, h.grant[:0])
+	err = h.way.error(err)
 	if c.detached {
 		ctx = context.WithoutCancel(ctx)
 	}
-	h, err := newHold(ctx, c.db, keys, s, o, err)
-	if err != nil {
-		return nil, err
+	if h.observed != nil {
+		ctx, err = h.observed.acquired(ctx, err, func() { _ = h.hub.release(h) })
 	}
-	h.watch = &watch{s: s, every: cfg.heartbeat, lost: h.lost}
-	h.watch.start()
-	return h, nil
+	if err != nil {
+		return err
+	}
+	h.begin(ctx, c.db, keys, h.grants[0].on.session)
+	h.hub.watch(h)
+	return nil
 }
 
-// newHold makes the hold of an acquisition that has ended with err.
-func newHold(ctx context.Context, db *sql.DB, keys []Key, s *session, o *observation, err error) (*hold, error) {
-	ctx, err = o.acquired(ctx, err, func() { s.discard() })
-	if err != nil {
-		return nil, err
-	}
-	h := &hold{s: s, observed: o}
-	ctx, h.mark = withMark(ctx, db, keys)
-	h.mark.token.run, h.mark.token.target = &s.runner, s.conn
-	h.ctx, h.cancel = context.WithCancelCause(ctx)
-	return h, nil
+// begin makes the hold's context.
+func (h *hold) begin(ctx context.Context, db *sql.DB, keys []Key, s *session) {
+	var inner context.Context
+	inner, h.cancel = context.WithCancelCause(ctx)
+	h.marked.mark(inner, db, keys)
+	h.token.run, h.token.target = &s.runner, s.conn
 }
 
 // lost ends the hold's context. The release is still to come.
 func (h *hold) lost(cause error) {
-	err := lostError("hold", h.mark.keys, cause)
-	h.mark.ended.Store(true)
+	if h.ended.Swap(true) {
+		return
+	}
+	err := lostError("hold", h.keys, cause)
 	h.cancel(err)
 	h.observed.lost(err)
 }
@@ -242,10 +244,10 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 		case returned:
 			err = join(err, lost)
 		case lost != nil: // a panic or Goexit is on its way, and no error can be
-			h.s.log.Error("advisory: while fn panicked", "error", lost)
+			h.cfg.logger.Error("advisory: while fn panicked", "error", lost)
 		}
 	}()
-	err = fn(h.ctx)
+	err = fn(&h.marked)
 	returned = true
 	return err
 }
@@ -253,21 +255,20 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 // release ends the hold, once.
 func (h *hold) release() error {
 	h.once.Do(func() {
-		var err error
-		if h.watch != nil {
-			err = h.watch.stop()
-		}
 		// Work that goes by the context ends before another holder's begins.
-		h.mark.ended.Store(true)
+		h.ended.Store(true)
 		h.cancel(nil)
-		if err == nil {
-			err = h.s.release()
+		var err error
+		if h.session != nil {
+			err = h.session.release()
+		} else {
+			err = h.hub.release(h)
 		}
 		switch {
 		case errors.Is(err, errLeftOpen):
-			h.err = &lockError{op: "release", key: keyList(h.mark.keys), msg: err.Error(), errs: []error{err}}
+			h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
 		case err != nil:
-			h.err = lostError("release", h.mark.keys, err)
+			h.err = lostError("release", h.keys, err)
 		}
 		h.observed.holdEnd(h.err)
 	})

@@ -38,6 +38,10 @@ const (
 	// on, for as long as the network keeps it waiting.
 	abandonAfter = time.Second
 
+	// answerGrace is how long the answer to a try may take after its caller's context has
+	// ended: it costs nothing then, and breaking it off costs the session.
+	answerGrace = 250 * time.Millisecond
+
 	// dialBound is how long a connection may take to be made where the pool has no
 	// limit, so that waiting for one cannot mean waiting for others.
 	dialBound = 30 * time.Second
@@ -127,6 +131,10 @@ func heldStatement(keys []Key, shared bool) string {
 	return b.String()
 }
 
+// heldCountStatement: one row for each advisory lock that this session holds.
+const heldCountStatement = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()" +
+	" AND granted AND locktype OPERATOR(pg_catalog.=) 'advisory'"
+
 // lockRow is the condition on pg_locks that finds the lock of k in any database:
 // the manual's section "pg_locks" tells how a key is spread over the columns.
 func lockRow(k Key) string {
@@ -142,8 +150,8 @@ func lockRow(k Key) string {
 
 // statement is prefix and the calls of the lock function for keys, joined by AND.
 func statement(prefix, function string, keys []Key, shared bool) string {
-	b := make([]byte, 0, 96*len(keys)+len(prefix))
-	b = append(b, prefix...)
+	var few [160]byte
+	b := append(few[:0], prefix...)
 	for i, k := range keys {
 		if i > 0 {
 			b = append(b, " AND "...)
@@ -167,9 +175,11 @@ type runner struct {
 	// command tag.
 	send func(ctx context.Context, query string) (int64, error)
 
-	// busy is held by the statement under way. A channel, because waiting for it
-	// must end with a context: the lock inside database/sql waits for ever.
+	// busy is held by whose turn it is on the connection. A channel, because waiting for
+	// it must end with a context: the lock inside database/sql waits for ever.
 	busy chan struct{}
+
+	guard guard
 
 	// abandoned: the driver did not return from a statement. Nothing more is sent.
 	abandoned atomic.Bool
@@ -181,27 +191,25 @@ type runner struct {
 // rawSend sends over the driver's connection itself. When that is found dead,
 // Conn.ExecContext closes the Conn, and first waits, for ever, for its transactions and
 // rows to be closed, which may be the caller's, or fn's to have left open.
-func rawSend(conn *sql.Conn) func(context.Context, string) (int64, error) {
-	return func(ctx context.Context, query string) (rows int64, err error) {
-		skip := false
-		rawErr := raw(conn, func(dc any) error {
-			execer, ok := dc.(driver.ExecerContext)
-			if !ok {
-				skip = true
-				return nil
-			}
-			rows, err = rowsAffected(execer.ExecContext(ctx, query, nil))
-			skip = errors.Is(err, driver.ErrSkip)
+func (s *session) rawSend(ctx context.Context, query string) (rows int64, err error) {
+	skip := false
+	rawErr := raw(s.conn, func(dc any) error {
+		execer, ok := dc.(driver.ExecerContext)
+		if !ok {
+			skip = true
 			return nil
-		})
-		switch {
-		case rawErr != nil:
-			return 0, rawErr
-		case skip:
-			return rowsAffected(conn.ExecContext(ctx, query))
-		default:
-			return rows, err
 		}
+		rows, err = rowsAffected(execer.ExecContext(ctx, query, nil))
+		skip = errors.Is(err, driver.ErrSkip)
+		return nil
+	})
+	switch {
+	case rawErr != nil:
+		return 0, rawErr
+	case skip:
+		return rowsAffected(s.conn.ExecContext(ctx, query))
+	default:
+		return rows, err
 	}
 }
 
@@ -235,10 +243,33 @@ func rowsAffected(result driver.Result, err error) (int64, error) {
 	return result.RowsAffected()
 }
 
-// exec sends one statement.
+// exec sends one statement, when it is its turn; a bound of 0 is none. It returns at most
+// abandonAfter past bound or the end of ctx, even if the driver does not. After an error
+// that is not the server's, nothing but discard may follow.
 func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	var n int64 // the statement's until do returns nil: it may outlive this call
-	err = r.do(ctx, bound, func(ctx context.Context) (err error) {
+	if err := r.take(ctx, bound); err != nil {
+		return 0, err
+	}
+	defer r.give()
+	return r.execNow(ctx, bound, query)
+}
+
+// execNow is exec for one whose turn it is.
+func (r *runner) execNow(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	if r.guard.breaks != nil && !r.abandoned.Load() {
+		err = r.run(ctx, bound, func(ctx context.Context) (err error) {
+			rows, err = r.send(ctx, query)
+			return err
+		})
+		return rows, err
+	}
+	return r.execAside(ctx, bound, query)
+}
+
+// execAside is execNow on a goroutine of its own.
+func (r *runner) execAside(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	var n int64 // the statement's until runAside returns nil: it may outlive this call
+	err = r.runAside(ctx, bound, func(ctx context.Context) (err error) {
 		n, err = r.send(ctx, query)
 		return err
 	})
@@ -248,34 +279,91 @@ func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (r
 	return rows, err
 }
 
-// do runs f, which sends one statement; a bound of 0 is none. It returns at most
-// abandonAfter past bound or the end of ctx, even if the driver does not: f is then still
-// under way, on its own goroutine, which ends when the driver returns. After an error
-// that is not the server's, nothing but discard may follow.
-func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Context) error) (err error) {
-	if bound > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
-		defer cancel()
+// do has f, which sends one statement, run when it is its turn, as exec does.
+func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	if err := r.take(ctx, bound); err != nil {
+		return err
 	}
+	defer r.give()
+	return r.runAside(ctx, bound, f)
+}
+
+// take waits for a turn, which ends with give.
+func (r *runner) take(ctx context.Context, bound time.Duration) error {
 	if r.abandoned.Load() {
 		return errAbandoned
 	}
 	select {
 	case r.busy <- struct{}{}:
+		return nil
+	default:
+	}
+	if bound > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
+		defer cancel()
+	}
+	select {
+	case r.busy <- struct{}{}:
+		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() {
-		if err != nil && sessionGone(err) {
-			r.gone.Store(true)
+}
+
+// give ends a turn; not that of a statement that has been abandoned, which lasts until
+// the driver returns.
+func (r *runner) give() {
+	if !r.abandoned.Load() {
+		<-r.busy
+	}
+}
+
+// run runs f, which sends one statement, on this goroutine. If it takes too long, the
+// driver's connection is broken off. It is for whose turn it is, and for a driver that is known.
+func (r *runner) run(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	no := r.guard.begin(bound, nil)
+	if ctx.Done() != nil {
+		ended := ctx
+		stop := context.AfterFunc(ended, func() { r.guard.interrupt(no, context.Cause(ended)) })
+		defer stop()
+		ctx = context.WithoutCancel(ctx)
+	}
+	err := f(ctx)
+	if cause := r.guard.end(); cause != nil {
+		r.gone.Store(true) // even if the answer came: the connection is of no use
+		if err != nil {
+			err = cause
+			if cause == errOverdue {
+				err = noAnswer{bound}
+			}
 		}
-	}()
+	}
+	return r.noted(err)
+}
+
+// errOverdue is the guard's own reason to break off a statement.
+var errOverdue = errors.New("overdue")
+
+// runAside runs f, which sends one statement, on a goroutine of its own. It returns at most
+// abandonAfter past bound or the end of ctx, even if the driver does not: f is then still
+// under way, and its goroutine, and its turn, end when the driver returns.
+func (r *runner) runAside(ctx context.Context, bound time.Duration, f func(context.Context) error) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	r.guard.begin(bound, func() { cancel(r.guard.cause) })
+	defer r.guard.end()
+	const (
+		returned = iota + 1
+		abandoned
+	)
+	var end atomic.Int32
 	answered := make(chan error, 1)
 	go func() {
-		err := f(ctx)
-		<-r.busy
-		answered <- err
+		answered <- f(ctx)
+		if !end.CompareAndSwap(0, returned) {
+			<-r.busy
+		}
 	}()
 	select {
 	case err = <-answered:
@@ -285,14 +373,34 @@ func (r *runner) do(ctx context.Context, bound time.Duration, f func(context.Con
 		select {
 		case err = <-answered:
 		case <-grace.C:
-			r.abandoned.Store(true)
-			return context.Cause(ctx)
+			if end.CompareAndSwap(0, abandoned) {
+				r.abandoned.Store(true)
+				r.gone.Store(true)
+				return broken(ctx, bound)
+			}
+			err = <-answered
 		}
 	}
 	if err != nil && ctx.Err() != nil {
 		// Whatever the driver makes of it: it may report a statement that it has
 		// cancelled as the server's error, on a connection that it has closed.
-		return context.Cause(ctx)
+		err = broken(ctx, bound)
+	}
+	return r.noted(err)
+}
+
+// broken is why the statement under ctx was broken off.
+func broken(ctx context.Context, bound time.Duration) error {
+	if cause := context.Cause(ctx); cause != errOverdue {
+		return cause
+	}
+	return noAnswer{bound}
+}
+
+// noted notes an error that says that the session has ended.
+func (r *runner) noted(err error) error {
+	if err != nil && sessionGone(err) {
+		r.gone.Store(true)
 	}
 	return err
 }
@@ -321,15 +429,31 @@ type session struct {
 	held       []Key
 	waited     bool // the server has answered, and the lock was taken
 	waitingFor Key
-	armed      bool      // idle_session_timeout may be set on the session
-	proof      time.Time // when the last statement of the acquisition went out
-	doubtful   bool      // it may hold a lock twice
-	broken     bool      // its state is unknown, whatever the last error says
+	enough     func() bool // whether a wait should yield to others; nil: never
+	armed      bool        // idle_session_timeout may be set on the session
+	proof      time.Time   // when the last statement of the acquisition went out
+	doubtful   bool        // it may hold a lock twice
+	broken     bool        // its state is unknown, whatever the last error says
 }
 
-// openSession borrows a connection. It returns when ctx ends, even if a driver that is
-// making a connection does not; a connection that comes later goes to the pool.
+// openSession borrows a connection.
 func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
+	conn, err := openConn(ctx, db)
+	if err != nil {
+		return nil, err
+	}
+	return openedSession(conn, db, cfg), nil
+}
+
+func openedSession(conn *sql.Conn, db *sql.DB, cfg *config) *session {
+	s := newSession(conn, true, cfg)
+	s.db = db
+	return s
+}
+
+// openConn borrows a connection. It returns when ctx ends, even if a driver that is
+// making a connection does not; a connection that comes later goes to the pool.
+func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 	stats := db.Stats()
 	// One that lies ready may have to be asked whether it lives; one that must be made
 	// takes longer. But if others have all of a limited pool, the wait is for them.
@@ -342,50 +466,50 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
 		defer cancel()
 	}
-	if stats.Idle > 0 {
-		conn, err := db.Conn(ctx)
-		return opened(ctx, db, conn, err, cfg)
-	}
 	type result struct {
 		conn *sql.Conn
 		err  error
 	}
-	results := make(chan result)
-	go func() {
-		conn, err := db.Conn(ctx)
-		select {
-		case results <- result{conn, err}:
-		case <-ctx.Done():
-			if err == nil {
-				_ = conn.Close()
+	var r result
+	if stats.Idle > 0 {
+		r.conn, r.err = db.Conn(ctx)
+	} else {
+		results := make(chan result)
+		go func() {
+			conn, err := db.Conn(ctx)
+			select {
+			case results <- result{conn, err}:
+			case <-ctx.Done():
+				if err == nil {
+					_ = conn.Close()
+				}
 			}
+		}()
+		select {
+		case r = <-results:
+		case <-ctx.Done():
+			r.err = ctx.Err()
 		}
-	}()
-	select {
-	case r := <-results:
-		return opened(ctx, db, r.conn, r.err, cfg)
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
 	}
+	if r.err != nil && ctx.Err() != nil {
+		r.err = context.Cause(ctx)
+	}
+	return r.conn, r.err
 }
 
-func opened(ctx context.Context, db *sql.DB, conn *sql.Conn, err error, cfg *config) (*session, error) {
-	if err == nil {
-		s := newSession(conn, true, cfg)
-		s.db = db
-		return s, nil
-	}
-	if ctx.Err() != nil {
-		err = context.Cause(ctx)
-	}
-	return nil, err
+// watchOver has the statements of a session that is ours alone run on their callers'
+// goroutines, if the driver is known.
+func (s *session) watchOver() {
+	_ = raw(s.conn, func(dc any) error {
+		s.guard.watchOver(dc)
+		return nil
+	})
 }
 
 func newSession(conn *sql.Conn, ours bool, cfg *config) *session {
-	return &session{
-		runner: runner{send: rawSend(conn), busy: make(chan struct{}, 1)},
-		conn:   conn, ours: ours, log: cfg.logger, shared: cfg.shared,
-	}
+	s := &session{conn: conn, ours: ours, log: cfg.logger, shared: cfg.shared}
+	s.send, s.busy = s.rawSend, make(chan struct{}, 1)
+	return s
 }
 
 // acquire takes the locks of keys, which are sorted. deadline is the Timeout's, or
@@ -427,6 +551,7 @@ func (s *session) acquire(ctx context.Context, keys []Key, noWait bool, deadline
 var (
 	errRefused       = errors.New("another holds the lock")
 	errTimeout error = timeoutError{}
+	errYield         = errors.New("others wait who cannot wait in the server's queue")
 )
 
 // A timeoutError can be told from a refusal as context.DeadlineExceeded can be told from
@@ -470,8 +595,11 @@ func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
 		}
 		failed = true
 		s.doubtful = true
-		if err := s.poolClosed(); err != nil {
+		if err := poolClosed(s.db); err != nil {
 			return err
+		}
+		if s.enough != nil && s.enough() {
+			return errYield
 		}
 		if sqlState(err) == queryCanceled {
 			pause(ctx, s.proof)
@@ -481,11 +609,11 @@ func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
 
 // poolClosed returns an error if the pool has been closed: a connection in use outlives
 // it, and so would a wait.
-func (s *session) poolClosed() error {
-	if s.db == nil {
+func poolClosed(db *sql.DB) error {
+	if db == nil {
 		return nil
 	}
-	if _, err := s.db.Conn(endedCtx); isClosed(err) {
+	if _, err := db.Conn(endedCtx); isClosed(err) {
 		return err
 	}
 	return nil
@@ -653,7 +781,7 @@ func (s *session) disarm() string {
 // giveUp ends a session of ours on which an acquisition failed with err: clean if
 // the error says that it can be, for good otherwise.
 func (s *session) giveUp(err error) {
-	if !s.broken && (errors.Is(err, errRefused) || errors.Is(err, errTimeout)) {
+	if !s.broken && (errors.Is(err, errRefused) || errors.Is(err, errTimeout) || errors.Is(err, errYield)) {
 		if len(s.held) == 0 && !s.doubtful && !s.armed {
 			s.handBack()
 			return
@@ -721,80 +849,125 @@ func (s *session) clear(dc any) {
 	}
 }
 
-// keepTrying opens sessions until attempt succeeds on one, or fails for a reason
-// that another session would not mend. On a failed one, attempt leaves no
-// transaction open; the session is ended here.
+// attempts is the attempts of one acquisition, and when they end.
 //
 //   - Connections in the pool may be dead, after a restart of the server, say: as
 //     database/sql does, such a one is dropped and the next one tried.
 //   - A session that dies while it waits is replaced, for as long as reconnectFor
 //     without a server: a wait outlives a restart or a failover.
+//   - A session of several callers that dies is replaced.
 //   - Anything else is final. So is a server that cannot be reached at first.
-func keepTrying(ctx context.Context, db *sql.DB, keys []Key, cfg *config, attempt func(*session, time.Time) error) (*session, error) {
-	deadline := cfg.deadline()
-	openCtx := ctx
-	if !deadline.IsZero() {
-		var cancel context.CancelFunc
-		openCtx, cancel = context.WithDeadline(ctx, deadline)
-		defer cancel()
+type attempts struct {
+	ctx      context.Context
+	db       *sql.DB
+	keys     []Key
+	cfg      *config
+	deadline time.Time // of a Timeout, or zero
+
+	stale  int       // connections in the pool that may be dead
+	lives  int       // times to lose a session to others, or a lock as soon as it is granted
+	waited bool      // the server has answered, and the lock was taken
+	outage time.Time // when the server was first missed, while waiting
+	hint   string    // why the acquisition failed, beside its error
+}
+
+func newAttempts(ctx context.Context, db *sql.DB, keys []Key, cfg *config) attempts {
+	return attempts{ctx: ctx, db: db, keys: keys, cfg: cfg, deadline: cfg.deadline(), stale: db.Stats().Idle, lives: 3}
+}
+
+// untilDeadline is ctx until the deadline.
+func (a *attempts) untilDeadline() (context.Context, context.CancelFunc) {
+	if a.deadline.IsZero() {
+		return a.ctx, func() {}
 	}
-	var (
-		stale  = db.Stats().Idle
-		early  = 3 // times to lose a lock as soon as it is granted
-		waited bool
-		outage time.Time // when the server was first missed, while waiting
-	)
+	return context.WithDeadline(a.ctx, a.deadline)
+}
+
+// over tells whether the Timeout is over.
+func (a *attempts) over() bool {
+	return !a.deadline.IsZero() && !time.Now().Before(a.deadline)
+}
+
+// keepTrying opens sessions until attempt succeeds on one, or fails for a reason
+// that another session would not mend. On a failed one, attempt leaves no
+// transaction open; the session is ended here.
+func (a *attempts) keepTrying(attempt func(*session) error) (*session, error) {
 	for {
-		if err := ctx.Err(); err != nil {
-			return nil, acquireError(ctx, keys, cfg, err, "")
+		if err := a.ctx.Err(); err != nil {
+			return nil, err
 		}
-		s, err := openSession(openCtx, db, cfg)
+		ctx, cancel := a.untilDeadline()
+		s, err := openSession(ctx, a.db, a.cfg)
+		cancel()
 		opened := err == nil
-		var hint string
 		if opened {
-			if err = attempt(s, deadline); err == nil {
+			if err = attempt(s); err == nil {
 				return s, nil
 			}
-			hint = s.heldBy(err)
+			a.hint = s.heldBy(err)
 			s.giveUp(err)
 			if s.waited {
-				waited, outage = true, time.Time{}
+				a.waited, a.outage = true, time.Time{}
 			}
 		}
-		if ctx.Err() == nil && !deadline.IsZero() && !time.Now().Before(deadline) && (!opened || sessionGone(err)) {
-			if !errors.Is(err, context.DeadlineExceeded) {
-				hint = err.Error() // why not even the server has answered
-			}
-			err = errors.Join(errTimeout, err)
-		}
-		switch {
-		case ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
-			if !opened && hint == "" {
-				hint = poolHint(db)
-			}
-			return nil, acquireError(ctx, keys, cfg, err, hint)
-		case isClosed(err), !sessionGone(err) && !(waited && !opened && transient(err)):
-			return nil, acquireError(ctx, keys, cfg, err, "")
-		case errors.Is(err, errLostBeforeUse) && early == 0:
-			return nil, acquireError(ctx, keys, cfg, err, "")
-		case waited:
-			if errors.Is(err, errLostBeforeUse) {
-				early--
-			}
-			if outage.IsZero() {
-				outage = time.Now()
-			}
-			if time.Since(outage) > reconnectFor {
-				return nil, acquireError(ctx, keys, cfg, err, "")
-			}
-			cfg.logger.Warn("advisory: session lost while waiting; opening another", "key", keyList(keys), "error", err)
-			sleep(openCtx, 50*time.Millisecond+rand.N(100*time.Millisecond))
-		case stale > 0 && (opened || errors.As(err, new(noAnswer))):
-			stale--
-		default:
-			return nil, acquireError(ctx, keys, cfg, err, "")
+		if err = a.again(err, opened, true); err != nil {
+			return nil, err
 		}
 	}
+}
+
+// again returns nil, perhaps after a pause, if there is to be another attempt after one
+// that has failed with err: on a session if one was opened, its own or one of others.
+func (a *attempts) again(err error, opened, own bool) error {
+	if a.ctx.Err() == nil && a.over() && (!opened || sessionGone(err)) {
+		if !errors.Is(err, context.DeadlineExceeded) {
+			a.hint = err.Error() // why not even the server has answered
+		}
+		err = errors.Join(errTimeout, err)
+	}
+	early := errors.Is(err, errLostBeforeUse) || opened && !own
+	switch {
+	case a.ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
+		if !opened && a.hint == "" {
+			a.hint = poolHint(a.db)
+		}
+		return err
+	case isClosed(err), !sessionGone(err) && !(a.waited && !opened && transient(err)):
+		return err
+	case early && a.lives == 0:
+		return err
+	case a.waited:
+		if early {
+			a.lives--
+		}
+		if a.outage.IsZero() {
+			a.outage = time.Now()
+		}
+		if time.Since(a.outage) > reconnectFor {
+			return err
+		}
+		a.cfg.logger.Warn("advisory: session lost while waiting; opening another", "key", keyList(a.keys), "error", err)
+		ctx, cancel := a.untilDeadline()
+		defer cancel()
+		sleep(ctx, 50*time.Millisecond+rand.N(100*time.Millisecond))
+		return nil
+	case opened && !own:
+		a.lives--
+		return nil
+	case a.stale > 0 && (opened || errors.As(err, new(noAnswer))):
+		a.stale--
+		return nil
+	default:
+		return err
+	}
+}
+
+// error is what the caller is told of err, which has ended the acquisition.
+func (a *attempts) error(err error) error {
+	if err == nil {
+		return nil
+	}
+	return acquireError(a.ctx, a.keys, a.cfg, err, a.hint)
 }
 
 // poolHint says that the pool's limit is why no connection was to be had, if it is.
@@ -811,9 +984,13 @@ func (s *session) heldBy(err error) string {
 	if !errors.Is(err, errTimeout) || s.broken {
 		return ""
 	}
+	return s.whoHolds(s.waitingFor)
+}
+
+func (s *session) whoHolds(k Key) string {
 	var who string
-	err = s.do(context.Background(), heldByBound, func(ctx context.Context) (err error) {
-		who, err = heldBy(ctx, s.conn, s.waitingFor)
+	err := s.do(context.Background(), heldByBound, func(ctx context.Context) (err error) {
+		who, err = heldBy(ctx, s.conn, k)
 		return err
 	})
 	if err == nil {
@@ -845,20 +1022,29 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+	a := acquisition{attempts: newAttempts(ctx, db, keys, &cfg), hub: hubOf(db)}
+	leave, err := a.enterApart(key)
+	if err != nil {
+		_, err = o.acquired(ctx, a.error(err), nil)
+		return err
+	}
+	defer leave()
+	s, err := a.keepTrying(func(s *session) error {
 		s.lent = true
 		if cfg.given.has(optHolderTimeout) {
 			s.silent = cfg.holderTimeout
 		}
-		if err := s.acquire(ctx, keys, cfg.noWait, deadline); err != nil {
+		if err := s.acquire(ctx, keys, cfg.noWait, a.deadline); err != nil {
 			return err
 		}
 		return s.confirm(ctx, math.MaxInt64, s.silent > 0)
 	})
-	h, err := newHold(ctx, db, keys, s, o, err)
+	ctx, err = o.acquired(ctx, a.error(err), func() { s.discard() })
 	if err != nil {
 		return err
 	}
+	h := &hold{session: s, cfg: cfg, observed: o}
+	h.begin(ctx, db, keys, s)
 	return h.run(func(ctx context.Context) error { return fn(ctx, s.conn) })
 }
 

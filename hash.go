@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"unicode"
 )
@@ -143,4 +144,9 @@ func printable(name string) string {
 		}
 	}
 	return name
+}
+
+func sorted(keys []Key) []Key {
+	slices.SortFunc(keys, compareKeys)
+	return keys
 }

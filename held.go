@@ -6,10 +6,11 @@ import (
 	"sync/atomic"
 )
 
-// A mark is what a context knows of a lock that its caller holds. Each one points
-// to the one outside it.
-type mark struct {
-	outer *mark
+// A marked context is one whose caller holds a lock, and what it knows of that. Each one
+// points to the one outside it.
+type marked struct {
+	context.Context
+	outer *marked
 	db    *sql.DB
 	keys  []Key
 	token tokenSource
@@ -18,16 +19,23 @@ type mark struct {
 
 type markKey struct{}
 
-func innermost(ctx context.Context) *mark {
-	m, _ := ctx.Value(markKey{}).(*mark)
+// Value makes m known to contexts that are made from it.
+func (m *marked) Value(key any) any {
+	if key == (markKey{}) {
+		return m
+	}
+	return m.Context.Value(key)
+}
+
+func innermost(ctx context.Context) *marked {
+	m, _ := ctx.Value(markKey{}).(*marked)
 	return m
 }
 
-// withMark returns ctx with the mark of locks on keys.
-func withMark(ctx context.Context, db *sql.DB, keys []Key) (context.Context, *mark) {
-	m := &mark{outer: innermost(ctx), db: db, keys: keys}
+// mark makes m the context of one who holds locks on keys, made from ctx.
+func (m *marked) mark(ctx context.Context, db *sql.DB, keys []Key) {
+	m.Context, m.outer, m.db, m.keys = ctx, innermost(ctx), db, keys
 	m.token.mark = m
-	return context.WithValue(ctx, markKey{}, m), m
 }
 
 // checkReentrant returns an error if ctx says that its caller holds one of keys

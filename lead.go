@@ -43,7 +43,8 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	}
 	pause := leadPauseMin
 	for {
-		h, err := c.acquire(ctx, keys, &cfg)
+		h := &hold{cfg: cfg}
+		err := h.acquire(ctx, c, keys)
 		switch {
 		case err == nil:
 			pause = leadPauseMin
@@ -67,17 +68,17 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 // lead runs fn as the leader. It tells whether to campaign again: the lock was lost
 // before fn returned.
 func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fnErr, err error) {
-	overdue := overdueWarning{every: cfg.holderTimeout, log: cfg.logger, key: keyList(h.mark.keys)}
-	stopWarning := context.AfterFunc(h.ctx, overdue.start)
+	overdue := overdueWarning{every: cfg.holderTimeout, log: cfg.logger, key: keyList(h.keys)}
+	stopWarning := context.AfterFunc(&h.marked, overdue.start)
 	err = h.run(func(ctx context.Context) error {
 		defer overdue.stop()
 		defer stopWarning()
 		fnErr = fn(ctx)
-		again = h.watch.lostBy() != nil
+		again = h.ended.Load()
 		return fnErr
 	})
 	if again {
-		cfg.logger.Warn("advisory: leadership lost; campaigning again", "key", keyList(h.mark.keys), "error", err)
+		cfg.logger.Warn("advisory: leadership lost; campaigning again", "key", keyList(h.keys), "error", err)
 	}
 	return again, fnErr, err
 }

@@ -132,11 +132,11 @@ var silent = slog.New(slog.DiscardHandler)
 // newConfig reads opts for the function called fn, which takes those in allowed.
 func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	c := config{heartbeat: defaultHeartbeat, holderTimeout: defaultHolderTimeout}
-	for _, o := range opts {
-		if o == nil {
-			return c, errors.New("nil Option")
+	if len(opts) > 0 {
+		var err error
+		if c, err = c.with(opts); err != nil {
+			return c, err
 		}
-		o(&c)
 	}
 	if c.logger == nil {
 		c.logger = silent
@@ -176,6 +176,17 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	case sql.LevelDefault, sql.LevelReadUncommitted, sql.LevelReadCommitted, sql.LevelRepeatableRead, sql.LevelSerializable:
 	default:
 		return c, fmt.Errorf("option TxOptions: PostgreSQL has no isolation level %v", c.txOptions.Isolation)
+	}
+	return c, nil
+}
+
+// with is c with opts. It is on its own because it makes c escape.
+func (c config) with(opts []Option) (config, error) {
+	for _, o := range opts {
+		if o == nil {
+			return c, errors.New("nil Option")
+		}
+		o(&c)
 	}
 	return c, nil
 }

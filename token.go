@@ -55,7 +55,7 @@ type tokenSource struct {
 	target interface {
 		QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 	}
-	mark *mark
+	mark *marked
 
 	mu sync.Mutex // guards no, and is held while it is asked for
 	no int64      // 0: not asked for yet

@@ -74,25 +74,33 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
+	a := acquisition{attempts: newAttempts(ctx, db, keys, &cfg), hub: hubOf(db)}
+	leave, err := a.enterApart(key)
+	if err != nil {
+		_, err = o.acquired(ctx, a.error(err), nil)
+		return err
+	}
+	defer leave()
 	var t txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
-	s, err := keepTrying(ctx, db, keys, &cfg, func(s *session, deadline time.Time) error {
+	s, err := a.keepTrying(func(s *session) error {
 		t = txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
-		err := t.beginLocked(ctx, key, deadline)
+		err := t.beginLocked(ctx, key, a.deadline)
 		oneSnapshot = t.oneSnapshot
 		return err
 	})
-	holdCtx, err := o.acquired(ctx, err, func() { t.rollback(nil); s.discard() })
+	holdCtx, err := o.acquired(ctx, a.error(err), func() { t.rollback(nil); s.discard() })
 	if err != nil {
 		return err
 	}
-	base, m := withMark(holdCtx, db, keys)
+	fnCtx, cancel := context.WithCancel(holdCtx)
+	m := new(marked)
+	m.mark(fnCtx, db, keys)
 	m.token.run, m.token.target = &s.runner, t.tx
-	fnCtx, cancel := context.WithCancel(base)
 	return t.run(ctx, keys, o, func() error {
 		defer cancel()
 		defer m.ended.Store(true)
-		return fn(fnCtx, t.tx)
+		return fn(m, t.tx)
 	})
 }
 
@@ -167,7 +175,7 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) erro
 		if ctx.Err() != nil || !waitEnded(err) {
 			return err
 		}
-		if err := t.s.poolClosed(); err != nil {
+		if err := poolClosed(t.s.db); err != nil {
 			return err
 		}
 		if sqlState(err) == queryCanceled {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 )
 
@@ -15,129 +14,199 @@ import (
 // does not let go of the locks of a holder that fell silent before the holder,
 // counting from an earlier moment to a nearer one, has given up.
 //
-// Between heartbeats it is one timer; nothing runs. It ends with stop, or with the
-// loss of the session.
+// Where locks of several holders are on the session, the strictest counts: the shortest
+// Heartbeat, and the shortest HolderTimeout.
+//
+// Between heartbeats it is one timer; nothing runs. It ends with the last hold on the
+// session, or with the session. It is guarded by the hub's mutex.
 type watch struct {
-	s     *session
-	every time.Duration // Heartbeat
-	lost  func(error)   // called at most once, before the session is discarded
-
-	mu    sync.Mutex // guards the rest, and s.armed
 	timer *time.Timer
-	proof time.Time // when the last statement went out that proved the locks held
-	ended bool
-	cause error // why the session is lost
+	every time.Duration // the shortest Heartbeat of the holds; or one that was shorter, until the next
+	next  time.Time     // heartbeat
+	runs  bool          // the timer
+	late  bool          // its function may be about to run although it was stopped
 }
 
-// start begins to watch s, which has just acquired its locks.
-func (w *watch) start() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.proof = w.s.proof
-	w.timer = time.AfterFunc(time.Until(w.proof.Add(w.every)), w.beat)
+// watch has the sessions of h's locks watched. One that has been lost meanwhile ends h.
+func (h *hub) watch(hd *hold) {
+	h.mu.Lock()
+	var lost error
+	for i, g := range hd.grants {
+		switch {
+		case g.on.lost != nil:
+			lost = g.on.lost
+		case i == 0 || g.on != hd.grants[i-1].on:
+			g.on.watchFor(hd)
+		}
+	}
+	h.mu.Unlock()
+	if lost != nil {
+		hd.lost(lost)
+	}
 }
 
-// lostBy returns why the session is lost, if that has been noticed.
-func (w *watch) lostBy() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.cause
+// watchFor has the session watched for h, which holds locks on it.
+func (c *carrier) watchFor(h *hold) {
+	w := &c.watch
+	c.holds[h] = struct{}{}
+	every := h.cfg.heartbeat
+	if len(c.holds) == 1 {
+		w.every = every
+		w.set(c, c.proof.Add(every))
+		return
+	}
+	w.every = min(w.every, every)
+	if next := time.Now().Add(every); next.Before(w.next) {
+		w.set(c, next)
+	}
 }
 
-// stop ends the watch and returns why the session is lost, if it is. A heartbeat may
-// still be under way on the session; none follows.
-func (w *watch) stop() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.ended = true
-	w.timer.Stop()
-	return w.cause
+func (w *watch) set(c *carrier, next time.Time) {
+	w.next, w.runs = next, true
+	if w.timer == nil {
+		w.timer = time.AfterFunc(time.Until(next), c.beat)
+	} else {
+		w.timer.Reset(time.Until(next))
+	}
+}
+
+// unwatch ends the watching for h.
+func (c *carrier) unwatch(h *hold) {
+	delete(c.holds, h)
+	if len(c.holds) == 0 {
+		c.watch.end()
+	}
+}
+
+func (w *watch) end() {
+	if w.runs && !w.timer.Stop() {
+		w.late = true
+	}
+	w.runs = false
 }
 
 // beat is one heartbeat.
-func (w *watch) beat() {
-	w.mu.Lock()
-	if w.ended {
-		w.mu.Unlock()
+func (c *carrier) beat() {
+	h, w := c.hub, &c.watch
+	h.mu.Lock()
+	if len(c.holds) == 0 || c.lost != nil {
+		h.mu.Unlock()
 		return
 	}
+	w.runs = false
 	sent := time.Now()
-	answerIn := w.proof.Add(2 * w.every).Sub(sent)
+	if early := w.next.Sub(sent); early > 0 { // it was put off
+		w.set(c, w.next)
+		h.mu.Unlock()
+		return
+	}
+	c.users++
+	defer h.leave(c)
+	w.every = 0
+	for hold := range c.holds {
+		if w.every == 0 || hold.cfg.heartbeat < w.every {
+			w.every = hold.cfg.heartbeat
+		}
+	}
+	proof := c.proof
+	answerIn := proof.Add(2 * w.every).Sub(sent)
+	h.mu.Unlock()
 	if answerIn <= 0 {
 		// This process was frozen, and another may hold the lock by now.
-		w.mu.Unlock()
-		w.lose(fmt.Errorf("no heartbeat for %v", sent.Sub(w.proof).Round(time.Millisecond)))
+		c.lose(fmt.Errorf("no heartbeat for %v", sent.Sub(proof).Round(time.Millisecond)))
 		return
 	}
-	w.mu.Unlock()
 
 	// The driver may not return in time. This does.
-	overdue := time.AfterFunc(answerIn, func() { w.lose(noAnswer{answerIn.Round(time.Millisecond)}) })
-	rows, err := w.ask(answerIn)
-	overdue.Stop()
-	switch {
-	case errors.Is(err, errWatchEnded):
-		return
-	case err != nil:
-		w.lose(err)
-		return
-	case rows < int64(len(w.s.held)):
-		w.lose(errNotHeld)
-		return
-	}
-
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.ended {
-		w.proof = sent
-		w.timer.Reset(time.Until(sent.Add(w.every)))
-	}
-}
-
-var errWatchEnded = errors.New("the watch has ended")
-
-// ask has the server count the locks that the session holds, and arms it the first time.
-func (w *watch) ask(bound time.Duration) (rows int64, err error) {
-	var n int64 // as in exec
-	err = w.s.do(context.Background(), bound, func(ctx context.Context) error {
-		// It is this statement's turn on the session. A release may have had its turn
-		// just before, and then nothing must follow: the connection is the pool's.
-		w.mu.Lock()
-		if w.ended {
-			w.mu.Unlock()
-			return errWatchEnded
-		}
-		query := heldStatement(w.s.held, w.s.shared)
-		if !w.s.armed {
-			query = w.s.arm() + query
-			w.s.armed = true // before the release, which undoes it, can look
-		}
-		w.mu.Unlock()
-		var err error
-		n, err = w.s.send(ctx, query)
-		return err
-	})
+	overdue := time.AfterFunc(answerIn, func() { c.overdue(proof, noAnswer{answerIn.Round(time.Millisecond)}) })
+	err := c.take(context.Background(), answerIn)
 	if err == nil {
-		rows = n
+		err = c.check(answerIn)
+		c.give()
 	}
-	return rows, err
-}
-
-// lose ends the watch and the session, unless it has ended.
-func (w *watch) lose(cause error) {
-	w.mu.Lock()
-	if w.ended {
-		w.mu.Unlock()
+	overdue.Stop()
+	if err != nil && !errors.Is(err, errNothingHeld) {
+		c.lose(err)
 		return
 	}
-	w.ended = true
-	w.cause = cause
-	w.mu.Unlock()
-	if sessionGone(cause) {
-		w.s.gone.Store(true)
+
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(c.holds) > 0 && c.lost == nil {
+		w.set(c, sent.Add(w.every))
 	}
-	defer w.s.discard()
-	w.lost(cause)
+}
+
+// overdue loses the session if it is still waited for an answer since proof.
+func (c *carrier) overdue(proof time.Time, cause error) {
+	c.hub.mu.Lock()
+	waited := len(c.holds) > 0 && !c.proof.After(proof)
+	c.hub.mu.Unlock()
+	if waited {
+		c.lose(cause)
+	}
+}
+
+var errNothingHeld = errors.New("nothing is held")
+
+// check has the server count the locks that the session holds, and arms it as the holders'
+// HolderTimeout asks. It is for whose turn it is on the session.
+func (c *carrier) check(bound time.Duration) error {
+	h := c.hub
+	h.mu.Lock()
+	// A release may have had its turn just before, and then nothing must follow: the
+	// connection may be the pool's.
+	if len(c.locks) == 0 {
+		h.mu.Unlock()
+		return errNothingHeld
+	}
+	query, want := c.heldStatement()
+	silent := time.Duration(0)
+	for hold := range c.holds {
+		if silent == 0 || hold.cfg.holderTimeout < silent {
+			silent = hold.cfg.holderTimeout
+		}
+	}
+	if silent > 0 && (!c.armed || silent != c.silent) {
+		c.silent = silent
+		query = c.arm() + query
+		c.armed = true
+	}
+	h.mu.Unlock()
+	sent := time.Now()
+	rows, err := c.execNow(context.Background(), bound, query)
+	if err != nil {
+		return err
+	}
+	if rows < want {
+		return errNotHeld
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c.proof = sent
+	return nil
+}
+
+// heldStatement: so many rows as the session should hold locks.
+func (c *carrier) heldStatement() (query string, want int64) {
+	const few = 16
+	var keys [2][]Key
+	for l := range c.locks {
+		i := 0
+		if l.shared {
+			i = 1
+		}
+		keys[i] = append(keys[i], Key{space: l.id.space, id: l.id.id})
+	}
+	want = int64(len(c.locks))
+	switch {
+	case len(keys[1]) == 0 && want <= few:
+		return heldStatement(sorted(keys[0]), false), want
+	case len(keys[0]) == 0 && want <= few:
+		return heldStatement(sorted(keys[1]), true), want
+	default:
+		return heldCountStatement, want
+	}
 }
 
 // lostError is the error of locks that were held and are lost.

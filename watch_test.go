@@ -241,10 +241,10 @@ func TestAProcessThatWasFrozenHasLostItsLock(t *testing.T) {
 		l, err := Acquire(t.Context(), db, key)
 		wantError(t, err)
 		// The clock went on, and the timer did not.
-		w := l.hold.watch
-		w.mu.Lock()
-		w.proof = w.proof.Add(-time.Second)
-		w.mu.Unlock()
+		hub := l.hold.hub
+		hub.mu.Lock()
+		l.hold.grants[0].on.proof = l.hold.grants[0].on.proof.Add(-time.Second)
+		hub.mu.Unlock()
 		<-l.Context().Done()
 		wantError(t, context.Cause(l.Context()), ErrLost, "no heartbeat for 2s")
 		wantError(t, l.Release(), ErrLost)

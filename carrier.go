@@ -1,0 +1,579 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A carrier is a session of ours that carries locks for several holders, and tries and
+// unlocks for several at a time: what is asked of it while a round trip is under way
+// goes out together in the next one. A lone request goes out by itself, on the goroutine
+// of its caller.
+//
+// It is closed, or handed back to the pool, by the last of those who have use for it.
+type carrier struct {
+	*session
+	hub *hub
+
+	// Guarded by hub.mu.
+
+	users   int        // those who have use for it: requests, and the goroutine of work
+	serving *request   // by its caller
+	working bool       // somebody serves requests, and will look for pending ones
+	pending []*request // wait to be served
+	lost    error      // why the session is lost; nothing more is asked of it
+	locks   map[lock]struct{}
+	holds   map[*hold]struct{} // to be told if the session is lost
+	watch   watch
+
+	// Belong to whose turn it is on the session.
+
+	lone   [1]*request
+	batch  *sql.Stmt // prepared when it has paid
+	alone  int       // requests that were served one by one though there were several
+	reqs   []*request
+	opText []byte
+	noText []byte
+}
+
+// A lock is what a session holds on the server.
+type lock struct {
+	id     lockID
+	shared bool
+}
+
+// A request is for one round trip.
+type request struct {
+	op     op
+	keys   []Key
+	shared bool
+	every  time.Duration // the Heartbeat of who asks for a lock
+
+	// The answer.
+	ok   bool      // all the locks were granted, or were held
+	err  error     // it is not known
+	sent time.Time // when it was asked for
+
+	done chan struct{} // closed with the answer; nil while its caller serves it
+}
+
+type op uint8
+
+const (
+	opNone   op = iota // does the session live?
+	opTry              // lock all the keys, or none
+	opUnlock           // unlock all the keys
+	opLook             // do others wait for the key?
+)
+
+const (
+	// batchLimit is how many locks one statement is about.
+	batchLimit = 1000
+
+	// prepareAfter is how many requests are served one by one before the statement that
+	// serves them together is prepared, which costs two round trips.
+	prepareAfter = 8
+)
+
+// batchStatement does for each of two arrays' elements, in order, what the first asks for
+// (the op, with 16 for a shared lock and 32 for a Pair) to the key in the second. Its answer
+// is a string of ones and zeros. The arrays are text, which every driver can send.
+const batchStatement = "SELECT pg_catalog.array_to_string(ARRAY(SELECT CASE" +
+	" WHEN op OPERATOR(pg_catalog.=) 0 THEN 1" +
+	" WHEN op OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_try_advisory_lock(key)::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(key)::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 17 THEN pg_catalog.pg_try_advisory_lock_shared(key)::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 18 THEN pg_catalog.pg_advisory_unlock_shared(key)::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 33 THEN pg_catalog.pg_try_advisory_lock(" + batchPair + ")::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 34 THEN pg_catalog.pg_advisory_unlock(" + batchPair + ")::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 49 THEN pg_catalog.pg_try_advisory_lock_shared(" + batchPair + ")::pg_catalog.int4" +
+	" WHEN op OPERATOR(pg_catalog.=) 50 THEN pg_catalog.pg_advisory_unlock_shared(" + batchPair + ")::pg_catalog.int4" +
+	" END FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text::pg_catalog.int4[])," +
+	" pg_catalog.unnest($2::pg_catalog.text::pg_catalog.int8[])) AS asked (op, key)), '')"
+
+const batchPair = "(key OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4," +
+	" ((key OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4"
+
+// lookStatement: one row if somebody waits for the lock.
+func lookStatement(k Key) string {
+	return "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND NOT granted" +
+		" AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()))"
+}
+
+// freeKeysStatement unlocks whichever of the locks the session holds.
+func freeKeysStatement(keys []Key, shared bool) string {
+	var b strings.Builder
+	for i, k := range keys {
+		b.WriteString([]string{"SELECT ", ", "}[min(i, 1)])
+		b.WriteString(statement("", "pg_advisory_unlock", []Key{k}, shared))
+	}
+	return b.String()
+}
+
+// ask has r served. If the answer takes longer than bound, or ctx ends before, the error is
+// an unanswered: r may then still be under way, until it is done.
+func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) error {
+	h := c.hub
+	h.mu.Lock()
+	if c.lost != nil {
+		h.mu.Unlock()
+		return sessionLost{c.lost}
+	}
+	if !c.working {
+		c.working = true
+		c.serving = r
+		h.mu.Unlock()
+		return c.serveOne(ctx, r, bound)
+	}
+	r.done = make(chan struct{})
+	c.pending = append(c.pending, r)
+	h.mu.Unlock()
+	t := time.NewTimer(bound)
+	defer t.Stop()
+	var err error
+	select {
+	case <-r.done:
+		return r.err
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	case <-t.C:
+		err = noAnswer{bound}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if i := slices.Index(c.pending, r); i >= 0 {
+		c.pending = slices.Delete(c.pending, i, i+1)
+		close(r.done) // with nothing done
+	}
+	return unanswered{err}
+}
+
+// An unanswered is the error of a request that was not waited for to the end.
+type unanswered struct{ cause error }
+
+func (e unanswered) Error() string { return e.cause.Error() }
+func (e unanswered) Unwrap() error { return e.cause }
+
+// serveOne serves the caller's request on the caller's goroutine, and leaves what has come
+// meanwhile to another.
+func (c *carrier) serveOne(ctx context.Context, r *request, bound time.Duration) error {
+	h := c.hub
+	if ctx.Done() != nil {
+		// An answer is on its way, and comes in a moment. If it does not, and nobody
+		// else has locks on the session, that is not waited for.
+		stop := context.AfterFunc(ctx, func() {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if c.serving == r && len(c.holds) == 0 {
+				c.guard.hurry(answerGrace)
+			}
+		})
+		defer stop()
+		ctx = context.WithoutCancel(ctx)
+	}
+	c.lone[0] = r
+	lost := c.serve(ctx, c.lone[:], bound)
+	h.mu.Lock()
+	c.serving = nil
+	c.working = len(c.pending) > 0
+	if c.working {
+		c.users++
+		go c.work()
+	}
+	h.mu.Unlock()
+	if lost != nil {
+		c.lose(lost)
+	}
+	return r.err
+}
+
+// work serves requests until there are none.
+func (c *carrier) work() {
+	h := c.hub
+	for {
+		h.mu.Lock()
+		n, locks := 0, 0
+		for n < len(c.pending) && (n == 0 || locks+len(c.pending[n].keys) <= batchLimit) {
+			locks += max(1, len(c.pending[n].keys))
+			n++
+		}
+		c.reqs = append(c.reqs[:0], c.pending[:n]...)
+		c.pending = slices.Delete(c.pending, 0, n)
+		c.working = n > 0
+		h.mu.Unlock()
+		if n == 0 {
+			h.leave(c)
+			return
+		}
+		lost := c.serve(context.Background(), c.reqs, answerBound)
+		for _, r := range c.reqs {
+			close(r.done)
+		}
+		clear(c.reqs)
+		if lost != nil {
+			c.lose(lost)
+		}
+		runtime.Gosched() // those who have their answer may have another question
+	}
+}
+
+// serve answers requests, when it is their turn. If it returns an error, the session is
+// lost; the requests have errors then.
+func (c *carrier) serve(ctx context.Context, reqs []*request, bound time.Duration) (lost error) {
+	err := c.take(ctx, bound)
+	if err == nil {
+		defer c.give()
+		if len(reqs) == 1 {
+			err = c.answerAlone(ctx, reqs[0], bound)
+		} else {
+			err = c.answerAll(ctx, reqs, bound)
+		}
+	}
+	if err == nil {
+		err = c.stillHeld(reqs)
+	}
+	if err != nil {
+		for _, r := range reqs {
+			r.ok = false
+			if r.err == nil {
+				r.err = sessionLost{err}
+			}
+		}
+	}
+	return err
+}
+
+// answerAlone answers r in one statement. If it returns an error, the session is lost.
+func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Duration) error {
+	var query string
+	disarms := false
+	switch r.op {
+	case opNone:
+		query = "SELECT"
+	case opTry:
+		query = tryStatement(r.keys, r.shared)
+	case opUnlock:
+		query = unlockStatement(r.keys, r.shared)
+		if c.doubtful { // its only lock, twice perhaps
+			query = unlockAllStatement(r.keys, r.shared)
+		}
+		if disarms = c.isLast(r.keys); disarms {
+			query = disarmStatement + query
+		}
+	case opLook:
+		query = lookStatement(r.keys[0])
+	}
+	r.sent = time.Now()
+	rows, err := c.execNow(ctx, bound, query)
+	switch {
+	case err == nil:
+		r.ok = rows > 0
+		if r.op == opTry && !r.ok && len(r.keys) > 1 {
+			if err := c.free(ctx, r); err != nil { // some of them may be held
+				return err
+			}
+		}
+		if r.op == opUnlock && !r.ok {
+			r.err = errNotHeld
+			return errNotHeld
+		}
+		c.note(r)
+		if disarms {
+			c.disarmed()
+		}
+		return nil
+	case c.gone.Load() || sqlState(err) == "" || !c.carriesOthers(r):
+		r.err = err
+		return err
+	default:
+		// The server's error, on a session that others have locks on.
+		r.err = err
+		if r.op == opTry || r.op == opUnlock {
+			err = c.free(ctx, r)
+			c.note(r)
+			return err
+		}
+		return nil
+	}
+}
+
+// answerAll answers several requests, in one statement if that pays.
+func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Duration) error {
+	if c.doubtful || c.batch == nil && c.alone+len(reqs) <= prepareAfter {
+		c.alone += len(reqs)
+		return c.answerEach(ctx, reqs, bound)
+	}
+	if c.batch == nil {
+		if err := c.prepare(ctx, bound); err != nil {
+			return err
+		}
+	}
+	c.opText, c.noText = append(c.opText[:0], '{'), append(c.noText[:0], '{')
+	for _, r := range reqs {
+		if r.op == opLook {
+			continue
+		}
+		keys := r.keys
+		if r.op == opNone {
+			keys = noKeys
+		}
+		for _, k := range keys {
+			code := int64(r.op)
+			if r.shared {
+				code += 16
+			}
+			if k.space == pairSpace {
+				code += 32
+			}
+			c.opText = append(strconv.AppendInt(c.opText, code, 10), ',')
+			c.noText = append(strconv.AppendInt(c.noText, k.id, 10), ',')
+		}
+	}
+	c.opText[len(c.opText)-1], c.noText[len(c.noText)-1] = '}', '}'
+
+	sent := time.Now()
+	var answer string
+	err := c.runNow(ctx, bound, func(ctx context.Context) error {
+		return c.batch.QueryRowContext(ctx, string(c.opText), string(c.noText)).Scan(&answer)
+	})
+	if err != nil {
+		if c.gone.Load() || sqlState(err) == "" {
+			return err
+		}
+		return c.afterFailure(ctx, reqs, bound)
+	}
+	for _, r := range reqs {
+		if r.op == opLook {
+			if err := c.answerAlone(ctx, r, bound); err != nil {
+				return err
+			}
+			continue
+		}
+		n := max(1, len(r.keys))
+		if len(answer) < n {
+			return fmt.Errorf("an answer of the wrong length: %q", answer)
+		}
+		yes := strings.Count(answer[:n], "1")
+		answer = answer[n:]
+		r.sent = sent
+		r.ok = yes == n
+		switch {
+		case r.ok:
+			c.note(r)
+		case r.op == opUnlock:
+			r.err = errNotHeld
+			err = errNotHeld
+		case yes > 0:
+			if err := c.free(ctx, r); err != nil {
+				return err
+			}
+		}
+	}
+	return err
+}
+
+var noKeys = []Key{{}}
+
+// answerEach answers requests one by one.
+func (c *carrier) answerEach(ctx context.Context, reqs []*request, bound time.Duration) error {
+	for _, r := range reqs {
+		if err := c.answerAlone(ctx, r, bound); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// afterFailure answers the requests of a statement that failed: session-level locks do not
+// go with it, and how far it got is not known.
+func (c *carrier) afterFailure(ctx context.Context, reqs []*request, bound time.Duration) error {
+	for _, r := range reqs {
+		if r.op == opTry {
+			if err := c.free(ctx, r); err != nil {
+				return err
+			}
+		}
+	}
+	for _, r := range reqs {
+		if r.op != opUnlock {
+			if err := c.answerAlone(ctx, r, bound); err != nil {
+				return err
+			}
+			continue
+		}
+		// It may have been unlocked: this session has held it for as long as it lives.
+		r.sent = time.Now()
+		if _, err := c.execNow(ctx, bound, freeKeysStatement(r.keys, r.shared)); err != nil {
+			return err
+		}
+		r.ok = true
+		c.note(r)
+	}
+	return nil
+}
+
+// free unlocks what the session may have got of r's keys.
+func (c *carrier) free(ctx context.Context, r *request) error {
+	_, err := c.execNow(ctx, releaseBound, freeKeysStatement(r.keys, r.shared))
+	return err
+}
+
+// prepare prepares the statement that answers many requests.
+func (c *carrier) prepare(ctx context.Context, bound time.Duration) error {
+	return c.runNow(ctx, bound, func(ctx context.Context) (err error) {
+		c.batch, err = c.conn.PrepareContext(ctx, batchStatement)
+		return err
+	})
+}
+
+// runNow is execNow for a statement that f sends.
+func (c *carrier) runNow(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	if c.guard.breaks != nil && !c.abandoned.Load() {
+		return c.run(ctx, bound, f)
+	}
+	return c.runAside(ctx, bound, f)
+}
+
+// note notes what r has changed, and that the session was alive when it was sent.
+func (c *carrier) note(r *request) {
+	h := c.hub
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c.proof = r.sent
+	if !c.armed && r.op == opTry && time.Since(r.sent) >= r.every {
+		c.proof = time.Now() // the server has no clock to be ahead of
+	}
+	for _, k := range r.keys {
+		switch l := (lock{k.lockID(), r.shared}); {
+		case r.op == opTry && r.ok:
+			c.locks[l] = struct{}{}
+		case r.op == opUnlock:
+			delete(c.locks, l)
+		}
+	}
+}
+
+// stillHeld asks whether the locks are still held if the answer to reqs was so long on its
+// way that the server may have ended the session since.
+func (c *carrier) stillHeld(reqs []*request) error {
+	h := c.hub
+	h.mu.Lock()
+	stale := false
+	for _, r := range reqs {
+		stale = stale || r.op == opTry && r.ok && c.armed && time.Since(r.sent) >= r.every
+	}
+	h.mu.Unlock()
+	if !stale {
+		return nil
+	}
+	return c.check(answerBound)
+}
+
+// carriesOthers tells whether the session holds locks that r is not about.
+func (c *carrier) carriesOthers(r *request) bool {
+	c.hub.mu.Lock()
+	defer c.hub.mu.Unlock()
+	if r.op == opUnlock {
+		return len(c.locks) > len(r.keys)
+	}
+	return len(c.locks) > 0
+}
+
+// isLast tells whether the unlock of keys, on a session that is armed, leaves it with no lock.
+func (c *carrier) isLast(keys []Key) bool {
+	c.hub.mu.Lock()
+	defer c.hub.mu.Unlock()
+	return c.armed && len(c.locks) <= len(keys)
+}
+
+func (c *carrier) disarmed() {
+	c.hub.mu.Lock()
+	defer c.hub.mu.Unlock()
+	c.armed = false
+}
+
+// lose ends the session, and everything that goes with it: once.
+func (c *carrier) lose(cause error) {
+	h := c.hub
+	h.mu.Lock()
+	if c.lost != nil {
+		h.mu.Unlock()
+		return
+	}
+	c.lost = cause
+	if h.shared == c {
+		h.shared = nil
+	}
+	holds, pending := c.holds, c.pending
+	c.holds, c.pending = nil, nil
+	c.watch.end()
+	h.mu.Unlock()
+	if sessionGone(cause) {
+		c.gone.Store(true)
+	}
+	// The contexts of those who held its locks end before others can have them.
+	for hold := range holds {
+		hold.lost(cause)
+	}
+	for _, r := range pending {
+		r.err = sessionLost{cause}
+		close(r.done)
+	}
+	c.guard.interrupt(0, cause)
+	h.mu.Lock()
+	now := time.Now()
+	for _, q := range h.queues {
+		q.lost(c, now)
+		h.tidy(q)
+	}
+	h.sessions--
+	h.mu.Unlock()
+	c.discard()
+}
+
+// A sessionLost is the error of a request whose session was lost.
+type sessionLost struct{ cause error }
+
+func (e sessionLost) Error() string { return e.cause.Error() }
+func (e sessionLost) Unwrap() error { return e.cause }
+
+// finish hands back the connection of a session on which nothing is held or asked. It
+// returns true if c can be used for another.
+func (c *carrier) finish() bool {
+	var err error
+	if c.batch != nil || c.armed {
+		err = c.clean()
+	}
+	if err != nil || c.gone.Load() || c.abandoned.Load() {
+		if err != nil {
+			c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
+		}
+		c.discard()
+		return false
+	}
+	c.handBack()
+	return !c.watch.late
+}
+
+func (c *carrier) clean() error {
+	if err := c.take(context.Background(), releaseBound); err != nil {
+		return err
+	}
+	defer c.give()
+	if c.batch != nil {
+		if err := c.runNow(context.Background(), releaseBound, func(context.Context) error { return c.batch.Close() }); err != nil {
+			return err
+		}
+	}
+	if c.armed {
+		_, err := c.execNow(context.Background(), releaseBound, disarmStatement)
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,167 @@
+package advisory
+
+import (
+	"database/sql/driver"
+	"net"
+	"reflect"
+	"sync"
+	"time"
+)
+
+// A guard breaks off a statement that is not answered in time. There is one for each
+// session, with one timer.
+//
+// database/sql's way is to end the statement's context. But for that, lib/pq starts a
+// goroutine for every statement, and then reads on for as long as the network keeps it
+// waiting. A goroutine of our own beside each statement would return in time, and costs a
+// third of an uncontended lock's time on two cores, because waking it takes the processor
+// that the server needs. So where the driver is known, its connection is broken off
+// instead, and the statement runs on the caller's goroutine.
+type guard struct {
+	// breaks breaks off dc, the connection of a driver that is known, so that the statement
+	// under way on it returns with an error. nil: the driver is not known.
+	breaks func(dc any)
+	dc     any
+
+	mu     sync.Mutex // guards the rest
+	timer  *time.Timer
+	no     uint64    // of the statement
+	under  bool      // it is under way
+	until  time.Time // zero: it is not bounded
+	cancel func()    // breaks it off; nil: that is for breaks
+	cause  error     // why it was broken off
+}
+
+// begin begins to guard a statement. A bound of 0 is none.
+func (g *guard) begin(bound time.Duration, cancel func()) (no uint64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.no++
+	g.under, g.until, g.cancel, g.cause = true, time.Time{}, cancel, nil
+	if bound > 0 {
+		g.bound(bound)
+	}
+	return g.no
+}
+
+func (g *guard) bound(d time.Duration) {
+	g.until = time.Now().Add(d)
+	if g.timer == nil {
+		g.timer = time.AfterFunc(d, g.expire)
+	} else {
+		g.timer.Reset(d)
+	}
+}
+
+// expire breaks off a statement that is not answered in time.
+func (g *guard) expire() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch left := time.Until(g.until); {
+	case g.until.IsZero():
+	case left > 0: // an older statement's timer
+		g.timer.Reset(left)
+	default:
+		g.breakOff(errOverdue)
+	}
+}
+
+// breakOff breaks off the statement under way, if there is one.
+func (g *guard) breakOff(cause error) {
+	if !g.under || g.cause != nil {
+		return
+	}
+	g.cause = cause
+	if g.cancel != nil {
+		g.cancel()
+	} else {
+		g.breaks(g.dc)
+	}
+}
+
+// interrupt breaks off the statement under way, if it is number no, or no is 0.
+func (g *guard) interrupt(no uint64, cause error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if no == 0 || no == g.no {
+		g.breakOff(cause)
+	}
+}
+
+// hurry leaves no more than d to the statement under way.
+func (g *guard) hurry(d time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.under && (g.until.IsZero() || time.Until(g.until) > d) {
+		g.bound(d)
+	}
+}
+
+// end ends the statement. It returns why it was broken off, if it was.
+func (g *guard) end() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.under, g.until, g.cancel = false, time.Time{}, nil
+	if g.timer != nil {
+		g.timer.Stop()
+	}
+	return g.cause
+}
+
+// breakers finds how a driver's connection is broken off, by the driver's type.
+var breakers sync.Map // reflect.Type → func(driver's connection)
+
+// watchOver has the guard break off dc itself, if its driver is known.
+func (g *guard) watchOver(dc any) {
+	t := reflect.TypeOf(dc)
+	found, ok := breakers.Load(t)
+	if !ok {
+		found, _ = breakers.LoadOrStore(t, findBreaker(t))
+	}
+	g.breaks, g.dc = found.(func(any)), dc
+}
+
+// findBreaker knows drivers by their connections' types: no driver is imported, and a
+// driver wrapped in another is not known. The names of methods are constants, so that the
+// linker still drops what a program does not use.
+func findBreaker(t reflect.Type) func(dc any) {
+	switch {
+	case t.Kind() != reflect.Pointer:
+	case t.Elem().PkgPath() == "github.com/lib/pq":
+		// Close is made to be called while another goroutine reads.
+		return func(dc any) {
+			if conn, ok := dc.(driver.Conn); ok {
+				_ = conn.Close()
+			}
+		}
+	case isPgx(t):
+		// The deadline of the network's connection may be set at any time, which is
+		// what pgx itself does when a context ends.
+		return func(dc any) {
+			v := reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0]
+			v = v.MethodByName("PgConn").Call(nil)[0]
+			v = v.MethodByName("Conn").Call(nil)[0]
+			if conn, ok := v.Interface().(net.Conn); ok {
+				_ = conn.SetDeadline(time.Unix(1, 0))
+			}
+		}
+	}
+	return nil
+}
+
+// isPgx tells whether t has pgx's Conn().PgConn().Conn(), a net.Conn.
+func isPgx(t reflect.Type) bool {
+	var ok bool
+	for _, m := range [...]func(reflect.Type) (reflect.Method, bool){
+		func(t reflect.Type) (reflect.Method, bool) { return t.MethodByName("Conn") },
+		func(t reflect.Type) (reflect.Method, bool) { return t.MethodByName("PgConn") },
+		func(t reflect.Type) (reflect.Method, bool) { return t.MethodByName("Conn") },
+	} {
+		var method reflect.Method
+		if method, ok = m(t); !ok || method.Type.NumIn() != 1 || method.Type.NumOut() != 1 {
+			return false
+		}
+		t = method.Type.Out(0)
+	}
+	return t == reflect.TypeFor[net.Conn]()
+}

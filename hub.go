@@ -1,0 +1,792 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"time"
+	"weak"
+)
+
+var errPanicked = errors.New("the driver panicked")
+
+// A hub is all that this process does with one *sql.DB's locks: the queue of each key, and
+// the session that carries the locks which the process holds.
+//
+// A request goes from the key's queue to the shared session, which tries; if another
+// process holds the lock, to the server's queue, on a session of its own, or, where there
+// are more of those than the pool can spare, to trying again.
+type hub struct {
+	mu     sync.Mutex
+	queues map[lockID]*queue
+	shared *carrier // which new locks are tried on; nil: there is none at present
+
+	opening bool     // somebody opens the shared session
+	opened  *opening // told of how that went; nil: nobody asks
+
+	sessions int // carriers, and those that wait in the server's queue
+	polling  int // those who wait, and do not have such a session
+
+	// For the next one, so that a lone lock does not make them anew.
+	spareQueue   *queue
+	spareCarrier *carrier
+	spareSession *session
+	patience     *patience // the opener's
+}
+
+// An opening is what those wait for who find another opening the shared session.
+type opening struct {
+	done chan struct{}
+	err  error // not that of the opener's own ctx
+}
+
+// hubs go with their *sql.DB: a hub that nobody uses knows nothing, and runs nothing.
+var hubs struct {
+	mu sync.Mutex
+	of map[weak.Pointer[sql.DB]]*hub
+}
+
+func hubOf(db *sql.DB) *hub {
+	p := weak.Make(db)
+	hubs.mu.Lock()
+	defer hubs.mu.Unlock()
+	h := hubs.of[p]
+	if h == nil {
+		h = &hub{queues: make(map[lockID]*queue)}
+		if hubs.of == nil {
+			hubs.of = make(map[weak.Pointer[sql.DB]]*hub)
+		}
+		hubs.of[p] = h
+		runtime.AddCleanup(db, forget, p)
+	}
+	return h
+}
+
+func forget(p weak.Pointer[sql.DB]) {
+	hubs.mu.Lock()
+	defer hubs.mu.Unlock()
+	delete(hubs.of, p)
+}
+
+// maxWaits is how many sessions wait in the server's queue at a time where the pool has no
+// limit.
+const maxWaits = 8
+
+// How long a request that cannot wait in the server's queue pauses between two tries: at
+// first, and at most.
+const (
+	pollMin = 5 * time.Millisecond
+	pollMax = 250 * time.Millisecond
+)
+
+// yieldAfter is how long one waits in the server's queue while others cannot.
+const yieldAfter = time.Second
+
+// An acquisition is one caller's way to its locks.
+type acquisition struct {
+	attempts
+	hub *hub
+	w   waiter
+	r   request
+
+	// A request that was left while it was under way, and the session that it is on.
+	late   *request
+	lateOn *carrier
+}
+
+// A grant is one lock that a hold has.
+type grant struct {
+	key   Key
+	q     *queue
+	lease uint64
+	on    *carrier
+}
+
+// acquire acquires the locks of keys, which are sorted. After an error none is held.
+func (a *acquisition) acquire(keys []Key, grants []grant) ([]grant, error) {
+	if len(keys) > 1 {
+		if all, err := a.acquireAtOnce(keys, grants); all != nil || err != nil {
+			return all, err
+		}
+	}
+	for i := range keys {
+		g, err := a.acquireOne(keys[i : i+1])
+		if err == nil {
+			grants = append(grants, g)
+			// A grant that comes too late is not used.
+			err = a.ctx.Err()
+		}
+		if err != nil {
+			_ = a.hub.giveBack(grants, a.cfg.shared)
+			return nil, err
+		}
+	}
+	return grants, nil
+}
+
+// acquireAtOnce acquires all the locks in one statement. If that cannot be, it returns nil:
+// waiting for one lock while holding another is safe only in order.
+func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error) {
+	h := a.hub
+	waiters := make([]waiter, len(keys))
+	h.mu.Lock()
+	now := time.Now()
+	in := 0
+	for in < len(keys) {
+		w := &waiters[in]
+		w.shared, w.noWait = a.cfg.shared, true
+		q := h.queue(keys[in].lockID())
+		if !q.enterIdle(w) {
+			break
+		}
+		in++
+	}
+	h.mu.Unlock()
+	var c *carrier
+	var sent time.Time
+	err := errRefused
+	if in == len(keys) {
+		c, sent, err = a.try(keys)
+	}
+	a.settle(func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		now = time.Now()
+		if err == nil && c.lost != nil {
+			err = sessionLost{c.lost}
+		}
+		for i, k := range keys[:in] {
+			q := h.queues[k.lockID()]
+			if err == nil {
+				grants = append(grants, grant{k, q, q.granted(c, sent, now), c})
+			} else {
+				q.gaveUp(&waiters[i], now)
+				h.tidy(q)
+			}
+		}
+	})
+	if c != nil {
+		h.leave(c)
+	}
+	switch {
+	case err == nil && a.ctx.Err() == nil:
+		return grants, nil
+	case err == nil:
+		_ = h.giveBack(grants, a.cfg.shared)
+		return nil, a.ctx.Err()
+	case errors.Is(err, errRefused) && !a.cfg.noWait, errors.As(err, new(sessionLost)):
+		return nil, nil
+	default:
+		return nil, err
+	}
+}
+
+// acquireOne acquires the lock of one key.
+func (a *acquisition) acquireOne(keys []Key) (grant, error) {
+	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait}
+	q, t := a.hub.enter(keys[0], &a.w)
+	for {
+		var err error
+		switch t.to {
+		case held:
+			return grant{keys[0], q, t.lease, t.on}, nil
+		case refuse:
+			return grant{}, errRefused
+		case ask:
+			return a.askServer(keys, q)
+		case look:
+			t, err = a.look(keys, q, t)
+		case await:
+			t, err = a.awaitTurn(q)
+		}
+		if err != nil {
+			return grant{}, err
+		}
+	}
+}
+
+func (h *hub) enter(k Key, w *waiter) (*queue, turn) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.queue(k.lockID())
+	return q, q.enter(w, time.Now())
+}
+
+// awaitTurn waits in the process's own queue.
+func (a *acquisition) awaitTurn(q *queue) (turn, error) {
+	a.waited = true
+	var end <-chan time.Time
+	if !a.deadline.IsZero() {
+		timer := time.NewTimer(time.Until(a.deadline))
+		defer timer.Stop()
+		end = timer.C
+	}
+	var err error
+	select {
+	case t := <-a.w.turns:
+		return t, nil
+	case <-a.ctx.Done():
+		err = a.ctx.Err()
+	case <-end:
+		a.hint = a.who(q)
+		err = errTimeout
+	}
+	h := a.hub
+	h.mu.Lock()
+	now := time.Now()
+	if q.cancel(&a.w, now) {
+		h.tidy(q)
+		h.mu.Unlock()
+		return turn{}, err
+	}
+	// Its turn has come nevertheless, and is the next one's.
+	t := <-a.w.turns
+	switch t.to {
+	case ask:
+		q.gaveUp(&a.w, now)
+	case look:
+		a.w.noWait = true
+		q.looked(&a.w, 0, true, now)
+	}
+	h.tidy(q)
+	h.mu.Unlock()
+	if t.to == held {
+		_ = h.giveBack([]grant{{q: q, key: q.key(), lease: t.lease, on: t.on}}, a.cfg.shared)
+	}
+	return turn{}, err
+}
+
+// look looks whether others wait for the lock that other shared holders of this process
+// have, and which the caller would have at once.
+func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
+	h := a.hub
+	h.mu.Lock()
+	r := request{op: opLook, keys: keys}
+	var err error
+	if t.lease == q.lease && t.on.lost == nil {
+		t.on.users++
+		h.mu.Unlock()
+		// Not under ctx: the answer comes in a moment, or the session is lost.
+		err = t.on.ask(context.Background(), &r, answerBound)
+		h.leave(t.on)
+		h.mu.Lock()
+	}
+	defer h.mu.Unlock()
+	defer h.tidy(q)
+	now := time.Now()
+	if err != nil && !errors.As(err, new(sessionLost)) {
+		q.gaveUp(&a.w, now)
+		return turn{}, err
+	}
+	return q.looked(&a.w, t.lease, r.ok, now), nil
+}
+
+// askServer acquires the lock from the server: it is the caller's turn to.
+func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
+	h := a.hub
+	pause := pollMin
+	for {
+		c, sent, err := a.try(keys)
+		if errors.Is(err, errRefused) && !a.cfg.noWait {
+			a.waited = true
+			c, sent, err = a.wait(keys[0], q)
+		}
+		if err == nil {
+			h.mu.Lock()
+			if c.lost == nil {
+				g := grant{keys[0], q, q.granted(c, sent, time.Now()), c}
+				h.mu.Unlock()
+				h.leave(c)
+				return g, nil
+			}
+			h.mu.Unlock()
+			h.leave(c)
+			err = a.again(sessionLost{c.lost}, true, false)
+			if err == nil {
+				continue
+			}
+		}
+		if errors.Is(err, errYield) {
+			h.poll(1)
+			// In step with others, so that they are tried together.
+			sleep(a.ctx, within(pause-time.Duration(time.Now().UnixNano())%pause+rand.N(pause/8), a.deadline))
+			h.poll(-1)
+			pause = min(2*pause, pollMax)
+			if err = a.ctx.Err(); err == nil && within(1, a.deadline) <= 0 {
+				a.hint = a.who(q)
+				err = errTimeout
+			}
+			if err == nil {
+				continue
+			}
+		}
+		a.settle(func() {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			q.gaveUp(&a.w, time.Now())
+			h.tidy(q)
+		})
+		return grant{}, err
+	}
+}
+
+// try tries to acquire the locks of keys, all or none, on the shared session. If it does,
+// the caller has use for the session until it calls leave.
+func (a *acquisition) try(keys []Key) (c *carrier, sent time.Time, err error) {
+	h := a.hub
+	for {
+		if err := a.ctx.Err(); err != nil {
+			return nil, time.Time{}, err
+		}
+		c, own, err := a.session()
+		opened := err == nil
+		if opened {
+			r := &a.r
+			*r = request{op: opTry, keys: keys, shared: a.cfg.shared, every: a.cfg.heartbeat}
+			err = c.ask(a.ctx, r, answerWithin(0, a.deadline))
+			switch {
+			case err == nil && r.ok && a.ctx.Err() == nil:
+				return c, r.sent, nil
+			case err == nil && r.ok:
+				// A grant that comes too late is not used.
+				a.late, a.lateOn = r, c
+				return nil, time.Time{}, a.ctx.Err()
+			case errors.As(err, new(unanswered)):
+				a.late, a.lateOn = r, c
+				if a.over() {
+					err = errors.Join(errTimeout, err)
+				}
+				return nil, time.Time{}, err
+			}
+			h.leave(c)
+			if err == nil {
+				return nil, time.Time{}, errRefused
+			}
+		}
+		if err = a.again(err, opened, own); err != nil {
+			return nil, time.Time{}, err
+		}
+	}
+}
+
+// settle runs then when the session is certain to hold nothing that nobody has asked for:
+// now, or, if a request was left while it was under way, when that has come back.
+func (a *acquisition) settle(then func()) {
+	r, c := a.late, a.lateOn
+	if r == nil {
+		then()
+		return
+	}
+	a.late, a.lateOn = nil, nil
+	undo := func() {
+		if r.ok {
+			_ = c.ask(context.Background(), &request{op: opUnlock, keys: r.keys, shared: r.shared}, releaseBound)
+		}
+		then()
+		a.hub.leave(c)
+	}
+	if r.done == nil {
+		undo()
+		return
+	}
+	go func() {
+		<-r.done // closed at answerBound, if not before
+		undo()
+	}()
+}
+
+// wait waits for the lock in the server's queue, on a session of its own, which then has
+// the lock. It returns errYield if that cannot be, or for longer than others should wait.
+func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
+	h := a.hub
+	h.mu.Lock()
+	q.refused()
+	h.mu.Unlock()
+	if !h.mayWait(a.db) {
+		return nil, time.Time{}, errYield
+	}
+	began := time.Now()
+	s, err := a.keepTrying(func(s *session) error {
+		s.watchOver()
+		s.silent = a.cfg.holderTimeout
+		s.waited = true
+		s.enough = func() bool { return time.Since(began) > yieldAfter && h.othersPoll() }
+		if err := s.wait(a.ctx, k, a.deadline); err != nil {
+			return err
+		}
+		s.held = []Key{k}
+		if err := a.ctx.Err(); err != nil {
+			return err
+		}
+		return s.confirm(a.ctx, a.cfg.heartbeat, false)
+	})
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err != nil {
+		h.sessions--
+		return nil, time.Time{}, err
+	}
+	c := newCarrier(h, s)
+	c.users = 1
+	c.locks[lock{k.lockID(), a.cfg.shared}] = struct{}{}
+	if h.shared == nil && !s.doubtful {
+		h.shared = c
+	}
+	return c, s.proof, nil
+}
+
+// mayWait tells whether one more session may wait in the server's queue, and counts it.
+// All sessions of the hub take no more than half of a limited pool, but for the shared one.
+func (h *hub) mayWait(db *sql.DB) bool {
+	stats := db.Stats()
+	limit := 1 + maxWaits
+	if stats.MaxOpenConnections > 0 {
+		limit = min(limit, stats.MaxOpenConnections/2)
+		if stats.InUse >= stats.MaxOpenConnections {
+			return false
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	sessions := h.sessions
+	if h.shared == nil {
+		sessions++ // there is always room for that
+	}
+	if sessions >= limit {
+		return false
+	}
+	h.sessions++
+	return true
+}
+
+func (h *hub) poll(n int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.polling += n
+}
+
+func (h *hub) othersPoll() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.polling > 0
+}
+
+// session returns the shared session, which the caller has use for until it calls leave.
+// If there is none, it opens one, which own tells, or waits for who does.
+func (a *acquisition) session() (c *carrier, own bool, err error) {
+	h := a.hub
+	h.mu.Lock()
+	for h.shared == nil && h.opening {
+		if h.opened == nil {
+			h.opened = &opening{done: make(chan struct{})}
+		}
+		o := h.opened
+		h.mu.Unlock()
+		ctx, cancel := a.untilDeadline()
+		select {
+		case <-o.done:
+			err = o.err
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		cancel()
+		if err != nil {
+			return nil, false, err
+		}
+		h.mu.Lock()
+	}
+	if c := h.shared; c != nil {
+		c.users++
+		h.mu.Unlock()
+		if err := poolClosed(a.db); err != nil {
+			h.leave(c)
+			return nil, false, err
+		}
+		return c, false, nil
+	}
+	h.opening = true
+	h.mu.Unlock()
+	err = errPanicked
+	defer func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.opening = false
+		if h.opened != nil {
+			if a.ctx.Err() == nil && !a.over() {
+				h.opened.err = err
+			}
+			close(h.opened.done)
+			h.opened = nil
+		}
+	}()
+	ctx, cancel := a.untilDeadline()
+	defer cancel()
+	s, err := h.open(ctx, a)
+	if err != nil {
+		return nil, true, err
+	}
+	s.watchOver()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c = newCarrier(h, s)
+	c.users = 1
+	h.sessions++
+	if h.shared == nil {
+		h.shared = c
+	}
+	return c, true, nil
+}
+
+// open opens the shared session. There is one who does at a time.
+func (h *hub) open(ctx context.Context, a *acquisition) (*session, error) {
+	var conn *sql.Conn
+	var err error
+	if ctx == context.Background() && a.db.Stats().Idle > 0 {
+		conn, err = h.openIdle(a.db)
+	} else {
+		conn, err = openConn(ctx, a.db)
+	}
+	if err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	s := h.spareSession
+	h.spareSession = nil
+	h.mu.Unlock()
+	if s == nil {
+		return openedSession(conn, a.db, a.cfg), nil
+	}
+	s.conn, s.db, s.log, s.shared = conn, a.db, a.cfg.logger, a.cfg.shared
+	return s, nil
+}
+
+// openIdle is openConn for a connection that lies ready, with a context that serves again.
+func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
+	if h.patience == nil {
+		h.patience = new(patience)
+		h.patience.ctx, h.patience.cancel = context.WithCancelCause(context.Background())
+		h.patience.timer = time.AfterFunc(answerBound, h.patience.end)
+	} else {
+		h.patience.timer.Reset(answerBound)
+	}
+	p := h.patience
+	conn, err := db.Conn(p.ctx)
+	if !p.timer.Stop() {
+		h.patience = nil
+		if err != nil && p.ctx.Err() != nil {
+			err = context.Cause(p.ctx)
+		}
+	}
+	return conn, err
+}
+
+// A patience is a context that ends after answerBound.
+type patience struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+}
+
+func (p *patience) end() { p.cancel(noAnswer{answerBound}) }
+
+func newCarrier(h *hub, s *session) *carrier {
+	c := h.spareCarrier
+	h.spareCarrier = nil
+	if c == nil {
+		c = &carrier{hub: h, locks: make(map[lock]struct{}, 1), holds: make(map[*hold]struct{}, 1)}
+	}
+	c.session = s
+	return c
+}
+
+// leave ends one use of c. The last one hands its connection back.
+func (h *hub) leave(c *carrier) {
+	h.mu.Lock()
+	last := c.users == 1 && len(c.locks) == 0 && c.lost == nil
+	if last && c.batch != nil {
+		// Those who have just had an answer may have another request.
+		h.mu.Unlock()
+		runtime.Gosched()
+		h.mu.Lock()
+		last = c.users == 1 && len(c.locks) == 0 && c.lost == nil
+	}
+	c.users--
+	if !last {
+		h.mu.Unlock()
+		return
+	}
+	c.lost = errFinished
+	if h.shared == c {
+		h.shared = nil
+	}
+	h.sessions--
+	h.mu.Unlock()
+	if c.finish() {
+		h.spare(c)
+	}
+}
+
+// spare keeps what c is made of for the next one.
+func (h *hub) spare(c *carrier) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.spareCarrier != nil {
+		return
+	}
+	h.spareCarrier, h.spareSession = c, c.session
+	c.session, c.lost, c.batch, c.alone, c.lone = nil, nil, nil, 0, [1]*request{}
+	s := h.spareSession
+	s.conn, s.db, s.guard.dc, s.held, s.waited, s.enough, s.doubtful = nil, nil, nil, nil, false, nil, false
+}
+
+var errFinished = errors.New("the session has been handed back")
+
+// release ends hd. It returns nil if each lock was held until then, which the server says:
+// also of a lock that is handed on.
+func (h *hub) release(hd *hold) (err error) {
+	for grants := hd.grants; len(grants) > 0; {
+		c := grants[0].on
+		n := 1
+		for n < len(grants) && grants[n].on == c {
+			n++
+		}
+		err = join(err, h.releaseOn(c, hd, grants[:n]))
+		grants = grants[n:]
+	}
+	return err
+}
+
+// lostCause is err, or if that says that a session was lost, why.
+func lostCause(err error) error {
+	if err != nil {
+		var lost sessionLost
+		if errors.As(err, &lost) {
+			return lost.cause
+		}
+	}
+	return err
+}
+
+// giveBack releases what an acquisition got in vain.
+func (h *hub) giveBack(grants []grant, shared bool) error {
+	return h.release(&hold{grants: grants, cfg: config{shared: shared}})
+}
+
+// releaseOn releases those locks of hd that c carries.
+func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
+	r := &hd.asks
+	*r = request{shared: hd.cfg.shared, keys: hd.key[:0]}
+	h.mu.Lock()
+	now := time.Now()
+	for i := range grants {
+		if g := &grants[i]; g.q.leave(g.lease, now) {
+			r.op = opUnlock
+			r.keys = append(r.keys, g.key)
+		} else {
+			g.q = nil
+		}
+	}
+	if c.lost != nil {
+		err := c.lost
+		h.mu.Unlock()
+		return err
+	}
+	c.unwatch(hd)
+	c.users++
+	h.mu.Unlock()
+	err := c.ask(context.Background(), r, releaseBound)
+	if err != nil && errors.As(err, new(unanswered)) {
+		c.lose(err)
+	}
+	h.mu.Lock()
+	now = time.Now()
+	for _, g := range grants {
+		if g.q != nil {
+			g.q.unlocked(g.lease, now)
+			h.tidy(g.q)
+		}
+	}
+	h.mu.Unlock()
+	h.leave(c)
+	return lostCause(err)
+}
+
+// queue returns the queue of a key.
+func (h *hub) queue(id lockID) *queue {
+	q := h.queues[id]
+	if q == nil {
+		q = h.spareQueue
+		h.spareQueue = nil
+		if q == nil {
+			q = new(queue)
+		}
+		q.id = id
+		h.queues[id] = q
+	}
+	return q
+}
+
+// tidy forgets a queue that is of no use.
+func (h *hub) tidy(q *queue) {
+	if q.idle() && h.queues[q.id] == q {
+		delete(h.queues, q.id)
+		h.spareQueue = q
+	}
+}
+
+// who says who holds the lock, if one query can tell.
+func (a *acquisition) who(q *queue) string {
+	h := a.hub
+	h.mu.Lock()
+	c := q.on
+	if c == nil {
+		c = h.shared
+	}
+	if c != nil && c.lost == nil {
+		c.users++
+		h.mu.Unlock()
+		defer h.leave(c)
+		return c.whoHolds(q.key())
+	}
+	h.mu.Unlock()
+	ctx, cancel := context.WithTimeout(a.ctx, heldByBound)
+	defer cancel()
+	s, err := openSession(ctx, a.db, a.cfg)
+	if err != nil {
+		return ""
+	}
+	defer func() {
+		if s.broken {
+			s.discard()
+		} else {
+			s.handBack()
+		}
+	}()
+	return s.whoHolds(q.key())
+}
+
+// enterApart waits for the turn of one that takes the lock on a session of its own: for
+// others of this process not on a connection. leave ends the turn.
+func (a *acquisition) enterApart(k Key) (leave func(), err error) {
+	h := a.hub
+	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait, apart: true}
+	q, t := h.enter(k, &a.w)
+	if t.to == await {
+		t, err = a.awaitTurn(q)
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case t.to == refuse:
+		return nil, errRefused
+	}
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		q.leaveApart(time.Now())
+		h.tidy(q)
+	}, nil
+}
