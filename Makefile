@@ -9,7 +9,7 @@ MODULES     := . otel integration
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
 
-.PHONY: demo test test-matrix bench unit stress lint vuln fmt tidy
+.PHONY: demo test test-matrix bench unit stress cover lint vuln fmt tidy
 
 demo: ## the main job, live
 	cd integration && $(GO) run ./demo
@@ -36,6 +36,13 @@ stress: ## the concurrency tests, again and again
 	cd integration && $(GO) test -race -count=20 -timeout 60m -run '$(STRESS)' .
 
 STRESS ?= NoUpdateIsLost|LeftBehind|LockIsReleased|HandOff|HeldKeyAgain|MomentOfAHeartbeat
+
+cover: ## how much of the root package the tests reach, and what they do not
+	@GO='$(GO)' COVER_UNIT='$(COVER_UNIT)' COVER_ALL='$(COVER_ALL)' .ci/cover
+
+# The least shares of statements, in per cent: by the unit tests alone, and by all tests.
+COVER_UNIT ?= 90
+COVER_ALL  ?= 95
 
 lint: ## what the field's linters say; nothing is changed
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
