@@ -36,7 +36,7 @@ func (b *bench) describe(ctx context.Context) error {
 		"*two statements*: `SELECT WHERE pg_try_advisory_lock(N)` and `SELECT WHERE pg_advisory_unlock(N)` on a connection that does nothing else.",
 		"*recipe*: the two queries with a parameter that people copy, but both on one connection, taken for each lock from a pool of " + fmt.Sprint(poolSize) + ". Where the lock is contended it does not sleep between tries, but blocks in `pg_advisory_lock($1)`, the fastest that it could do. Our pool is as large.",
 		"*goose* is here where the lock is free. Where it is not, goose sleeps between tries, for 5 s by default and for 1 s at least.",
-		"*redislock* is told to try again every millisecond; its default is not to wait.",
+		"*redislock* is told to try again every millisecond, where its default is not to wait, and has a connection for each goroutine.",
 		"*etcd*: one session for each goroutine, opened beforehand. It writes every lock to its log on disk.",
 		"The \"processes\" of the hand-off and of the waiting for another process are pools of one program that know nothing of each other. The other 4 processes are real ones.",
 	} {

@@ -168,13 +168,14 @@ func (b *bench) all(ctx context.Context) error {
 		}
 		start := time.Now()
 		fmt.Fprintf(os.Stderr, "%-46s", w.title)
-		if err := w.run(b, ctx, w); err != nil {
-			b.report.failed("%s: %v", w.title, err)
-		}
-		fmt.Fprintf(os.Stderr, "%6.1f s\n", time.Since(start).Seconds())
+		err := w.run(b, ctx, w)
 		if ctx.Err() != nil {
 			return errors.New("interrupted")
 		}
+		if err != nil {
+			b.report.failed("%s: %v", w.title, err)
+		}
+		fmt.Fprintf(os.Stderr, "%6.1f s\n", time.Since(start).Seconds())
 	}
 	return nil
 }

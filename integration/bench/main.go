@@ -4,7 +4,8 @@
 // their rounds: so that whatever else the machine does meets all of them alike.
 //
 //	go run ./bench -out bench        # everything, and write it down
-//	go run ./bench -run 'OneKey'     # some workloads, and only print
+//	go run ./bench -run OneKey       # some workloads, and only print
+//	go run ./bench -run OneKey -impl advisory -cpuprofile cpu.out
 //
 // It prints a table of ratios, and with -out writes it as Markdown (results.md), draws
 // it (results.svg) and leaves the samples in the format of Go's benchmarks, for
@@ -22,6 +23,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime/pprof"
 	"syscall"
 	"time"
 
@@ -34,10 +36,13 @@ import (
 type options struct {
 	round  time.Duration // how long one round of a throughput takes
 	rounds int
-	run    *regexp.Regexp
+	run    *regexp.Regexp // workloads
+	impl   *regexp.Regexp // contestants of a throughput
 	quick  bool
 	check  bool
 	out    string // directory, "" for none
+
+	cpuProfile string // file, "" for none
 
 	handOffs int           // samples of the time between two holders
 	watch    time.Duration // how long waiters are watched
@@ -64,12 +69,14 @@ func main() {
 func parseFlags(args []string) (options, error) {
 	o := options{handOffs: 300, watch: 3 * time.Second, limit: 10 * time.Second}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
-	fs.DurationVar(&o.round, "round", 400*time.Millisecond, "how long a round takes")
-	fs.IntVar(&o.rounds, "rounds", 7, "rounds of each contestant")
+	fs.DurationVar(&o.round, "round", 300*time.Millisecond, "how long a round takes")
+	fs.IntVar(&o.rounds, "rounds", 9, "rounds of each contestant")
 	run := fs.String("run", "", "run the workloads whose `name` matches this regular expression")
+	impl := fs.String("impl", "", "let those take part in a throughput whose `name` matches this regular expression")
 	fs.BoolVar(&o.quick, "quick", false, "short and rough: to see whether it works")
 	fs.BoolVar(&o.check, "check", false, "exit with status 1 if a target is not reached")
 	fs.StringVar(&o.out, "out", "", "write results.md, results.svg and results.txt to this `directory`")
+	fs.StringVar(&o.cpuProfile, "cpuprofile", "", "write a CPU profile of this process to this `file`")
 	fs.Usage = func() {
 		fmt.Fprintln(fs.Output(), "Usage: bench [flags]\n\nFlags:")
 		fs.PrintDefaults()
@@ -83,6 +90,9 @@ func parseFlags(args []string) (options, error) {
 	}
 	var err error
 	if o.run, err = regexp.Compile(*run); err == nil {
+		o.impl, err = regexp.Compile(*impl)
+	}
+	if err == nil {
 		switch {
 		case fs.NArg() > 0:
 			err = fmt.Errorf("unexpected argument %q", fs.Arg(0))
@@ -114,6 +124,17 @@ func run(o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
+	if o.cpuProfile != "" {
+		f, err := os.Create(o.cpuProfile)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
 	if err := b.all(ctx); err != nil {
 		return err
 	}

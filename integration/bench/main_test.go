@@ -40,7 +40,7 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o.round, o.rounds, o.handOffs = 20*time.Millisecond, 2, 5
+	o.round, o.rounds, o.handOffs = 20*time.Millisecond, 1, 5
 	o.run = regexp.MustCompile("^(OneGoroutine|Processes|HandOff|Allocs)$")
 	ctx := t.Context()
 	b, err := newBench(ctx, o)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"time"
 )
@@ -30,6 +31,8 @@ func childMain(job string) int {
 		fmt.Fprintf(os.Stderr, "bench: no job %q\n", job)
 		return 2
 	}
+	// Ctrl-C goes to all processes of the terminal, but the bench ends its own.
+	signal.Ignore(os.Interrupt)
 	if err := f(context.Background(), json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)); err != nil && !errors.Is(err, io.EOF) {
 		fmt.Fprintf(os.Stderr, "bench: %s: %v\n", job, err)
 		return 1

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"time"
 )
@@ -27,7 +28,7 @@ func (b *bench) contestants(w *workload, s servers) []contestant {
 			}
 		}
 	}
-	return all
+	return slices.DeleteFunc(all, func(c contestant) bool { return !b.impl.MatchString(c.String()) })
 }
 
 // throughput measures how many locks per second each contestant takes and releases.
@@ -46,23 +47,33 @@ func throughput(b *bench, ctx context.Context, w *workload) (err error) {
 	}()
 	for _, c := range b.contestants(w, s) {
 		e, err := enter(ctx, w, c, s)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		if err != nil {
 			b.report.failed("%s: %v: %v", w.title, c, err)
 			continue
 		}
 		entrants = append(entrants, e)
 	}
+	turns := slices.Clone(entrants)
 	for i := range b.rounds + 1 {
 		warmUp := i == 0 // opens connections, and prepares statements
 		d := b.round
 		if warmUp {
 			d /= 4
 		}
-		for _, e := range entrants {
+		// Nobody always comes after the same one, who may have left something behind.
+		rand.Shuffle(len(turns), func(i, j int) { turns[i], turns[j] = turns[j], turns[i] })
+		for _, e := range turns {
 			if e.failed {
 				continue
 			}
-			if err := e.round(ctx, d, !warmUp); err != nil {
+			err := e.round(ctx, d, !warmUp)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err != nil {
 				e.failed = true
 				b.report.failed("%s: %v: %v", w.title, e.contestant, err)
 			}
@@ -74,7 +85,7 @@ func throughput(b *bench, ctx context.Context, w *workload) (err error) {
 		}
 	}
 	b.report.compareRates(w)
-	return ctx.Err()
+	return nil
 }
 
 // An entrant is a contestant in a workload.
