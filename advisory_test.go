@@ -202,10 +202,11 @@ func TestWithLocksSortsAndDropsRepeats(t *testing.T) {
 func TestWithLocksContended(t *testing.T) {
 	t.Parallel()
 	const (
-		tries   = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42) AND pg_catalog.pg_try_advisory_lock(43)"
-		unlocks = "pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43)"
+		tries    = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42) AND pg_catalog.pg_try_advisory_lock(43)"
+		unlocks  = "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43)"
+		freeKeys = "SELECT pg_catalog.pg_advisory_unlock(42), pg_catalog.pg_advisory_unlock(43)"
 	)
-	waitQuery2 := strings.ReplaceAll(waitQuery, "42", "43")
+	second := func(query string) string { return strings.ReplaceAll(query, "42", "43") }
 	for _, test := range []struct {
 		name    string
 		replies []reply
@@ -214,28 +215,45 @@ func TestWithLocksContended(t *testing.T) {
 		wants   []any
 	}{
 		{
-			"frees what the try took, and waits in order", []reply{refused}, nil,
-			on(1, "open", tries, freeQuery, armedWaitQuery, waitQuery2, "RESET idle_session_timeout; SELECT WHERE "+unlocks), nil,
+			"frees what the try took, and takes them in order", []reply{refused}, nil,
+			on(1, "open", tries, freeKeys, tryQuery, second(tryQuery), unlocks), nil,
 		},
 		{
-			"a wait that failed may have been granted", []reply{refused, done, granted, fails(err55P03)}, nil,
-			on(1, "open", tries, freeQuery, armedWaitQuery, waitQuery2, waitQuery2, "RESET idle_session_timeout; SELECT pg_catalog.pg_advisory_unlock_all() WHERE "+unlocks), nil,
+			"waits for the first on a session that then carries both", []reply{refused, done, refused}, nil,
+			on(1, "open", tries, freeKeys, tryQuery, armedWaitQuery, second(tryQuery), "RESET idle_session_timeout; "+unlocks), nil,
+		},
+		{
+			"waits for the second on a session of its own", []reply{refused, done, granted, refused}, nil,
+			slices.Concat(
+				on(1, "open", tries, freeKeys, tryQuery, second(tryQuery)), on(2, "open", second(armedWaitQuery)),
+				on(1, unlockQuery), on(2, second(disarmQuery)),
+			), nil,
+		},
+		{
+			"a wait that failed may have been granted", []reply{refused, done, granted, refused, fails(err55P03)}, nil,
+			slices.Concat(
+				on(1, "open", tries, freeKeys, tryQuery, second(tryQuery)), on(2, "open", second(armedWaitQuery), second(armedWaitQuery)),
+				on(1, unlockQuery), on(2, second(disarmAllQuery)),
+			), nil,
 		},
 		{
 			"NoWait frees what the try took", []reply{refused}, []Option{NoWait()},
-			on(1, "open", tries, freeQuery), []any{ErrNotAcquired},
+			on(1, "open", tries, freeKeys), []any{ErrNotAcquired},
 		},
 		{
 			"what cannot be freed is discarded", []reply{refused, fails(io.ErrUnexpectedEOF)}, nil,
-			on(1, "open", tries, freeQuery, "close"), []any{io.ErrUnexpectedEOF},
+			slices.Concat(on(1, "open", tries, freeKeys, "close"), on(2, "open", tryQuery, second(tryQuery), unlocks)), nil,
 		},
 		{
-			"a deadlock", []reply{refused, done, granted, fails(pgError("40P01"))}, nil,
-			on(1, "open", tries, freeQuery, armedWaitQuery, waitQuery2, clearArmedQuery, "close"), []any{ErrDeadlock},
+			"a deadlock", []reply{refused, done, granted, refused, fails(pgError("40P01"))}, nil,
+			slices.Concat(
+				on(1, "open", tries, freeKeys, tryQuery, second(tryQuery)), on(2, "open", second(armedWaitQuery), clearQuery, "close"),
+				on(1, unlockQuery),
+			), []any{ErrDeadlock},
 		},
 		{
 			"one of them was not held any more", []reply{granted, refused}, nil,
-			on(1, "open", tries, "SELECT WHERE "+unlocks, clearQuery, "close"), []any{ErrLost, "bigint 42, bigint 43"},
+			on(1, "open", tries, unlocks, clearQuery, "close"), []any{ErrLost, "bigint 42, bigint 43"},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -255,7 +273,7 @@ func TestTimeoutOfSeveralKeysFreesThoseAlreadyHeld(t *testing.T) {
 			switch {
 			case strings.Contains(query, "try"):
 				return 0, nil
-			case strings.Contains(query, "lock(43)"):
+			case strings.Contains(query, "_advisory_lock(43)"):
 				time.Sleep(300 * time.Millisecond)
 				return 0, err55P03
 			}
@@ -264,8 +282,8 @@ func TestTimeoutOfSeveralKeysFreesThoseAlreadyHeld(t *testing.T) {
 		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(300*time.Millisecond))
 		wantError(t, err, ErrNotAcquired, "bigint 42, bigint 43: not acquired within 300ms")
 		lines := srv.lines()
-		if last := lines[len(lines)-1]; last != "1 RESET idle_session_timeout; "+freeQuery {
-			t.Errorf("last: %s", last)
+		if want := slices.Concat(on(2, freeQuery), on(1, disarmQuery)); !slices.Equal(lines[len(lines)-2:], want) {
+			t.Errorf("log: %q", lines)
 		}
 	})
 }
@@ -460,13 +478,14 @@ func TestTheEndOfCtxAtEachStepDiscardsTheConnection(t *testing.T) {
 		name    string
 		run     func(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error
 		replies []reply
+		many    bool // the try is on a session of many: its answer is waited for a moment
 	}{
-		{"WithLock", closures[0].run, session},
-		{"Acquire", closures[2].run, session},
-		{"WithConnLock", closures[3].run, session},
-		{"AcquireConn", acquireConn, session},
-		{"WithTxLock", closures[4].run, []reply{done, refused, fails(err55P03), done, done, granted}},
-		{"WithTxLock at REPEATABLE READ", closures[5].run, append(slices.Clip(session), done)},
+		{"WithLock", closures[0].run, session, true},
+		{"Acquire", closures[2].run, session, true},
+		{"WithConnLock", closures[3].run, session, false},
+		{"AcquireConn", acquireConn, session, false},
+		{"WithTxLock", closures[4].run, []reply{done, refused, fails(err55P03), done, done, granted}, false},
+		{"WithTxLock at REPEATABLE READ", closures[5].run, append(slices.Clip(session), done), false},
 	} {
 		for step := range c.replies {
 			for manner, answer := range map[string]func(context.Context, reply) reply{
@@ -499,7 +518,11 @@ func TestTheEndOfCtxAtEachStepDiscardsTheConnection(t *testing.T) {
 						})
 						wantError(t, err, ErrNotAcquired, context.Canceled, cause, "acquire bigint 42", "cause")
 						synctest.Wait()
-						if srv.opened != 1 || srv.open() != 0 {
+						left := 0
+						if c.many && step == 0 && manner == "as if nothing" {
+							left = 1 // it has been refused: the session holds nothing
+						}
+						if srv.opened != 1 || srv.open() != left || db.Stats().Idle != left {
 							t.Errorf("step %d: %d of %d connections still open; log: %q", step, srv.open(), srv.opened, srv.lines())
 						}
 						for _, line := range srv.lines()[step+2:] {

@@ -269,7 +269,7 @@ func TestAReleaseDuringAHeartbeat(t *testing.T) {
 		},
 		{
 			"which is not answered", func(ctx context.Context) (int64, error) { <-ctx.Done(); return 0, ctx.Err() },
-			on(1, "open", tryQuery, armQuery, disarmQuery), nil,
+			on(1, "open", tryQuery, armQuery, disarmQuery, "close"), nil,
 		},
 		{
 			"from which the driver does not return", func(context.Context) (int64, error) { time.Sleep(time.Hour); return 1, nil },
@@ -394,9 +394,10 @@ func TestTokenIsAskedForOnceOnTheHoldingSession(t *testing.T) {
 	}
 }
 
+// The inner lock had to be waited for, which is on another session.
 func TestTokenIsOfTheInnermostLock(t *testing.T) {
 	t.Parallel()
-	db, srv := newServer(t)
+	db, srv := newServer(t, granted, refused)
 	wantError(t, WithLock(t.Context(), db, ID(1), func(ctx context.Context) error {
 		return WithLock(ctx, db, ID(2), func(ctx context.Context) error {
 			_, err := Token(ctx)
