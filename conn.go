@@ -864,7 +864,7 @@ type attempts struct {
 	cfg      *config
 	deadline time.Time // of a Timeout, or zero
 
-	stale  int       // connections in the pool that may be dead
+	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
 	lives  int       // times to lose a session to others, or a lock as soon as it is granted
 	waited bool      // the server has answered, and the lock was taken
 	outage time.Time // when the server was first missed, while waiting
@@ -872,7 +872,7 @@ type attempts struct {
 }
 
 func newAttempts(ctx context.Context, db *sql.DB, keys []Key, cfg *config) attempts {
-	return attempts{ctx: ctx, db: db, keys: keys, cfg: cfg, deadline: cfg.deadline(), stale: db.Stats().Idle, lives: 3}
+	return attempts{ctx: ctx, db: db, keys: keys, cfg: cfg, deadline: cfg.deadline(), stale: -1, lives: 3}
 }
 
 // untilDeadline is ctx until the deadline.
@@ -895,6 +895,9 @@ func (a *attempts) keepTrying(attempt func(*session) error) (*session, error) {
 	for {
 		if err := a.ctx.Err(); err != nil {
 			return nil, err
+		}
+		if a.stale < 0 {
+			a.stale = a.db.Stats().Idle
 		}
 		ctx, cancel := a.untilDeadline()
 		s, err := openSession(ctx, a.db, a.cfg)
@@ -1012,6 +1015,9 @@ func (s *session) whoHolds(k Key) string {
 // not close it, nor leave rows or a transaction open or a setting changed on it. If it
 // leaves a transaction open, that is rolled back, and an error.
 //
+// It uses one connection, which it takes when no other caller in this process holds key
+// through db, or asks for it: until then it waits without one.
+//
 // It takes the options Shared, NoWait, Timeout, HolderTimeout, Logger and Observe.
 // Errors and panics are as with WithLock.
 func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) error {
@@ -1049,9 +1055,10 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 }
 
 // AcquireConn takes the session-level lock of key on the caller's conn, where it
-// stays until [ReleaseConn], or until the session ends; neither fn nor ctx ends it.
+// stays until [ReleaseConn], or until the session ends; the end of ctx does not end it.
 // Nothing watches the session: a lost lock is noticed by the next statement on it.
-// conn must not be in a transaction and must not be used by others meanwhile.
+// conn must not be in a transaction, and must not be used by others until AcquireConn
+// returns. It waits in the server's queue.
 //
 // It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that
 // matches [ErrReentrant], or [ErrNotAcquired] by NoWait or Timeout, conn is as it was

@@ -41,8 +41,10 @@ WHERE l.locktype = 'advisory' AND l.classid = $1::bigint::oid AND l.objid = $2::
 ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 // Holders returns who holds the lock of key in q's database, and then who waits for it,
-// longest first. Waits of this package begin anew every 400 ms, so that their WaitStart
-// is recent.
+// longest first. One session may hold many locks: see the package documentation. Waits of
+// this package begin anew every 400 ms, so that their WaitStart is recent; those who wait
+// behind another caller of their own process, or try with pauses, are not in the server's
+// queue, and not seen.
 //
 // An operator sees the same in psql, for the key of, say, Name("nightly-report"), with
 //
@@ -50,12 +52,12 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 //	FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
 //	WHERE locktype = 'advisory' AND objsubid = 1
 //	  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-//	  AND (classid::bigint << 32 | objid::bigint) = ('x' || left(encode(sha256('nightly-report'), 'hex'), 16))::bit(64)::bigint
+//	  AND (classid::bigint << 32 | objid::bigint) = ('x' || left(encode(sha256(convert_to('nightly-report', 'UTF8')), 'hex'), 16))::bit(64)::bigint
 //	ORDER BY granted DESC, waitstart;
 //
 // (objsubid is 2 for a [Pair], whose ints are classid and objid), and breaks the lock
-// by ending the session that holds it: SELECT pg_terminate_backend(pid). Its holder finds
-// out within two heartbeats.
+// by ending the session that holds it: SELECT pg_terminate_backend(pid). That ends all the
+// locks on the session. Their holders find out within two heartbeats.
 func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 	c := call{function: "Holders", missing: missing("q", isNil(q), "", false)}
 	if _, err := c.check(ctx, "look up", []Key{key}, nil); err != nil {

@@ -16,8 +16,8 @@ const (
 )
 
 // Lead runs fn on one of all processes that call Lead with the same key: the leader.
-// The others stand by; when the leader's lock is free, one of them leads within a
-// hand-off, not a poll.
+// The others stand by in the server's queue; when the leader's lock is free, one of them
+// leads within a hand-off, not a poll.
 //
 // Lead campaigns until ctx ends. If the lock is lost, the ctx that fn was given ends,
 // with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
@@ -31,7 +31,9 @@ const (
 // that matches ctx's, if the db is closed, and, with [ErrReentrant], if ctx carries the key
 // already.
 //
-// A standby holds one connection of the pool, and asks about twice a second.
+// A standby holds one connection of the pool, and asks between two and three times a
+// second. If its pool has none to spare for that (see the package documentation, "How large
+// a pool"), it holds none, and tries up to every 250 ms instead.
 //
 // It takes the options Heartbeat, HolderTimeout, Logger and Observe.
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {

@@ -23,8 +23,10 @@ type Option func(*config)
 // Shared takes a shared lock: it excludes exclusive locks of the key, and not
 // other shared ones. The default is an exclusive lock.
 //
-// An exclusive waiter begins its wait anew every 400 ms, and lets shared ones pass then.
-// Where shared locks overlap all the time, and are held for longer, it may wait long.
+// Within a process, the shared locks of a key are one lock of the server, and one who waits
+// for an exclusive lock is not overtaken by shared ones that come later. Between processes,
+// an exclusive waiter begins its wait anew every 400 ms, and may let shared ones pass then.
+// Where shared locks of several processes overlap all the time, it may wait long.
 func Shared() Option {
 	return func(c *config) { c.given |= optShared; c.shared = true }
 }
@@ -32,8 +34,12 @@ func Shared() Option {
 // NoWait gives up at once, with [ErrNotAcquired], if another holds the lock. The
 // default is to wait until ctx ends. NoWait and [Timeout] exclude each other.
 //
-// It is about the lock alone: if the pool is at its limit, the wait for a pooled
-// connection is bounded by ctx.
+// If another caller in this process holds the lock through the same *sql.DB, or asks for it,
+// the answer comes without a round trip; but a shared lock may ask whether others wait for
+// the one that it would share.
+//
+// It is about the lock alone: if a connection is needed, and the pool is at its limit, the
+// wait for that is bounded by ctx.
 func NoWait() Option {
 	return func(c *config) { c.given |= optNoWait; c.noWait = true }
 }
@@ -41,8 +47,8 @@ func NoWait() Option {
 // Timeout gives up after d, with [ErrNotAcquired]; waiting for a pooled
 // connection counts. d must be positive. The default is to wait until ctx ends.
 //
-// Unlike a ctx with a deadline, it costs no connection when it is over: the
-// server itself ends the wait, and the session stays usable.
+// Unlike a ctx with a deadline, it costs no connection when it is over, where the wait
+// is in the server's queue: the server itself ends the wait, and the session stays usable.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }
@@ -50,7 +56,7 @@ func Timeout(d time.Duration) Option {
 // Heartbeat sets how often the session of a held lock is checked. A check must be
 // answered within another d, so a lost lock is noticed after 2d at the latest.
 // The default is 1 s. A lock that is released before its first heartbeat costs
-// none.
+// none. One heartbeat is for all the locks on a session, at the shortest of their intervals.
 func Heartbeat(d time.Duration) Option {
 	return func(c *config) { c.given |= optHeartbeat; c.heartbeat = d }
 }
@@ -61,12 +67,15 @@ func Heartbeat(d time.Duration) Option {
 // heartbeats, so that the old holder's context has ended before the server lets
 // a new holder begin; the server counts in milliseconds, up to 24 days.
 //
-// The server learns d with the first heartbeat, or with the grant of a lock that had to
-// be waited for, as idle_session_timeout, and forgets it with the release (RESET: a value
-// that the program itself had SET on the session before is not restored). A holder that got its lock at once
-// and goes silent before its first heartbeat is bounded by the server's tcp_keepalives
-// settings, and a process that is frozen then, whose kernel answers them, by nothing. A server whose own idle_session_timeout is shorter than a heartbeat frees
-// locks too early.
+// The server learns d with the first heartbeat, or with the grant of a lock that was
+// waited for in the server's queue, as idle_session_timeout, and forgets it with the last
+// release (RESET: a value that the program itself had SET on the session before is not
+// restored). A holder that got its lock in another way, and goes silent before its first
+// heartbeat, is bounded by the server's tcp_keepalives settings, and a process that is
+// frozen then, whose kernel answers them, by nothing. A server whose own
+// idle_session_timeout is shorter than a heartbeat frees locks too early.
+//
+// Where several locks are on one session, the shortest d counts for all of them.
 //
 // On [WithTxLock] and [WithConnLock], where the caller drives the session, there
 // is no heartbeat and no default: if the option is given, the server ends the

@@ -60,6 +60,9 @@ const (
 // would read what was there before the last holder's work (PostgreSQL manual,
 // section "Transaction Isolation").
 //
+// It uses one connection, which it takes when no other caller in this process holds key
+// through db, or asks for it: until then it waits without one.
+//
 // A nil error means: fn returned nil, and the transaction was committed, under the
 // lock. fn must not commit or roll back tx. It takes the options Shared, NoWait,
 // Timeout, TxOptions, HolderTimeout, Logger and Observe; errors are as with [WithLock], and
