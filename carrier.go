@@ -134,6 +134,12 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 	r.done = make(chan struct{})
 	c.pending = append(c.pending, r)
 	h.mu.Unlock()
+	if r.op != opTry && ctx.Done() == nil {
+		// The statement under way, and the next one, are bounded: that is enough.
+		c.guard.hurry(bound)
+		<-r.done
+		return r.err
+	}
 	t := time.NewTimer(bound)
 	defer t.Stop()
 	var err error
@@ -198,9 +204,13 @@ func (c *carrier) work() {
 	h := c.hub
 	for {
 		h.mu.Lock()
-		n, locks := 0, 0
+		n, locks, bound := 0, 0, answerBound
 		for n < len(c.pending) && (n == 0 || locks+len(c.pending[n].keys) <= batchLimit) {
-			locks += max(1, len(c.pending[n].keys))
+			r := c.pending[n]
+			locks += max(1, len(r.keys))
+			if r.op != opTry {
+				bound = releaseBound
+			}
 			n++
 		}
 		c.reqs = append(c.reqs[:0], c.pending[:n]...)
@@ -211,7 +221,7 @@ func (c *carrier) work() {
 			h.leave(c)
 			return
 		}
-		lost := c.serve(context.Background(), c.reqs, answerBound)
+		lost := c.serve(context.Background(), c.reqs, bound)
 		for _, r := range c.reqs {
 			close(r.done)
 		}
@@ -219,7 +229,22 @@ func (c *carrier) work() {
 		if lost != nil {
 			c.lose(lost)
 		}
-		runtime.Gosched() // those who have their answer may have another question
+		c.gather()
+	}
+}
+
+// gather lets those who have had an answer come with their next request, so that it goes
+// out with the others'.
+func (c *carrier) gather() {
+	for before := -1; ; {
+		c.hub.mu.Lock()
+		n := len(c.pending)
+		c.hub.mu.Unlock()
+		if n <= before {
+			return
+		}
+		before = n
+		runtime.Gosched()
 	}
 }
 
@@ -325,7 +350,7 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 		}
 		for _, k := range keys {
 			code := int64(r.op)
-			if r.shared {
+			if r.shared && r.op != opNone {
 				code += 16
 			}
 			if k.space == pairSpace {

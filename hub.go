@@ -133,7 +133,6 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	h := a.hub
 	waiters := make([]waiter, len(keys))
 	h.mu.Lock()
-	now := time.Now()
 	in := 0
 	for in < len(keys) {
 		w := &waiters[in]
@@ -154,7 +153,7 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	a.settle(func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		now = time.Now()
+		now := time.Now()
 		if err == nil && c.lost != nil {
 			err = sessionLost{c.lost}
 		}
@@ -231,7 +230,6 @@ func (a *acquisition) awaitTurn(q *queue) (turn, error) {
 	case <-a.ctx.Done():
 		err = a.ctx.Err()
 	case <-end:
-		a.hint = a.who(q)
 		err = errTimeout
 	}
 	h := a.hub
@@ -240,6 +238,9 @@ func (a *acquisition) awaitTurn(q *queue) (turn, error) {
 	if q.cancel(&a.w, now) {
 		h.tidy(q)
 		h.mu.Unlock()
+		if err == errTimeout {
+			a.hint = a.who(q.key())
+		}
 		return turn{}, err
 	}
 	// Its turn has come nevertheless, and is the next one's.
@@ -316,7 +317,7 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			h.poll(-1)
 			pause = min(2*pause, pollMax)
 			if err = a.ctx.Err(); err == nil && within(1, a.deadline) <= 0 {
-				a.hint = a.who(q)
+				a.hint = a.who(keys[0])
 				err = errTimeout
 			}
 			if err == nil {
@@ -522,6 +523,9 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 			h.opened = nil
 		}
 	}()
+	if a.stale < 0 {
+		a.stale = a.db.Stats().Idle
+	}
 	ctx, cancel := a.untilDeadline()
 	defer cancel()
 	s, err := h.open(ctx, a)
@@ -738,18 +742,18 @@ func (h *hub) tidy(q *queue) {
 }
 
 // who says who holds the lock, if one query can tell.
-func (a *acquisition) who(q *queue) string {
+func (a *acquisition) who(k Key) string {
 	h := a.hub
 	h.mu.Lock()
-	c := q.on
-	if c == nil {
-		c = h.shared
+	c := h.shared
+	if q := h.queues[k.lockID()]; q != nil && q.on != nil {
+		c = q.on
 	}
 	if c != nil && c.lost == nil {
 		c.users++
 		h.mu.Unlock()
 		defer h.leave(c)
-		return c.whoHolds(q.key())
+		return c.whoHolds(k)
 	}
 	h.mu.Unlock()
 	ctx, cancel := context.WithTimeout(a.ctx, heldByBound)
@@ -765,7 +769,7 @@ func (a *acquisition) who(q *queue) string {
 			s.handBack()
 		}
 	}()
-	return s.whoHolds(q.key())
+	return s.whoHolds(k)
 }
 
 // enterApart waits for the turn of one that takes the lock on a session of its own: for
