@@ -69,8 +69,8 @@ func main() {
 func parseFlags(args []string) (options, error) {
 	o := options{handOffs: 300, watch: 3 * time.Second, limit: 10 * time.Second}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
-	fs.DurationVar(&o.round, "round", 300*time.Millisecond, "how long a round takes")
-	fs.IntVar(&o.rounds, "rounds", 9, "rounds of each contestant")
+	fs.DurationVar(&o.round, "round", 100*time.Millisecond, "how long a round takes")
+	fs.IntVar(&o.rounds, "rounds", 30, "rounds of each contestant")
 	run := fs.String("run", "", "run the workloads whose `name` matches this regular expression")
 	impl := fs.String("impl", "", "let those take part in a throughput whose `name` matches this regular expression")
 	fs.BoolVar(&o.quick, "quick", false, "short and rough: to see whether it works")

@@ -56,13 +56,16 @@ func throughput(b *bench, ctx context.Context, w *workload) (err error) {
 		}
 		entrants = append(entrants, e)
 	}
+	// Many short rounds: so the contestants get the same of the machine's good and bad
+	// moments. Processes that take turns need longer ones for each to have its turns.
+	round, rounds := b.round, b.rounds
+	if w.processes > 0 {
+		round, rounds = 3*round, max(1, rounds/3)
+	}
 	turns := slices.Clone(entrants)
-	for i := range b.rounds + 1 {
+	for i := range rounds + 1 {
 		warmUp := i == 0 // opens connections, and prepares statements
-		d := b.round
-		if warmUp {
-			d /= 4
-		}
+		d := round
 		// Nobody always comes after the same one, who may have left something behind.
 		rand.Shuffle(len(turns), func(i, j int) { turns[i], turns[j] = turns[j], turns[i] })
 		for _, e := range turns {
