@@ -266,6 +266,55 @@ func ExampleShared() {
 	// <nil>
 }
 
+func ExampleNoWait() {
+	key := advisory.Name("sweep-tokens")
+	lock, err := advisory.Acquire(ctx, db, key)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer lock.Release()
+
+	_, err = advisory.Acquire(ctx, db, key, advisory.NoWait())
+	fmt.Println(errors.Is(err, advisory.ErrNotAcquired))
+	// Output: true
+}
+
+// The error names who holds the lock.
+func ExampleTimeout() {
+	key := advisory.Name("import")
+	lock, err := advisory.Acquire(ctx, db, key)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer lock.Release()
+
+	_, err = advisory.Acquire(ctx, db, key, advisory.Timeout(20*time.Millisecond))
+	fmt.Println(err)
+	// Output: advisory: acquire import (bigint -2791398027664323193): not acquired within 20ms: held by pid 4711 (app "billing", 10.0.0.7)
+}
+
+// A loss is noticed after 400 ms at the latest.
+func ExampleHeartbeat() {
+	err := advisory.WithLock(ctx, db, advisory.Name("webhooks"), func(ctx context.Context) error {
+		fmt.Println("delivering")
+		return nil
+	}, advisory.Heartbeat(200*time.Millisecond))
+	fmt.Println(err)
+	// Output:
+	// delivering
+	// <nil>
+}
+
+// Everything is read as of one moment, and that is after the lock was granted.
+func ExampleTxOptions() {
+	err := advisory.WithTxLock(ctx, db, advisory.Name("balance"), func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO balance SELECT account, sum(amount) FROM entry GROUP BY account`)
+		return err
+	}, advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelRepeatableRead}))
+	fmt.Println(err)
+	// Output: <nil>
+}
+
 func ExampleHolderTimeout() {
 	err := advisory.WithLock(ctx, db, advisory.Name("webhooks"), func(ctx context.Context) error {
 		fmt.Println("if this machine loses power, another takes over after 6 s")
@@ -330,8 +379,50 @@ func ExampleObserve() {
 	// <nil>
 }
 
+// What goose does with it.
 func ExampleNewSessionLocker() {
 	locker := advisory.NewSessionLocker(advisory.Name("migrations"), advisory.Timeout(time.Minute))
 	// goose.NewProvider(goose.DialectPostgres, db, migrations, goose.WithSessionLocker(locker))
-	_ = locker
+
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Println(locker.SessionLock(ctx, conn))
+	fmt.Println(locker.SessionUnlock(ctx, conn))
+	// Output:
+	// <nil>
+	// <nil>
+}
+
+func ExampleSessionLocker_SessionLock() {
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer conn.Close()
+
+	locker := advisory.NewSessionLocker(advisory.Name("migrations"))
+	if err := locker.SessionLock(ctx, conn); err != nil {
+		log.Fatal(err)
+	}
+	defer locker.SessionUnlock(ctx, conn)
+	fmt.Println("migrating")
+	// Output: migrating
+}
+
+func ExampleSessionLocker_SessionUnlock() {
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer conn.Close()
+
+	locker := advisory.NewSessionLocker(advisory.Name("migrations"))
+	if err := locker.SessionLock(ctx, conn); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(locker.SessionUnlock(ctx, conn))
+	// Output: <nil>
 }

@@ -1,0 +1,48 @@
+package advisory_test
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"log"
+
+	"github.com/DATA-DOG/go-sqlmock"
+
+	"github.com/pgadvisory/advisory"
+)
+
+// sweep is code to be tested: it does its work unless another process is at it.
+func sweep(ctx context.Context, db *sql.DB) error {
+	err := advisory.WithLock(ctx, db, advisory.Name("sweep-tokens"), func(ctx context.Context) error {
+		_, err := db.ExecContext(ctx, "DELETE FROM api_token WHERE expires_at < now()")
+		return err
+	}, advisory.NoWait())
+	if errors.Is(err, advisory.ErrNotAcquired) {
+		return nil
+	}
+	return err
+}
+
+// A test without a server: an uncontended lock is two statements, each of which affects
+// one row. To refuse the lock, the first one affects none.
+func ExampleWithLock_sqlmock() {
+	db, mock, err := sqlmock.New()
+	if err != nil {
+		log.Fatal(err)
+	}
+	mock.ExpectExec(`SELECT WHERE pg_catalog\.pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 1))
+	mock.ExpectExec(`DELETE FROM api_token`).WillReturnResult(sqlmock.NewResult(0, 3))
+	mock.ExpectExec(`SELECT WHERE pg_catalog\.pg_advisory_unlock\(`).WillReturnResult(sqlmock.NewResult(0, 1))
+
+	fmt.Println("swept:", sweep(ctx, db))
+
+	mock.ExpectExec(`SELECT WHERE pg_catalog\.pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 0))
+
+	fmt.Println("another sweeps:", sweep(ctx, db))
+	fmt.Println("as expected:", mock.ExpectationsWereMet())
+	// Output:
+	// swept: <nil>
+	// another sweeps: <nil>
+	// as expected: <nil>
+}
