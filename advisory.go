@@ -8,45 +8,146 @@
 //
 // # Which function
 //
-// [WithLock] is for work of any kind; [WithLocks] for several keys, [Acquire] for what is no
-// function. [Lead] runs a function on one of many processes for as long as they live.
-// [WithTxLock] is for work that is one transaction in the same database: lock and work
-// commit together, and no pooler is in the way. [WithConnLock] is for migrations and other work
-// on one session. [AcquireTx] and [AcquireConn] take a lock in a transaction and on a
-// connection of the caller's.
+//   - [WithLock] is for work of any kind, and [WithLocks] for work that needs several keys.
+//     [Acquire] takes the same lock for what is no function.
+//   - [WithTxLock] is for work that is one transaction in the same database: lock and work
+//     commit together, and no pooler is in the way.
+//   - [WithConnLock] is for migrations and other work on one session.
+//   - [Lead] runs a function on one of many processes, for as long as they live.
+//   - [AcquireTx], [AcquireConn] and [ReleaseConn] are for a transaction and a connection of
+//     the caller's; [NewSessionLocker] is for goose.
 //
-// # What a session-level lock is
+// Those that are given a function release the lock when that ends, also by a panic or
+// runtime.Goexit. What Acquire and AcquireConn took, the caller releases, with [Lock.Release]
+// and ReleaseConn, and what AcquireTx took, the end of the transaction.
 //
-// PostgreSQL holds the lock for a session, that is, for a connection, until it is unlocked
-// or the session ends. Each held lock occupies one connection of the pool, and so does each
-// wait: give the pool more than that, or the work under the locks gets no connection.
-// A connection goes back to the pool only if the server has said that
-// the lock is released; in doubt it is closed, because a closed session holds no lock.
+// Locks of the same [Key] exclude each other, but for [Shared] ones, in one database of one
+// server, whichever of the functions takes them; so do those of other programs that call
+// PostgreSQL's own functions with [Key.SQL]. Keys are made by [Name], [ID] and [Pair].
+//
+// # What a nil error means
+//
+// The function has run and returned nil, and the lock was held from before it began until
+// after it ended: the server has said so on the release. Any other error matches, with
+// [errors.Is], one of [ErrNotAcquired], [ErrLost], [ErrReentrant] and [ErrDeadlock], or is that
+// of the function, the driver or the context. Those that this package makes name the operation
+// and the key.
+//
+// # One session carries many locks
+//
+// PostgreSQL holds a session-level lock for a session, that is, for a connection, until it
+// is unlocked or the session ends. The locks that WithLock, WithLocks, Acquire and Lead hold
+// in one process through one [sql.DB] share a session. It is a connection of the pool,
+// borrowed with the first lock and handed back after the last. Only a lock that was waited for
+// in the server's queue stays on the connection that waited, until it is released.
+//
+// A lone request is one statement. Requests that come while a round trip is under way go
+// out together in the next one, as one prepared statement.
+//
+// If the session dies, all the locks on it are lost together, and each holder is told. A lock
+// that is to stand alone is taken through a second sql.DB.
+//
+// A connection goes back to the pool only if the server has said that its locks are
+// released and its settings are as they were. In doubt it is closed, because a closed
+// session holds no lock.
 //
 // # Waiting
 //
-// Waits are in the server's queue, so that a released lock is handed on at once, but
-// for at most 400 ms in one statement, again and again: a waiting statement holds a
-// snapshot, and if the holder runs CREATE INDEX CONCURRENTLY, which waits for all snapshots, the
-// two would deadlock (golang-migrate/migrate#960, flyway/flyway#1654). They outlive a
-// restart and a failover of the server. Taking a key again with the ctx that fn was given is an error at
-// once, [ErrReentrant], and not a wait for oneself.
+// Within a process, a key has one queue, first come, first served; who waits in it holds
+// no connection. Shared locks are held together, and do not overtake an exclusive one that
+// waits. A released lock is handed to the next in line without asking the server to lock or
+// unlock; that ends 20 ms after the server granted it, and then it goes back to the server, so
+// that other processes get their turn. The release of a lock that was handed on still asks
+// the server whether the session has lived until then. WithTxLock and WithConnLock wait in the same
+// queue before they take a connection. AcquireConn and AcquireTx do not.
+//
+// A wait for another process is in the server's queue, so that a released lock is handed
+// on at once, but for at most 400 ms in one statement, again and again: a waiting
+// statement holds a snapshot, and if the holder runs CREATE INDEX CONCURRENTLY, which waits
+// for all snapshots, the two would deadlock (golang-migrate/migrate#960, flyway/flyway#1654).
+// That needs a deadlock_timeout of the server above 400 ms; its default is 1 s. Such a wait
+// takes a connection, and there are not more than "How large a pool" says. Further ones try
+// again and again instead, after pauses that grow from 5 to 250 ms.
+//
+// Waits outlive a restart and a failover of the server. They end with ctx, with [Timeout],
+// or, with [NoWait], before they begin. Taking a key again with the ctx that fn was given is
+// an error at once, [ErrReentrant], and not a wait for oneself.
 //
 // # A lock is a lease
 //
-// A session can die without its holder's doing. The session of a held lock is checked
-// every [Heartbeat]; if it does not answer, or does not hold the lock, the context that
-// fn was given ends, with a cause that matches [ErrLost], within two heartbeats, and the closure returns ErrLost
-// whatever fn returns. In the other direction, a holder that falls silent (power loss,
-// partition, SIGSTOP) is ended by the server itself after [HolderTimeout], and that is
-// at least three heartbeats: its context has ended before another process can have the lock.
-// For a process that is frozen together with its clock there is [Token].
+// A session can die without its holder's doing. The session of held locks is checked
+// every [Heartbeat]; if it does not answer, or does not hold the locks, the contexts that
+// their functions were given end, with a cause that matches [ErrLost], within two heartbeats,
+// and the functions of this package return ErrLost whatever fn returns. In the other
+// direction, a holder that falls silent (power loss, partition, SIGSTOP) is ended by the
+// server itself after [HolderTimeout], and that is at least three heartbeats: its context has
+// ended before another process can have the lock. Where locks of several callers are on one
+// session, the shortest Heartbeat and the shortest HolderTimeout count for all of them.
+//
+// That is so from the first heartbeat on, or from the grant of a lock that was waited for
+// in the server's queue; HolderTimeout tells what holds before. It is not so where
+// the server ends the session by itself, as on pg_terminate_backend or a restart: the lock is free
+// at once, and its holder is told within two heartbeats.
+//
+// WithConnLock and WithTxLock have no heartbeat: their work is on the session that has the
+// lock, and ends with it.
+//
+// # What it does not promise
+//
+//   - A function whose lock is lost is not stopped. Its ctx ends.
+//   - A process that is frozen together with its clock does not know, when it goes on, that
+//     it has lost its lock; and a write of its may be under way in the network. [Token] is for that.
+//   - The order in which processes get a lock is not that in which they asked.
+//   - A deadlock of several waits of this package is not found: take several keys with
+//     WithLocks, or in one order, or with a Timeout.
+//   - A caller that takes a key again without the ctx that it was given waits for itself.
+//
+// # How large a pool
+//
+// WithLock, WithLocks, Acquire and Lead take, through one sql.DB,
+//
+//   - one connection for the session that carries locks;
+//   - one for each wait in the server's queue, and for the lock that comes of it, up to 8.
+//     Together with the first one these are never more than half of a limited pool.
+//
+// WithTxLock and WithConnLock take
+//
+//   - one each, when they hold the lock or wait for another process: the one that fn
+//     works on.
+//
+// The rest is for the work. So a program with a pool of 2 can hold a thousand locks, have a
+// thousand callers wait, and still has a connection. With a pool of less than 4, no wait is in the
+// server's queue. A pool of 1 is enough if fn does not use the pool; a fn that does waits for a
+// connection that is never free.
+//
+// # Drivers
+//
+// Any driver for database/sql will do. The statements on the sessions of WithLock, WithLocks,
+// Acquire and Lead run on the caller's goroutine where the driver is lib/pq or pgx's stdlib, and
+// one that is not answered in time is broken off at the network connection. With
+// any other driver, or one wrapped in another, as for tracing, each statement has a
+// goroutine of its own: slower, and otherwise the same. The sessions that fn uses, of WithTxLock and
+// WithConnLock, are always treated like that.
 //
 // # Poolers and standbys
 //
 // Session-level locks mean nothing behind a pooler in transaction or statement mode, and exclude
 // nobody on the primary if they are taken on a standby. [Check] finds that out. WithTxLock at
 // READ COMMITTED and AcquireTx work behind a transaction pooler.
+//
+// # Looking at locks
+//
+// [Holders] tells who holds a lock and who waits for it, and how to do the same in psql, and to
+// break a lock by hand. The message of a Timeout names the holder. [Observe] reports how long
+// acquisitions wait and locks are held, and each loss; the module
+// github.com/pgadvisory/advisory/otel makes OpenTelemetry's metrics and spans of it. [Logger]
+// has what cannot be returned as an error.
+//
+// # Testing code that uses it
+//
+// With go-sqlmock, an uncontended WithLock is two statements without arguments, each of
+// which affects one row: see the example of WithLock with it. What a lock is good for is better
+// tested against a real server, with two pools in place of two processes.
 package advisory
 
 import (
