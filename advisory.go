@@ -41,8 +41,9 @@
 // borrowed with the first lock and handed back after the last. Only a lock that was waited for
 // in the server's queue stays on the connection that waited, until it is released.
 //
-// A lone request is one statement. Requests that come while a round trip is under way go
-// out together in the next one, as one prepared statement.
+// A lone request is one statement, and nothing is prepared for it. Requests that come while
+// a round trip is under way go out together in the next one, as one prepared statement; the
+// first few go out one by one, because to prepare it costs two round trips.
 //
 // If the session dies, all the locks on it are lost together, and each holder is told. A lock
 // that is to stand alone is taken through a second sql.DB.
@@ -69,9 +70,9 @@
 // takes a connection, and there are not more than "How large a pool" says. Further ones try
 // again and again instead, after pauses that grow from 5 to 250 ms.
 //
-// Waits outlive a restart and a failover of the server. They end with ctx, with [Timeout],
-// or, with [NoWait], before they begin. Taking a key again with the ctx that fn was given is
-// an error at once, [ErrReentrant], and not a wait for oneself.
+// Waits outlive a restart and a failover of the server, if it is back within 30 s. They end
+// with ctx, with [Timeout], or, with [NoWait], before they begin. Taking a key again with the
+// ctx that fn was given is an error at once, [ErrReentrant], and not a wait for oneself.
 //
 // # A lock is a lease
 //
@@ -108,7 +109,8 @@
 //
 //   - one connection for the session that carries locks;
 //   - one for each wait in the server's queue, and for the lock that comes of it, up to 8.
-//     Together with the first one these are never more than half of a limited pool.
+//     Together with the first one, which there always is, these are not more than half
+//     of a limited pool.
 //
 // WithTxLock and WithConnLock take
 //
@@ -116,9 +118,9 @@
 //     works on.
 //
 // The rest is for the work. So a program with a pool of 2 can hold a thousand locks, have a
-// thousand callers wait, and still has a connection. With a pool of less than 4, no wait is in the
-// server's queue. A pool of 1 is enough if fn does not use the pool; a fn that does waits for a
-// connection that is never free.
+// thousand callers wait, and still has a connection. With a pool of less than 4, those who
+// call the first four functions do not wait in the server's queue. A pool of 1 is enough if fn
+// does not use it; a fn that does waits for a connection that is not free before it returns.
 //
 // # Drivers
 //
