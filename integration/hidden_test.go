@@ -33,7 +33,7 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 		for _, w := range queuers {
 			for name, opts := range options {
 				db := d.open(t, server.DSN())
-				db.SetMaxOpenConns(2)
+				db.SetMaxOpenConns(4) // with less than that, WithLock would not wait in the server's queue
 				key := advisory.Name(t.Name() + w.name + name)
 				release := hold(t, adminDB(t), key)
 				waiter := make(chan error, 1)

@@ -84,7 +84,12 @@ func wantLive(t testing.TB, ctx context.Context) {
 func TestLossOfSessionIsNoticed(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		const limit = 2500 * time.Millisecond // 2 default heartbeats, and some
-		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t)))
+		// The locks of one pool would share a session, and its loss.
+		const each = 8
+		var pools [3 * each]*sql.DB
+		for i := range pools {
+			pools[i] = d.open(t, withParams(t, server.DSN(), "application_name", appName(t)))
+		}
 
 		var wg sync.WaitGroup
 		defer wg.Wait()
@@ -102,18 +107,17 @@ func TestLossOfSessionIsNoticed(t *testing.T) {
 		}
 		key := func(i int) advisory.Key { return advisory.Name(fmt.Sprint(t.Name(), i)) }
 
-		const each = 8
 		held := make(chan struct{}, 3*each)
 		for i := range each {
 			wg.Go(func() {
-				wantLost(t, "WithLock", advisory.WithLock(t.Context(), db, key(3*i), func(ctx context.Context) error {
+				wantLost(t, "WithLock", advisory.WithLock(t.Context(), pools[3*i], key(3*i), func(ctx context.Context) error {
 					held <- struct{}{}
 					notice(ctx)
 					return nil
 				}))
 			})
 			wg.Go(func() {
-				lock, err := advisory.Acquire(t.Context(), db, key(3*i+1))
+				lock, err := advisory.Acquire(t.Context(), pools[3*i+1], key(3*i+1))
 				held <- struct{}{}
 				if err != nil {
 					t.Error(err)
@@ -127,7 +131,7 @@ func TestLossOfSessionIsNoticed(t *testing.T) {
 			})
 			wg.Go(func() {
 				// Its error does not depend on a heartbeat, nor on fn's looking.
-				wantLost(t, "WithLock that did not look", advisory.WithLock(t.Context(), db, key(3*i+2), func(context.Context) error {
+				wantLost(t, "WithLock that did not look", advisory.WithLock(t.Context(), pools[3*i+2], key(3*i+2), func(context.Context) error {
 					held <- struct{}{}
 					<-terminated
 					return nil
@@ -145,8 +149,13 @@ func TestLossOfSessionIsNoticed(t *testing.T) {
 		}
 		close(terminated)
 		wg.Wait()
+		if len(noticed) != 2*each {
+			t.Errorf("%d holders told, want %d", len(noticed), 2*each)
+		}
 		logBound(t, "terminated "+d.name, "holder told", limit, noticed)
-		wantClean(t, db)
+		for _, db := range pools {
+			wantClean(t, db)
+		}
 	})
 }
 

@@ -227,7 +227,8 @@ func TestHandOffIsImmediate(t *testing.T) {
 	})
 }
 
-// A pool of one connection is enough for a holder; who comes too late is told why.
+// A pool of one connection is enough for all holders of session-level locks; who comes too
+// late, or needs a connection as well, is told why.
 func TestPoolOfOne(t *testing.T) {
 	t.Parallel()
 	eachDriver(t, func(t *testing.T, d driver) {
@@ -238,10 +239,22 @@ func TestPoolOfOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		wantTimeout := func(w way, key advisory.Key, hint string) {
+			t.Helper()
+			err := w.with(soon(t), db, key, noWork, advisory.Timeout(100*time.Millisecond))
+			if !errors.Is(err, advisory.ErrNotAcquired) || !strings.Contains(err.Error(), hint) {
+				t.Errorf("%s: error is %v, want ErrNotAcquired that says %q", w.name, err, hint)
+			}
+		}
+		free := advisory.Name(t.Name() + ", free")
 		for _, w := range openers {
-			err := w.with(soon(t), db, key, noWork, advisory.Timeout(20*time.Millisecond))
-			if !errors.Is(err, advisory.ErrNotAcquired) || !strings.Contains(err.Error(), "pool") {
-				t.Errorf("%s: error is %v, want ErrNotAcquired that names the pool", w.name, err)
+			wantTimeout(w, key, "held by pid")
+			if w.beats {
+				if err := w.with(soon(t), db, free, noWork); err != nil {
+					t.Errorf("%s beside the lock that is held: %v", w.name, err)
+				}
+			} else {
+				wantTimeout(w, free, "pool")
 			}
 		}
 		if err := lock.Release(); err != nil {

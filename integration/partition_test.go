@@ -140,7 +140,7 @@ func (n *network) startServer() *pgtest.Server {
 func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 	const (
 		events = 5 // partitions
-		each   = 4 // locks in each, their heartbeats out of step
+		each   = 4 // sessions with a lock in each, their heartbeats out of step
 	)
 	t.Parallel()
 	n := newNetwork(t)
@@ -153,7 +153,7 @@ func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 
 	bothDrivers(t, func(t *testing.T, d driver) {
 		a := holderArgs{
-			Driver: d.name, DSN: withParams(t, s.DSN(), "application_name", appName(t)),
+			Driver: d.name, DSN: withParams(t, s.DSN(), "application_name", appName(t)), Sessions: each,
 			Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond, Stagger: 53 * time.Millisecond,
 		}
 		t.Cleanup(n.heal)

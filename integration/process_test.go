@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -190,6 +191,7 @@ type holderArgs struct {
 	Driver, DSN              string
 	Keys                     []string
 	Stagger                  time.Duration // between the keys' heartbeats
+	Sessions                 int           // that the keys are dealt out to, with a pool for each; 0: one
 	Heartbeat, HolderTimeout time.Duration
 }
 
@@ -207,10 +209,13 @@ func holder() int {
 	var a holderArgs
 	childArgs(&a)
 	i := slices.IndexFunc(drivers, func(d driver) bool { return d.name == a.Driver })
-	db, err := drivers[i].openDB(a.DSN)
-	if err != nil {
-		tell("failed", "", err)
-		return 1
+	pools := make([]*sql.DB, max(1, a.Sessions))
+	for p := range pools {
+		var err error
+		if pools[p], err = drivers[i].openDB(a.DSN); err != nil {
+			tell("failed", "", err)
+			return 1
+		}
 	}
 	release := make(chan struct{})
 	go func() {
@@ -222,7 +227,8 @@ func holder() int {
 		}
 		os.Exit(0)
 	}()
-	for _, key := range a.Keys {
+	for i, key := range a.Keys {
+		db := pools[i%len(pools)]
 		held := make(chan struct{})
 		go func() {
 			err := advisory.WithLock(context.Background(), db, advisory.Name(key), func(ctx context.Context) error {
@@ -262,14 +268,14 @@ type succession struct {
 	begun map[string]time.Duration
 }
 
-// succeed waits for each of keys, from this process, and holds it.
+// succeed waits for each of keys, from this process with a pool for each, and holds it.
 func succeed(t testing.TB, d driver, dsn string, keys []string) *succession {
 	t.Helper()
-	db := d.open(t, dsn)
 	ctx, release := context.WithCancel(context.Background())
 	s := &succession{t: t, release: release, begun: map[string]time.Duration{}}
 	t.Cleanup(s.end)
 	for _, key := range keys {
+		db := d.open(t, dsn)
 		s.wg.Go(func() {
 			if err := advisory.WithLock(ctx, db, advisory.Name(key), func(context.Context) error {
 				now := history.Now()
@@ -313,20 +319,20 @@ func (s *succession) end() {
 	s.wg.Wait()
 }
 
-// startHolder starts a child that holds n keys, waits until the server has heard a
-// heartbeat of each, and has successors wait for them.
-func startHolder(t testing.TB, d driver, n int) (*child, holderArgs, *succession) {
+// startHolder starts a child that holds n keys on so many sessions, waits until the server
+// has heard a heartbeat of each, and has successors wait for them.
+func startHolder(t testing.TB, d driver, n, sessions int) (*child, holderArgs, *succession) {
 	t.Helper()
 	a := holderArgs{
 		Driver: d.name, DSN: withParams(t, server.DSN(), "application_name", appName(t)),
-		Keys: keysOf(t, n), Stagger: 31 * time.Millisecond,
+		Keys: keysOf(t, n), Sessions: sessions, Stagger: 31 * time.Millisecond,
 		Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond,
 	}
 	c := startChild(t, "holder", a)
 	for _, key := range a.Keys {
 		c.await("held", key)
 	}
-	waitForHeartbeats(t, adminDB(t), appName(t), n, serverTime(t, adminDB(t)))
+	waitForHeartbeats(t, adminDB(t), appName(t), sessions, serverTime(t, adminDB(t)))
 	s := succeed(t, d, server.DSN(), a.Keys)
 	for _, key := range a.Keys {
 		waitForWaiters(t, adminDB(t), advisory.Name(key), 1)
@@ -336,7 +342,7 @@ func startHolder(t testing.TB, d driver, n int) (*child, holderArgs, *succession
 
 func TestKilledHolderIsSucceededAtOnce(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		c, a, s := startHolder(t, d, 6)
+		c, a, s := startHolder(t, d, 9, 6)
 		s.wantNone()
 		killed := history.Now()
 		c.signal(syscall.SIGKILL)
@@ -350,7 +356,7 @@ func TestKilledHolderIsSucceededAtOnce(t *testing.T) {
 
 func TestFrozenHolderIsSucceededAfterHolderTimeout(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		c, a, s := startHolder(t, d, 6)
+		c, a, s := startHolder(t, d, 9, 6)
 		s.wantNone()
 		frozen := history.Now()
 		c.freeze()
@@ -367,8 +373,8 @@ func TestFrozenHolderIsSucceededAfterHolderTimeout(t *testing.T) {
 		for n := 0; ; n++ {
 			var age float64
 			if !rows.Next() {
-				if n != len(a.Keys) || rows.Err() != nil {
-					t.Fatalf("%d sessions hold the locks, want %d (%v)", n, len(a.Keys), rows.Err())
+				if n != a.Sessions || rows.Err() != nil {
+					t.Fatalf("%d sessions hold the locks, want %d (%v)", n, a.Sessions, rows.Err())
 				}
 				break
 			}
@@ -438,7 +444,7 @@ func TestFrozenWaiterIsSucceededAfterHolderTimeout(t *testing.T) {
 // A holder that is frozen for less than a heartbeat keeps its lock.
 func TestShortFreezeLosesNothing(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		c, a, s := startHolder(t, d, 1)
+		c, a, s := startHolder(t, d, 1, 1)
 		for range 3 {
 			c.freeze()
 			time.Sleep(a.Heartbeat / 4)

@@ -107,25 +107,21 @@ func TestWaitOutlivesARestart(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			bothDrivers(t, func(t *testing.T, d driver) {
 				key := testKey(t)
+				// A pool for each, or they would wait for each other and not for the server.
 				db := d.open(t, s.DSN())
 				lock, err := advisory.Acquire(t.Context(), db, key)
 				if err != nil {
 					t.Fatal(err)
 				}
-				ways := map[string]func(context.Context) error{
-					"WithLock": func(ctx context.Context) error { return withLock.with(ctx, db, key, noWork) },
-					"WithTxLock": func(ctx context.Context) error {
-						return withTxLock.with(ctx, db, key, noWork)
-					},
-					"WithConnLock": func(ctx context.Context) error { return withConnLock.with(ctx, db, key, noWork) },
-				}
+				ways := []way{withLock, withTxLock, withConnLock}
 				var took []time.Duration
 				failed := make(chan error, len(ways))
-				for name, way := range ways {
+				for _, w := range ways {
+					other := d.open(t, s.DSN())
 					go func() {
-						err := way(soon(t))
+						err := w.with(soon(t), other, key, noWork)
 						if err != nil {
-							err = fmt.Errorf("%s: %w", name, err)
+							err = fmt.Errorf("%s: %w", w.name, err)
 						}
 						failed <- err
 					}()

@@ -83,8 +83,9 @@ func (increments) work(ctx context.Context, w *worker) (any, error) {
 	if err := json.Unmarshal(w.Brief, &brief); err != nil {
 		return nil, err
 	}
-	// As many connections as can be of use: each goroutine waits for the lock on
-	// one, and the one that holds it needs another for its work.
+	// As many connections as can be of use: without the lock, each goroutine works on
+	// one. With it, the process waits for the lock and holds it on one, and the goroutine
+	// whose turn it is works on another.
 	if err := fillPool(ctx, w.db, brief.Goroutines+1); err != nil {
 		return nil, err
 	}

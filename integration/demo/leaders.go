@@ -36,6 +36,8 @@ var demoJobs = []demoJob{
 	{jobs.All[3], "search", 300, 1},
 }
 
+var leaderConnections = 2 * (1 + len(demoJobs))
+
 const (
 	killed = 1 // the index of the job whose leader is killed
 	frozen = 2
@@ -75,8 +77,9 @@ func (leaders) work(ctx context.Context, w *worker) (any, error) {
 	if err := json.Unmarshal(w.Brief, &brief); err != nil {
 		return nil, err
 	}
-	// Each job takes a connection for its lock and one for its work.
-	w.db.SetMaxOpenConns(2 * len(demoJobs))
+	// One half is for locks: a connection for all that are held, and one for each that is
+	// waited for. The other is for the jobs' work.
+	w.db.SetMaxOpenConns(leaderConnections)
 	w.begin()
 
 	failed := make(chan error)

@@ -165,7 +165,7 @@ type stage struct {
 func openStage(ctx context.Context, o options) (*stage, func() error, error) {
 	s := &stage{options: o, view: newView(os.Stdout), schema: "advisory_demo_" + strings.ToLower(rand.Text())}
 
-	connections := max(o.processes, minProcesses)*max(o.goroutines+1, 2*len(demoJobs)) + 20
+	connections := max(o.processes, minProcesses)*max(o.goroutines+1, leaderConnections) + 20
 	server, err := pgtest.Start(ctx, pgtest.Setting("max_connections", strconv.Itoa(connections)))
 	if err != nil {
 		return nil, nil, err
