@@ -560,7 +560,29 @@ func WithParam(dsn, key, value string) (string, error) {
 		return "", fmt.Errorf("pgtest: DSN: %w", err)
 	}
 	q := u.Query()
-	q.Set(key, value)
+	// What is in the first part of a URL must be changed there: which of two values
+	// counts is the driver's secret.
+	switch {
+	case key == "host" && u.Host != "" && !strings.HasPrefix(value, "/"):
+		u.Host = hostPort(value, u.Port())
+		q.Del(key)
+	case key == "port" && u.Host != "":
+		u.Host = hostPort(u.Hostname(), value)
+		q.Del(key)
+	case key == "dbname" && len(u.Path) > 1:
+		u.Path = "/" + value
+		q.Del(key)
+	default:
+		q.Set(key, value)
+	}
 	u.RawQuery = encode(q)
 	return u.String(), nil
+}
+
+// hostPort is net.JoinHostPort for a port that may be missing.
+func hostPort(host, port string) string {
+	if port == "" && !strings.Contains(host, ":") {
+		return host
+	}
+	return strings.TrimSuffix(net.JoinHostPort(host, port), ":")
 }

@@ -536,6 +536,26 @@ func TestGivenDSN(t *testing.T) {
 	}
 }
 
+func TestWithParam(t *testing.T) {
+	for _, test := range []struct{ dsn, key, value, want string }{
+		{"postgres://u:p@localhost:5432/db?sslmode=disable", "host", "127.0.0.1", "postgres://u:p@127.0.0.1:5432/db?sslmode=disable"},
+		{"postgres://u:p@localhost:5432/db?port=1", "port", "45000", "postgres://u:p@localhost:45000/db"},
+		{"postgres://localhost/db", "host", "example.com", "postgres://example.com/db"},
+		{"postgres://localhost/db", "host", "::1", "postgres://[::1]/db"},
+		{"postgres://[::1]:1/db", "port", "2", "postgres://[::1]:2/db"},
+		{"postgresql://localhost/db", "dbname", "other", "postgresql://localhost/other"},
+		{"postgres://u@/db?host=%2Frun", "port", "2", "postgres://u@/db?host=%2Frun&port=2"},
+		{"postgres://localhost", "dbname", "a b", "postgres://localhost?dbname=a%20b"},
+		{"postgres://localhost:5432/db", "host", "/run", "postgres://localhost:5432/db?host=%2Frun"},
+		{"host=localhost", "port", "2", "host=localhost port='2'"},
+	} {
+		got, err := WithParam(test.dsn, test.key, test.value)
+		if err != nil || got != test.want {
+			t.Errorf("%s with %s %s: %s, %v; want %s", test.dsn, test.key, test.value, got, err, test.want)
+		}
+	}
+}
+
 // bare is a machine without PostgreSQL.
 func bare() machine {
 	return machine{
