@@ -3,10 +3,12 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"testing"
 )
 
@@ -41,6 +43,119 @@ func TestReadmeProgramsCompile(t *testing.T) {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, "program"), "-overlay", filepath.Join(dir, "overlay.json"), "./"+name)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("program %d of the README: %v\n%s", i+1, err, out)
+		}
+	}
+}
+
+// sources returns the Go files of all modules, by path.
+func sources(t *testing.T) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		files[path] = string(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// The documents name tests, examples and benchmarks that there are, and link to what
+// there is.
+func TestDocumentsNameWhatExists(t *testing.T) {
+	t.Parallel()
+	exists := map[string]bool{}
+	function := regexp.MustCompile(`(?m)^func ((?:Test|Example|Benchmark)\w+)\(`)
+	workload := regexp.MustCompile(`\{name: "(\w+)", title:`)
+	for path, text := range sources(t) {
+		re := function
+		if filepath.Base(filepath.Dir(path)) == "bench" {
+			re = workload
+		} else if !strings.HasSuffix(path, "_test.go") {
+			continue
+		}
+		for _, m := range re.FindAllStringSubmatch(text, -1) {
+			exists[m[1]] = true
+		}
+	}
+	named := regexp.MustCompile("`(?:Test|Example|Benchmark)[A-Z_]\\w+`|benchmarks?(?:(?:,| and)? `\\w+`)+")
+	quoted := regexp.MustCompile("`(\\w+)`")
+	link := regexp.MustCompile(`\]\(([^)\s]*)\)`)
+	heading := regexp.MustCompile("(?m)^#+ (.*)$")
+	notInAnchor := regexp.MustCompile(`[^a-z0-9 _-]`)
+	for _, doc := range []string{"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"} {
+		content, err := os.ReadFile(filepath.Join("..", doc))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(content)
+		for _, m := range named.FindAllString(text, -1) {
+			for _, name := range quoted.FindAllStringSubmatch(m, -1) {
+				if !exists[name[1]] {
+					t.Errorf("%s names %s, which does not exist", doc, name[1])
+				}
+			}
+		}
+		anchors := map[string]bool{}
+		for _, m := range heading.FindAllStringSubmatch(text, -1) {
+			anchors["#"+strings.ReplaceAll(notInAnchor.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-")] = true
+		}
+		for _, m := range link.FindAllStringSubmatch(text, -1) {
+			switch target := m[1]; {
+			case strings.Contains(target, "://"):
+			case strings.HasPrefix(target, "#"):
+				if !anchors[target] {
+					t.Errorf("%s links to its section %s, which does not exist", doc, target)
+				}
+			default:
+				if _, err := os.Stat(filepath.Join("..", target)); err != nil {
+					t.Errorf("%s links to %s: %v", doc, target, err)
+				}
+			}
+		}
+	}
+}
+
+// What the README shows of Go, beside whole programs, stands as it is in a test or an
+// example, which compiles and runs.
+func TestReadmeSnippetsAreRun(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := func(text string) string {
+		var b strings.Builder
+		for line := range strings.Lines(text) {
+			if line = strings.TrimSpace(line); line != "" {
+				b.WriteString(line + "\n")
+			}
+		}
+		return b.String()
+	}
+	var tests []string
+	for path, text := range sources(t) {
+		if strings.HasSuffix(path, "_test.go") {
+			tests = append(tests, lines(text))
+		}
+	}
+	snippets := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllSubmatch(readme, -1)
+	for _, m := range snippets {
+		snippet := string(m[1])
+		if strings.HasPrefix(snippet, "package main\n") {
+			continue // TestReadmeProgramsCompile
+		}
+		found := false
+		for _, text := range tests {
+			found = found || strings.Contains(text, lines(snippet))
+		}
+		if !found {
+			t.Errorf("in no test or example:\n%s", snippet)
 		}
 	}
 }
