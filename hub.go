@@ -107,6 +107,24 @@ type grant struct {
 
 // acquire acquires the locks of keys, which are sorted. After an error none is held.
 func (a *acquisition) acquire(keys []Key, grants []grant) ([]grant, error) {
+	for {
+		all, err := a.acquireAll(keys, grants[:0])
+		if err != nil || len(keys) == 1 {
+			return all, err
+		}
+		lost := a.hub.lostOf(all)
+		if lost == nil {
+			return all, nil
+		}
+		// The first ones, while the last ones were waited for.
+		_ = a.hub.giveBack(all, a.cfg.shared)
+		if err := a.again(sessionLost{lost}, true, false); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (a *acquisition) acquireAll(keys []Key, grants []grant) ([]grant, error) {
 	if len(keys) > 1 {
 		if all, err := a.acquireAtOnce(keys, grants); all != nil || err != nil {
 			return all, err
@@ -125,6 +143,18 @@ func (a *acquisition) acquire(keys []Key, grants []grant) ([]grant, error) {
 		}
 	}
 	return grants, nil
+}
+
+// lostOf is why one of the sessions that carry grants is lost, if one is.
+func (h *hub) lostOf(grants []grant) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, g := range grants {
+		if g.on.lost != nil {
+			return g.on.lost
+		}
+	}
+	return nil
 }
 
 // acquireAtOnce acquires all the locks in one statement. If that cannot be, it returns nil:

@@ -30,8 +30,9 @@ type queue struct {
 	// returning: the lease has had its last holder and goes back to the server.
 	returning bool
 
-	asker *waiter // asks the server for the lease, or whether others wait for it
-	apart int     // those who hold the lock, or ask for it, apart
+	asker   *waiter // asks the server for the lease, or whether others wait for it
+	waiting bool    // the server has refused, and the asker waits there
+	apart   int     // those who hold the lock, or ask for it, apart
 
 	exclusive   bool // what those inside, asker, holders and apart, ask for or hold
 	first, last *waiter
@@ -76,7 +77,7 @@ func (q *queue) enter(w *waiter, now time.Time) turn {
 	}
 	if w.noWait {
 		// The answer that a shared lock of this process waits for is this one's, too.
-		sharesAnswer := w.shared && q.first == nil && q.asker != nil && q.asker.shared
+		sharesAnswer := w.shared && q.first == nil && q.asker != nil && q.asker.shared && !q.waiting
 		if !sharesAnswer {
 			return turn{to: refuse}
 		}
@@ -149,7 +150,7 @@ func (q *queue) advance(now time.Time) {
 
 // granted is the server's grant to the asker, which holds the lease from then on.
 func (q *queue) granted(on *carrier, at, now time.Time) (lease uint64) {
-	q.asker = nil
+	q.asker, q.waiting = nil, false
 	q.lease++
 	q.on, q.until = on, at.Add(handOffFor)
 	q.holders = 1
@@ -160,6 +161,12 @@ func (q *queue) granted(on *carrier, at, now time.Time) (lease uint64) {
 // refused is the server's refusal to the asker, which waits in the server's queue now, as
 // one who said NoWait does not.
 func (q *queue) refused() {
+	q.waiting = true
+	q.refuseAll()
+}
+
+// refuseAll refuses all who said NoWait.
+func (q *queue) refuseAll() {
 	for w := q.first; w != nil; {
 		next := w.next
 		if w.noWait {
@@ -181,6 +188,7 @@ func (q *queue) looked(w *waiter, lease uint64, others bool, now time.Time) turn
 			return turn{held, q.on, q.lease}
 		}
 		q.closed = true
+		q.refuseAll()
 	}
 	if w.noWait && others {
 		q.advance(now)
@@ -203,7 +211,7 @@ func (q *queue) gaveUp(w *waiter, now time.Time) {
 	if w.apart {
 		q.apart--
 	} else {
-		q.asker = nil
+		q.asker, q.waiting = nil, false
 	}
 	q.advance(now)
 }
