@@ -287,23 +287,28 @@ type hold struct {
 	hub     *hub     // the hub's
 	grants  []grant
 
+	// Guarded by hub.mu.
+	begun  bool  // it has its context
+	lostBy error // why a session is lost that carries its locks
+
 	observed *observation
 
 	once sync.Once // the release
 	err  error     // its result
 
 	// What a lone lock needs, so that it is made at once.
-	way   acquisition
-	key   [1]Key
-	grant [1]grant
-	asks  request // of the release
+	way     acquisition
+	key     [1]Key
+	grant   [1]grant
+	unlocks [1]Key
+	asks    request // of the release
 }
 
 // acquire acquires keys, and has them watched.
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
 	h.hub = hubOf(c.db)
-	h.way = acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub}
+	h.way = acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub, hold: h}
 	h.grants, err = h.way.acquire(keys, h.grant[:0])
 	err = h.way.error(err)
 	if c.detached {
@@ -316,7 +321,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
 		return err
 	}
 	h.begin(ctx, c.db, keys, h.grants[0].on.session)
-	h.hub.watch(h)
+	h.hub.begin(h)
 	return nil
 }
 

@@ -535,7 +535,16 @@ func (c *carrier) lose(cause error) {
 	if h.shared == c {
 		h.shared = nil
 	}
-	holds, pending := c.holds, c.pending
+	var holds []*hold
+	for hd := range c.holds {
+		if hd.lostBy == nil {
+			hd.lostBy = cause
+		}
+		if hd.begun {
+			holds = append(holds, hd)
+		}
+	}
+	pending := c.pending
 	c.holds, c.pending = nil, nil
 	c.watch.end()
 	h.mu.Unlock()
@@ -543,8 +552,8 @@ func (c *carrier) lose(cause error) {
 		c.gone.Store(true)
 	}
 	// The contexts of those who held its locks end before others can have them.
-	for hold := range holds {
-		hold.lost(cause)
+	for _, hd := range holds {
+		hd.lost(cause)
 	}
 	for _, r := range pending {
 		r.err = sessionLost{cause}

@@ -88,9 +88,10 @@ const yieldAfter = time.Second
 // An acquisition is one caller's way to its locks.
 type acquisition struct {
 	attempts
-	hub *hub
-	w   waiter
-	r   request
+	hub  *hub
+	hold *hold // that the locks are for; nil: they are on a session of its own
+	w    waiter
+	r    request
 
 	// A request that was left while it was under way, and the session that it is on.
 	late   *request
@@ -109,19 +110,28 @@ type grant struct {
 func (a *acquisition) acquire(keys []Key, grants []grant) ([]grant, error) {
 	for {
 		all, err := a.acquireAll(keys, grants[:0])
-		if err != nil || len(keys) == 1 {
-			return all, err
+		if err != nil {
+			return nil, err
 		}
-		lost := a.hub.lostOf(all)
+		lost := a.hub.lostOf(a.hold)
 		if lost == nil {
 			return all, nil
 		}
-		// The first ones, while the last ones were waited for.
-		_ = a.hub.giveBack(all, a.cfg.shared)
+		// The first of several, while the last were waited for, say.
+		_ = a.giveBack(all)
 		if err := a.again(sessionLost{lost}, true, false); err != nil {
 			return nil, err
 		}
 	}
+}
+
+// lostOf is why a session that carries locks of hd is lost, if one is. It is told only once.
+func (h *hub) lostOf(hd *hold) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	lost := hd.lostBy
+	hd.lostBy = nil
+	return lost
 }
 
 func (a *acquisition) acquireAll(keys []Key, grants []grant) ([]grant, error) {
@@ -138,23 +148,11 @@ func (a *acquisition) acquireAll(keys []Key, grants []grant) ([]grant, error) {
 			err = a.ctx.Err()
 		}
 		if err != nil {
-			_ = a.hub.giveBack(grants, a.cfg.shared)
+			_ = a.giveBack(grants)
 			return nil, err
 		}
 	}
 	return grants, nil
-}
-
-// lostOf is why one of the sessions that carry grants is lost, if one is.
-func (h *hub) lostOf(grants []grant) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, g := range grants {
-		if g.on.lost != nil {
-			return g.on.lost
-		}
-	}
-	return nil
 }
 
 // acquireAtOnce acquires all the locks in one statement. If that cannot be, it returns nil:
@@ -176,8 +174,10 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	h.mu.Unlock()
 	var c *carrier
 	var sent time.Time
-	err := errRefused
-	if in == len(keys) {
+	var err error
+	if in < len(keys) {
+		err = errTaken
+	} else {
 		c, sent, err = a.try(keys)
 	}
 	a.settle(func() {
@@ -191,6 +191,7 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 			q := h.queues[k.lockID()]
 			if err == nil {
 				grants = append(grants, grant{k, q, q.granted(c, sent, now), c})
+				c.watchFor(a.hold)
 			} else {
 				q.gaveUp(&waiters[i], now)
 				h.tidy(q)
@@ -204,14 +205,16 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	case err == nil && a.ctx.Err() == nil:
 		return grants, nil
 	case err == nil:
-		_ = h.giveBack(grants, a.cfg.shared)
+		_ = a.giveBack(grants)
 		return nil, a.ctx.Err()
-	case errors.Is(err, errRefused) && !a.cfg.noWait, errors.As(err, new(sessionLost)):
+	case err == errTaken, errors.Is(err, errRefused) && !a.cfg.noWait, errors.As(err, new(sessionLost)):
 		return nil, nil
 	default:
 		return nil, err
 	}
 }
+
+var errTaken = errors.New("others of this process have it, or wait for it")
 
 // acquireOne acquires the lock of one key.
 func (a *acquisition) acquireOne(keys []Key) (grant, error) {
@@ -221,6 +224,7 @@ func (a *acquisition) acquireOne(keys []Key) (grant, error) {
 		var err error
 		switch t.to {
 		case held:
+			a.hub.join(a.hold, q, t)
 			return grant{keys[0], q, t.lease, t.on}, nil
 		case refuse:
 			return grant{}, errRefused
@@ -285,7 +289,7 @@ func (a *acquisition) awaitTurn(q *queue) (turn, error) {
 	h.tidy(q)
 	h.mu.Unlock()
 	if t.to == held {
-		_ = h.giveBack([]grant{{q: q, key: q.key(), lease: t.lease, on: t.on}}, a.cfg.shared)
+		_ = a.giveBack([]grant{{q.key(), q, t.lease, t.on}})
 	}
 	return turn{}, err
 }
@@ -329,6 +333,7 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			h.mu.Lock()
 			if c.lost == nil {
 				g := grant{keys[0], q, q.granted(c, sent, time.Now()), c}
+				c.watchFor(a.hold)
 				h.mu.Unlock()
 				h.leave(c)
 				return g, nil
@@ -680,8 +685,10 @@ var errFinished = errors.New("the session has been handed back")
 
 // release ends hd. It returns nil if each lock was held until then, which the server says:
 // also of a lock that is handed on.
-func (h *hub) release(hd *hold) (err error) {
-	for grants := hd.grants; len(grants) > 0; {
+func (h *hub) release(hd *hold) error { return h.releaseAll(hd, hd.grants) }
+
+func (h *hub) releaseAll(hd *hold, grants []grant) (err error) {
+	for len(grants) > 0 {
 		c := grants[0].on
 		n := 1
 		for n < len(grants) && grants[n].on == c {
@@ -705,14 +712,14 @@ func lostCause(err error) error {
 }
 
 // giveBack releases what an acquisition got in vain.
-func (h *hub) giveBack(grants []grant, shared bool) error {
-	return h.release(&hold{grants: grants, cfg: config{shared: shared}})
+func (a *acquisition) giveBack(grants []grant) (err error) {
+	return a.hub.releaseAll(a.hold, grants)
 }
 
 // releaseOn releases those locks of hd that c carries.
 func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 	r := &hd.asks
-	*r = request{shared: hd.cfg.shared, keys: hd.key[:0]}
+	*r = request{shared: hd.cfg.shared, keys: hd.unlocks[:0]}
 	h.mu.Lock()
 	now := time.Now()
 	for i := range grants {

@@ -27,18 +27,27 @@ type watch struct {
 	late  bool          // its function may be about to run although it was stopped
 }
 
-// watch has the sessions of h's locks watched. One that has been lost meanwhile ends h.
-func (h *hub) watch(hd *hold) {
+// join has the session of a lease that hd was given watched for it, too.
+func (h *hub) join(hd *hold, q *queue, t turn) {
 	h.mu.Lock()
-	var lost error
-	for i, g := range hd.grants {
-		switch {
-		case g.on.lost != nil:
-			lost = g.on.lost
-		case i == 0 || g.on != hd.grants[i-1].on:
-			g.on.watchFor(hd)
-		}
+	defer h.mu.Unlock()
+	switch {
+	case q.on != t.on || q.lease != t.lease:
+		hd.lostBy = errLostInTurn
+	case t.on.lost != nil:
+		hd.lostBy = t.on.lost
+	default:
+		t.on.watchFor(hd)
 	}
+}
+
+var errLostInTurn = errors.New("the session was lost before the lock was handed on")
+
+// begin is told that hd has its context, which a loss ends from now on.
+func (h *hub) begin(hd *hold) {
+	h.mu.Lock()
+	hd.begun = true
+	lost := hd.lostBy
 	h.mu.Unlock()
 	if lost != nil {
 		hd.lost(lost)
