@@ -929,13 +929,14 @@ func (a *attempts) again(err error, opened, own bool) error {
 		err = errors.Join(errTimeout, err)
 	}
 	early := errors.Is(err, errLostBeforeUse) || opened && !own
+	gone := sessionGone(err) || errors.As(err, new(sessionLost))
 	switch {
 	case a.ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
 		if !opened && a.hint == "" {
 			a.hint = poolHint(a.db)
 		}
 		return err
-	case isClosed(err), !sessionGone(err) && !(a.waited && !opened && transient(err)):
+	case isClosed(err), !gone && !(a.waited && !opened && transient(err)):
 		return err
 	case early && a.lives == 0:
 		return err

@@ -233,7 +233,7 @@ func (a *acquisition) acquireOne(keys []Key) (grant, error) {
 		case look:
 			t, err = a.look(keys, q, t)
 		case await:
-			t, err = a.awaitTurn(q)
+			t, err = a.awaitTurn(keys[0], q)
 		}
 		if err != nil {
 			return grant{}, err
@@ -249,7 +249,7 @@ func (h *hub) enter(k Key, w *waiter) (*queue, turn) {
 }
 
 // awaitTurn waits in the process's own queue.
-func (a *acquisition) awaitTurn(q *queue) (turn, error) {
+func (a *acquisition) awaitTurn(k Key, q *queue) (turn, error) {
 	a.waited = true
 	var end <-chan time.Time
 	if !a.deadline.IsZero() {
@@ -273,7 +273,7 @@ func (a *acquisition) awaitTurn(q *queue) (turn, error) {
 		h.tidy(q)
 		h.mu.Unlock()
 		if err == errTimeout {
-			a.hint = a.who(q.key())
+			a.hint = a.who(k)
 		}
 		return turn{}, err
 	}
@@ -289,7 +289,7 @@ func (a *acquisition) awaitTurn(q *queue) (turn, error) {
 	h.tidy(q)
 	h.mu.Unlock()
 	if t.to == held {
-		_ = a.giveBack([]grant{{q.key(), q, t.lease, t.on}})
+		_ = a.giveBack([]grant{{k, q, t.lease, t.on}})
 	}
 	return turn{}, err
 }
@@ -315,6 +315,9 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 	if err != nil && !errors.As(err, new(sessionLost)) {
 		q.gaveUp(&a.w, now)
 		return turn{}, err
+	}
+	if err != nil || t.on.lost != nil {
+		q.lost(t.on, now)
 	}
 	return q.looked(&a.w, t.lease, r.ok, now), nil
 }
@@ -816,7 +819,7 @@ func (a *acquisition) enterApart(k Key) (leave func(), err error) {
 	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait, apart: true}
 	q, t := h.enter(k, &a.w)
 	if t.to == await {
-		t, err = a.awaitTurn(q)
+		t, err = a.awaitTurn(k, q)
 	}
 	switch {
 	case err != nil:

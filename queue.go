@@ -38,8 +38,6 @@ type queue struct {
 	first, last *waiter
 }
 
-func (q *queue) key() Key { return Key{space: q.id.space, id: q.id.id} }
-
 // A waiter is one request for the lock of one key.
 type waiter struct {
 	shared bool
