@@ -49,6 +49,7 @@ func NoWait() Option {
 //
 // Unlike a ctx with a deadline, it costs no connection when it is over, where the wait
 // is in the server's queue: the server itself ends the wait, and the session stays usable.
+// The error names who holds the lock, if one more query can tell, which may take a second.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }
