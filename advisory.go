@@ -287,6 +287,8 @@ type hold struct {
 	hub     *hub     // the hub's
 	grants  []grant
 
+	soon bool // the first heartbeat does not wait: the lock is held for long
+
 	// Guarded by hub.mu.
 	begun  bool  // it has its context
 	lostBy error // why a session is lost that carries its locks

@@ -45,7 +45,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	}
 	pause := leadPauseMin
 	for {
-		h := &hold{cfg: cfg}
+		h := &hold{cfg: cfg, soon: true}
 		err := h.acquire(ctx, c, keys)
 		switch {
 		case err == nil:

@@ -11,19 +11,24 @@ import (
 	"time"
 )
 
+// A leader leads for long: the server watches it from the start.
 func TestALeaderStepsDownWhenFnReturns(t *testing.T) {
 	t.Parallel()
 	for _, mine := range []error{nil, errors.New("mine")} {
-		db, srv := newServer(t)
-		err := Lead(t.Context(), db, key, func(ctx context.Context) error {
-			wantError(t, Lead(ctx, db, key, nothing), ErrReentrant)
-			wantError(t, WithLock(ctx, db, key, nothing), ErrReentrant)
-			return mine
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			err := Lead(t.Context(), db, key, func(ctx context.Context) error {
+				synctest.Wait()
+				srv.want(t, on(1, "open", tryQuery, armQuery)...)
+				wantError(t, Lead(ctx, db, key, nothing), ErrReentrant)
+				wantError(t, WithLock(ctx, db, key, nothing), ErrReentrant)
+				return mine
+			})
+			if err != mine {
+				t.Errorf("error: %v", err)
+			}
+			srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery)...)
 		})
-		if err != mine {
-			t.Errorf("error: %v", err)
-		}
-		srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
 	}
 }
 

@@ -59,13 +59,18 @@ func (c *carrier) watchFor(h *hold) {
 	w := &c.watch
 	c.holds[h] = struct{}{}
 	every := h.cfg.heartbeat
-	if len(c.holds) == 1 {
-		w.every = every
-		w.set(c, c.proof.Add(every))
-		return
+	first := len(c.holds) == 1
+	next := c.proof.Add(every)
+	switch {
+	case h.soon:
+		next = time.Now()
+	case !first:
+		next = time.Now().Add(every)
 	}
-	w.every = min(w.every, every)
-	if next := time.Now().Add(every); next.Before(w.next) {
+	if first || every < w.every {
+		w.every = every
+	}
+	if first || next.Before(w.next) {
 		w.set(c, next)
 	}
 }
