@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -24,11 +26,19 @@ type server struct {
 	script func(ctx context.Context, conn int, query string) (int64, error)
 	// rows answers a query with arguments. nil: no row.
 	rows func(conn int, args []driver.NamedValue) ([][]driver.Value, error)
+	// batch answers the prepared statement. nil: ones. It may block, like script.
+	batch func(ctx context.Context, conn int, ops, keys string) (string, error)
+	// ended is told that a connection has been closed. It may be nil.
+	ended func(conn int)
 	// dial makes a connection. nil: always.
 	dial func(ctx context.Context) error
 
 	// reset is asked before a connection of the pool is used again. nil: it is well.
 	reset func(ctx context.Context, conn int) error
+
+	// direct: the driver's connections have pgx's shape, so that the package breaks off a
+	// statement by the deadline of the network's connection. Contexts are not looked at.
+	direct bool
 
 	mu     sync.Mutex
 	log    []string
@@ -129,6 +139,10 @@ func (s *server) Connect(ctx context.Context) (driver.Conn, error) {
 	c := &fakeConn{s: s, no: s.opened}
 	s.mu.Unlock()
 	s.write("%d open", c.no)
+	if s.direct {
+		c.net.ctx, c.net.end = context.WithCancel(context.Background())
+		return pgxConn{c}.pointer(), nil
+	}
 	return c, nil
 }
 
@@ -136,24 +150,39 @@ type fakeConn struct {
 	s      *server
 	no     int
 	closed bool // guarded by s.mu
+	net    fakeNet
 }
 
 func (c *fakeConn) send(ctx context.Context, query string) (int64, error) {
-	c.s.mu.Lock()
-	closed := c.closed
-	c.s.mu.Unlock()
-	switch {
-	case closed && query == "ROLLBACK":
-		return 0, driver.ErrBadConn // database/sql ends its transaction, in its own time
-	case closed:
-		c.s.write("%d after close: %s", c.no, query)
-		return 0, driver.ErrBadConn
+	ctx, err := c.begin(ctx, query)
+	if err != nil {
+		return 0, err
 	}
-	c.s.write("%d %s", c.no, query)
 	if c.s.script == nil {
 		return 1, nil
 	}
 	return c.s.script(ctx, c.no, query)
+}
+
+// begin begins a statement.
+func (c *fakeConn) begin(ctx context.Context, line string) (context.Context, error) {
+	c.s.mu.Lock()
+	closed := c.closed
+	c.s.mu.Unlock()
+	switch {
+	case closed && line == "ROLLBACK":
+		return nil, driver.ErrBadConn // database/sql ends its transaction, in its own time
+	case closed:
+		c.s.write("%d after close: %s", c.no, line)
+		return nil, driver.ErrBadConn
+	}
+	if c.s.direct {
+		if ctx = c.net.ctx; ctx.Err() != nil {
+			return nil, driver.ErrBadConn
+		}
+	}
+	c.s.write("%d %s", c.no, line)
+	return ctx, nil
 }
 
 // Close closes once, like the drivers' own: it may be called twice.
@@ -164,6 +193,9 @@ func (c *fakeConn) Close() error {
 		c.closed = true
 		c.s.closed++
 		c.s.log = append(c.s.log, fmt.Sprintf("%d close", c.no))
+		if c.s.ended != nil {
+			c.s.ended(c.no)
+		}
 	}
 	return nil
 }
@@ -176,7 +208,77 @@ func (c *fakeConn) ResetSession(ctx context.Context) error {
 }
 
 func (c *fakeConn) Prepare(query string) (driver.Stmt, error) {
-	return nil, errors.New("prepared: " + query)
+	return nil, errors.New("prepared without a context: " + query)
+}
+
+// PrepareContext is for the statement that serves many requests: in the log it is
+// "prepare", "batch <operations> <keys>" and "deallocate".
+func (c *fakeConn) PrepareContext(ctx context.Context, query string) (driver.Stmt, error) {
+	if query != batchStatement {
+		return nil, errors.New("prepared: " + query)
+	}
+	if _, err := c.send(ctx, "prepare"); err != nil {
+		return nil, err
+	}
+	return fakeStmt{c}, nil
+}
+
+type fakeStmt struct{ c *fakeConn }
+
+func (fakeStmt) NumInput() int                              { return 2 }
+func (fakeStmt) Exec([]driver.Value) (driver.Result, error) { return nil, errors.New("executed") }
+func (fakeStmt) Query([]driver.Value) (driver.Rows, error) {
+	return nil, errors.New("without a context")
+}
+
+func (s fakeStmt) Close() error {
+	_, err := s.c.send(context.Background(), "deallocate")
+	return err
+}
+
+func (s fakeStmt) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
+	ops, keys := args[0].Value.(string), args[1].Value.(string)
+	ctx, err := s.c.begin(ctx, "batch "+ops+" "+keys)
+	if err != nil {
+		return nil, err
+	}
+	answer := strings.Repeat("1", 1+strings.Count(ops, ","))
+	if s.c.s.batch != nil {
+		if answer, err = s.c.s.batch(ctx, s.c.no, ops, keys); err != nil {
+			return nil, err
+		}
+	}
+	return &fakeRows{[][]driver.Value{{answer}}}, nil
+}
+
+// A pgxConn has pgx's Conn().PgConn().Conn(), a net.Conn.
+type pgxConn struct{ *fakeConn }
+
+func (c pgxConn) pointer() *pgxConn { return &c }
+
+func (c *pgxConn) Conn() *pgxInner { return &pgxInner{c.fakeConn} }
+
+type pgxInner struct{ c *fakeConn }
+
+func (i *pgxInner) PgConn() *pgConn { return (*pgConn)(i) }
+
+type pgConn pgxInner
+
+func (p *pgConn) Conn() net.Conn { return &p.c.net }
+
+// A fakeNet ends what is under way on it, and everything after, with its deadline.
+type fakeNet struct {
+	net.Conn
+	ctx context.Context
+	end context.CancelFunc
+}
+
+func (n *fakeNet) SetDeadline(at time.Time) error {
+	if !at.Before(time.Now()) {
+		return errors.New("not a deadline that is over")
+	}
+	n.end()
+	return nil
 }
 
 func (c *fakeConn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
