@@ -85,8 +85,8 @@
 // ended before another process can have the lock. Where locks of several callers are on one
 // session, the shortest Heartbeat and the shortest HolderTimeout count for all of them.
 //
-// That is so from the first heartbeat on, or from the grant of a lock that was waited for
-// in the server's queue; HolderTimeout tells what holds before. It is not so where
+// That is so from the first heartbeat on, which is at once for Lead, or from the grant of a
+// lock that was waited for in the server's queue; HolderTimeout tells what holds before. It is not so where
 // the server ends the session by itself, as on pg_terminate_backend or a restart: the lock is free
 // at once, and its holder is told within two heartbeats.
 //

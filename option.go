@@ -71,8 +71,8 @@ func Heartbeat(d time.Duration) Option {
 // The server learns d with the first heartbeat, or with the grant of a lock that was
 // waited for in the server's queue, as idle_session_timeout, and forgets it with the last
 // release (RESET: a value that the program itself had SET on the session before is not
-// restored). A holder that got its lock in another way, and goes silent before its first
-// heartbeat, is bounded by the server's tcp_keepalives settings, and a process that is
+// restored). The first heartbeat of [Lead] is at once. A holder that got its lock in another
+// way, and goes silent before its first heartbeat, is bounded by the server's tcp_keepalives settings, and a process that is
 // frozen then, whose kernel answers them, by nothing. A server whose own
 // idle_session_timeout is shorter than a heartbeat frees locks too early.
 //
