@@ -1,0 +1,401 @@
+package advisory
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const millisecond = time.Millisecond
+
+// rtt is how long each statement takes on a table.
+func (p *lockTable) takes(d time.Duration) *lockTable {
+	p.rtt = func() time.Duration { return d }
+	return p
+}
+
+// holding acquires the locks of keys, one by one.
+func holding(t *testing.T, acquire func(Key) (*Lock, error), keys ...Key) []*Lock {
+	t.Helper()
+	var locks []*Lock
+	for _, k := range keys {
+		l, err := acquire(k)
+		wantError(t, err)
+		locks = append(locks, l)
+	}
+	return locks
+}
+
+// ids are n keys.
+func ids(n int) []Key {
+	keys := make([]Key, n)
+	for i := range keys {
+		keys[i] = ID(int64(100 + i))
+	}
+	return keys
+}
+
+func count(lines []string, part string) (n int) {
+	for _, l := range lines {
+		if strings.Contains(l, part) {
+			n++
+		}
+	}
+	return n
+}
+
+// What is asked for while a round trip is under way goes out in the next one, and soon
+// in one statement, which is gone when the connection goes back.
+func TestManyRequestsAreOneRoundTrip(t *testing.T) {
+	t.Parallel()
+	for _, direct := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			p, dbs, srvs := newTable(t, 1)
+			p.takes(millisecond)
+			srvs[0].direct = direct
+			start := time.Now()
+			var wg sync.WaitGroup
+			keys := append(ids(62), Pair(-3, 7), Pair(7, -2147483648))
+			for i, k := range keys {
+				for range 10 {
+					wg.Go(func() {
+						var opts []Option
+						if i%2 > 0 {
+							opts = append(opts, Shared())
+						}
+						wantError(t, WithLock(t.Context(), dbs[0], k, func(ctx context.Context) error {
+							if p.holders(k) != 1 {
+								t.Errorf("%v: %d holders", k, p.holders(k))
+							}
+							return ctx.Err()
+						}, opts...))
+					})
+				}
+			}
+			wg.Wait()
+			if d := time.Since(start); d > 200*millisecond {
+				t.Errorf("after %v", d)
+			}
+			time.Sleep(time.Second) // the statement is closed behind the last one's back
+			lines := srvs[0].lines()
+			if srvs[0].opened != 1 || count(lines, "1 prepare") != 1 || count(lines, "1 batch ") == 0 || lines[len(lines)-1] != "1 deallocate" {
+				t.Errorf("%d connections; last: %q", srvs[0].opened, lines[len(lines)-1])
+			}
+			p.clean()
+			wantIdle(t, dbs[0])
+		})
+	}
+}
+
+// A batch is of limited size.
+func TestABatchIsLimited(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		p.takes(millisecond)
+		var wg sync.WaitGroup
+		for _, k := range ids(3 * batchLimit) {
+			wg.Go(func() {
+				wantError(t, WithLock(t.Context(), dbs[0], k, func(context.Context) error {
+					time.Sleep(time.Second / 2)
+					return nil
+				}))
+			})
+		}
+		wg.Wait()
+		time.Sleep(time.Second)
+		for _, l := range srvs[0].lines() {
+			if n := 1 + strings.Count(l, ",")/2; strings.Contains(l, "batch") && n > batchLimit {
+				t.Errorf("%d locks in one statement", n)
+			}
+		}
+		if srvs[0].opened != 1 {
+			t.Errorf("%d connections", srvs[0].opened)
+		}
+		p.clean()
+	})
+}
+
+// The server refuses in the middle of a batch: what is half taken is freed, the requests are
+// answered one by one, and what is held is not disturbed.
+func TestABatchThatFails(t *testing.T) {
+	t.Parallel()
+	full := pgError("53200")
+	for _, test := range []struct {
+		name    string
+		failing func(op int64) bool
+	}{
+		{"locking", func(op int64) bool { return op == 1 }},
+		{"unlocking", func(op int64) bool { return op == 2 }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p, dbs, srvs := newTable(t, 1)
+				p.takes(millisecond)
+				l, err := Acquire(t.Context(), dbs[0], key)
+				wantError(t, err)
+				failed := 0
+				p.failIn = func(op, k int64) error {
+					if k == 120 && test.failing(op) {
+						failed++
+						return full
+					}
+					return nil
+				}
+				// Alone, it is refused, too.
+				p.fail = func(_ int, query string) error {
+					if failed > 0 && strings.Contains(query, "try_advisory_lock(120)") {
+						return full
+					}
+					return nil
+				}
+				var wg sync.WaitGroup
+				for _, k := range ids(40) {
+					wg.Go(func() {
+						var wants []any
+						if test.name == "locking" && k == ID(120) {
+							wants = []any{full, "max_locks_per_transaction"}
+						}
+						wantError(t, WithLock(t.Context(), dbs[0], k, func(ctx context.Context) error {
+							if p.holders(k) != 1 {
+								t.Errorf("%v: %d holders", k, p.holders(k))
+							}
+							return ctx.Err()
+						}), wants...)
+					})
+				}
+				wg.Wait()
+				if failed == 0 {
+					t.Error("no batch has failed")
+				}
+				if p.holders(key) != 1 || l.Context().Err() != nil || srvs[0].opened != 1 {
+					t.Errorf("%d holders, %v, %d connections", p.holders(key), context.Cause(l.Context()), srvs[0].opened)
+				}
+				wantError(t, l.Release())
+				time.Sleep(time.Second)
+				p.clean()
+				wantIdle(t, dbs[0])
+			})
+		})
+	}
+}
+
+// The session dies in a batch, or its answer makes no sense: all is lost, and the requests
+// go on over a new session.
+func TestABatchThatIsLost(t *testing.T) {
+	t.Parallel()
+	for _, direct := range []bool{false, true} {
+		for name, answer := range map[string]func(ctx context.Context) (string, error){
+			"gone":     func(context.Context) (string, error) { return "", io.ErrUnexpectedEOF },
+			"too few":  func(context.Context) (string, error) { return "1", nil },
+			"not held": func(context.Context) (string, error) { return strings.Repeat("0", 100), nil },
+			"silence":  func(ctx context.Context) (string, error) { <-ctx.Done(); return "", ctx.Err() },
+		} {
+			t.Run(name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					p, dbs, srvs := newTable(t, 1)
+					p.takes(millisecond)
+					srv := srvs[0]
+					srv.direct = direct
+					l, err := Acquire(t.Context(), dbs[0], key)
+					wantError(t, err)
+					batch := srv.batch
+					srv.batch = func(ctx context.Context, conn int, ops, keys string) (string, error) {
+						if conn == 1 {
+							if name == "not held" && !strings.Contains(ops, "2") {
+								return batch(ctx, conn, ops, keys)
+							}
+							return answer(ctx)
+						}
+						return batch(ctx, conn, ops, keys)
+					}
+					var wg sync.WaitGroup
+					for _, k := range ids(30) {
+						wg.Go(func() {
+							err := WithLock(t.Context(), dbs[0], k, func(ctx context.Context) error { return nil })
+							if err != nil && !errors.Is(err, ErrLost) {
+								t.Errorf("%v: %v", k, err)
+							}
+						})
+					}
+					wg.Wait()
+					<-l.Context().Done()
+					wantError(t, context.Cause(l.Context()), ErrLost, "hold bigint 42")
+					wantError(t, l.Release(), ErrLost)
+					time.Sleep(time.Minute)
+					if lines := srv.lines(); !slices.Contains(lines, "1 close") || srv.open() != 1 {
+						t.Errorf("%d connections of %d open", srv.open(), srv.opened)
+					}
+					p.clean()
+					wantIdle(t, dbs[0])
+				})
+			})
+		}
+	}
+}
+
+// The server's error to a lone request is no loss to others on the session.
+func TestALoneRequestThatFailsDisturbsNobody(t *testing.T) {
+	t.Parallel()
+	full := pgError("53200")
+	second := func(query string) string { return strings.ReplaceAll(query, "42", "43") }
+	const free = "SELECT pg_catalog.pg_advisory_unlock(43)"
+	for _, test := range []struct {
+		name    string
+		failing string
+		want    []string
+		wants   []any
+	}{
+		{"try", second(tryQuery), []string{second(tryQuery), free}, []any{full, "acquire bigint 43"}},
+		{"unlock", second(unlockQuery), []string{second(tryQuery), second(unlockQuery), free}, []any{full, ErrLost, "release bigint 43"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			p, dbs, srvs := newTable(t, 1)
+			p.fail = func(_ int, query string) error {
+				if query == test.failing {
+					return full
+				}
+				return nil
+			}
+			l, err := Acquire(t.Context(), dbs[0], key)
+			wantError(t, err)
+			wantError(t, WithLock(t.Context(), dbs[0], ID(43), nothing), test.wants...)
+			wantError(t, l.Release())
+			srvs[0].want(t, on(1, slices.Concat([]string{"open", tryQuery}, test.want, []string{unlockQuery})...)...)
+			p.clean()
+			wantIdle(t, dbs[0])
+		})
+	}
+}
+
+// A statement that never returns is broken off on the network's connection of a driver that
+// is known, on the caller's goroutine.
+func TestAStatementThatNeverReturnsIsBrokenOff(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		stuck string
+		run   func(t *testing.T, ctx context.Context, locks func(opts ...Option) error) error
+		after time.Duration
+		sent  []string
+		wants []any
+	}{
+		{"a try", tryQuery, nil, answerBound, []string{tryQuery}, []any{"no answer from the server within 10s"}},
+		{"an unlock", unlockQuery, nil, releaseBound, []string{tryQuery, unlockQuery}, []any{ErrLost, "no answer from the server within 5s"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				srv.direct = true
+				srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+					if query == test.stuck {
+						<-ctx.Done()
+						return 0, io.ErrUnexpectedEOF
+					}
+					return 1, nil
+				}
+				start := time.Now()
+				wantError(t, WithLock(t.Context(), db, key, nothing), test.wants...)
+				if d := time.Since(start); d != test.after {
+					t.Errorf("after %v", d)
+				}
+				srv.want(t, on(1, append(append([]string{"open"}, test.sent...), "close")...)...)
+				wantIdle(t, db)
+			})
+		})
+	}
+}
+
+// The end of ctx leaves a moment to the answer of a try, if nobody else has locks on the
+// session, and breaks off a wait at once.
+func TestTheEndOfCtxBreaksOff(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		stuck string
+		after time.Duration
+		sent  []string
+	}{
+		{tryQuery, time.Second + answerGrace, []string{tryQuery}},
+		{armedWaitQuery, time.Second, []string{tryQuery, armedWaitQuery}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.direct = true
+			srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+				if query == test.stuck {
+					<-ctx.Done()
+					return 0, io.ErrUnexpectedEOF
+				}
+				return 0, nil
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			start := time.Now()
+			wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+			if d := time.Since(start); d != test.after {
+				t.Errorf("%s: after %v", test.stuck, d)
+			}
+			synctest.Wait()
+			srv.want(t, on(1, append(append([]string{"open"}, test.sent...), "close")...)...)
+			wantIdle(t, db)
+		})
+	}
+}
+
+// A session is lost while two of its requests are not answered, and one of them is the
+// first part of a release: the second part is on another session.
+func TestAReleaseOnTwoSessionsOneOfWhichIsSilent(t *testing.T) {
+	t.Parallel()
+	for _, first := range []time.Duration{time.Hour, time.Second} { // that the one before it takes
+		synctest.Test(t, func(t *testing.T) { releaseOnTwoSessions(t, first) })
+	}
+}
+
+func releaseOnTwoSessions(t *testing.T, first time.Duration) {
+	p, dbs, srvs := newTable(t, 2)
+	held := make(chan struct{})
+	free := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		wantError(t, WithLock(t.Context(), dbs[1], ID(43), func(context.Context) error {
+			close(held)
+			<-free
+			return nil
+		}))
+	})
+	<-held
+	silent := false
+	script := srvs[0].script
+	srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+		if silent && conn == 1 {
+			sleep(ctx, first)
+			if first = time.Hour; ctx.Err() != nil {
+				return 0, ctx.Err()
+			}
+		}
+		return script(ctx, conn, query)
+	}
+	time.AfterFunc(100*millisecond, func() { close(free) })
+	err := WithLocks(t.Context(), dbs[0], []Key{key, ID(43)}, func(context.Context) error {
+		// Others are at work on the first session.
+		silent = true
+		for range 3 {
+			wg.Go(func() { _ = WithLock(t.Context(), dbs[0], ID(44), nothing, NoWait(), Timeout(time.Minute)) })
+			wg.Go(func() { _ = WithLock(t.Context(), dbs[0], ID(45), nothing, NoWait()) })
+		}
+		synctest.Wait()
+		return nil
+	}, Heartbeat(time.Hour), HolderTimeout(4*time.Hour))
+	wantError(t, err, ErrLost)
+	wg.Wait()
+	time.Sleep(time.Minute)
+	p.clean()
+	wantIdle(t, dbs[0])
+}
