@@ -94,7 +94,7 @@ const batchStatement = "SELECT pg_catalog.array_to_string(ARRAY(SELECT CASE" +
 	" WHEN op OPERATOR(pg_catalog.=) 34 THEN pg_catalog.pg_advisory_unlock(" + batchPair + ")::pg_catalog.int4" +
 	" WHEN op OPERATOR(pg_catalog.=) 49 THEN pg_catalog.pg_try_advisory_lock_shared(" + batchPair + ")::pg_catalog.int4" +
 	" WHEN op OPERATOR(pg_catalog.=) 50 THEN pg_catalog.pg_advisory_unlock_shared(" + batchPair + ")::pg_catalog.int4" +
-	" END FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text::pg_catalog.int4[])," +
+	" ELSE 0 END FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text::pg_catalog.int4[])," +
 	" pg_catalog.unnest($2::pg_catalog.text::pg_catalog.int8[])) AS asked (op, key)), '')"
 
 const batchPair = "(key OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4," +
@@ -125,14 +125,25 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 		h.mu.Unlock()
 		return sessionLost{c.lost}
 	}
-	if !c.working {
+	others := r.op == opTry && len(c.holds) > 0
+	// Who serves its own request cannot leave before the answer, or the end of the session:
+	// which is near, where others' locks are on it.
+	if !c.working && (!others || c.watch.every <= defaultHeartbeat) {
 		c.working = true
 		c.serving = r
 		h.mu.Unlock()
+		if others {
+			bound = answerBound
+		}
 		return c.serveOne(ctx, r, bound)
 	}
 	r.done = make(chan struct{})
 	c.pending = append(c.pending, r)
+	if !c.working {
+		c.working = true
+		c.users++
+		go c.work()
+	}
 	h.mu.Unlock()
 	if r.op != opTry && ctx.Done() == nil {
 		// The statement under way, and the next one, are bounded: that is enough.
@@ -319,10 +330,11 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 	default:
 		// The server's error, on a session that others have locks on.
 		r.err = err
-		if r.op == opTry || r.op == opUnlock {
-			err = c.free(ctx, r)
-			c.note(r)
-			return err
+		if r.op == opTry {
+			return c.free(ctx, r)
+		}
+		if r.op == opUnlock {
+			return c.unlockAgain(ctx, r)
 		}
 		return nil
 	}
@@ -359,6 +371,9 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 			c.opText = append(strconv.AppendInt(c.opText, code, 10), ',')
 			c.noText = append(strconv.AppendInt(c.noText, k.id, 10), ',')
 		}
+	}
+	if len(c.opText) == 1 { // nobody wants more than to look
+		return c.answerEach(ctx, reqs, bound)
 	}
 	c.opText[len(c.opText)-1], c.noText[len(c.noText)-1] = '}', '}'
 
@@ -432,14 +447,22 @@ func (c *carrier) afterFailure(ctx context.Context, reqs []*request, bound time.
 			}
 			continue
 		}
-		// It may have been unlocked: this session has held it for as long as it lives.
-		r.sent = time.Now()
-		if _, err := c.execNow(ctx, bound, freeKeysStatement(r.keys, r.shared)); err != nil {
+		if err := c.unlockAgain(ctx, r); err != nil {
 			return err
 		}
-		r.ok = true
-		c.note(r)
 	}
+	return nil
+}
+
+// unlockAgain unlocks r's keys after a statement that failed, and may have unlocked them.
+// Until then the session has held them, for as long as it lives.
+func (c *carrier) unlockAgain(ctx context.Context, r *request) error {
+	r.sent = time.Now()
+	if err := c.free(ctx, r); err != nil {
+		return err
+	}
+	r.ok, r.err = true, nil
+	c.note(r)
 	return nil
 }
 
@@ -491,7 +514,7 @@ func (c *carrier) stillHeld(reqs []*request) error {
 	h.mu.Lock()
 	stale := false
 	for _, r := range reqs {
-		stale = stale || r.op == opTry && r.ok && c.armed && time.Since(r.sent) >= r.every
+		stale = stale || r.op == opTry && r.ok && c.armed && time.Since(r.sent) >= c.strict(r.every)
 	}
 	h.mu.Unlock()
 	if !stale {
@@ -606,8 +629,10 @@ func (c *carrier) clean() error {
 		}
 	}
 	if c.armed {
-		_, err := c.execNow(context.Background(), releaseBound, disarmStatement)
-		return err
+		if _, err := c.execNow(context.Background(), releaseBound, disarmStatement); err != nil {
+			return err
+		}
+		c.disarmed()
 	}
 	return nil
 }

@@ -869,6 +869,8 @@ type attempts struct {
 	waited bool      // the server has answered, and the lock was taken
 	outage time.Time // when the server was first missed, while waiting
 	hint   string    // why the acquisition failed, beside its error
+
+	turn *apartTurn // what is to be had before a session is; nil: nothing
 }
 
 func newAttempts(ctx context.Context, db *sql.DB, keys []Key, cfg *config) attempts {
@@ -900,7 +902,13 @@ func (a *attempts) keepTrying(attempt func(*session) error) (*session, error) {
 			a.stale = a.db.Stats().Idle
 		}
 		ctx, cancel := a.untilDeadline()
-		s, err := openSession(ctx, a.db, a.cfg)
+		var s *session
+		var err error
+		if a.turn != nil {
+			s, err = a.turn.open(ctx)
+		} else {
+			s, err = openSession(ctx, a.db, a.cfg)
+		}
 		cancel()
 		opened := err == nil
 		if opened {
@@ -929,7 +937,8 @@ func (a *attempts) again(err error, opened, own bool) error {
 		err = errors.Join(errTimeout, err)
 	}
 	early := errors.Is(err, errLostBeforeUse) || opened && !own
-	gone := sessionGone(err) || errors.As(err, new(sessionLost))
+	// database/sql closes a Conn that it has found dead.
+	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone)
 	switch {
 	case a.ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
 		if !opened && a.hint == "" {
@@ -1030,12 +1039,13 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	a := acquisition{attempts: newAttempts(ctx, db, keys, &cfg), hub: hubOf(db)}
-	leave, err := a.enterApart(key)
+	turn, err := a.enterApart(key)
 	if err != nil {
 		_, err = o.acquired(ctx, a.error(err), nil)
 		return err
 	}
-	defer leave()
+	defer turn.leave()
+	a.turn = turn
 	s, err := a.keepTrying(func(s *session) error {
 		s.lent = true
 		if cfg.given.has(optHolderTimeout) {

@@ -27,8 +27,10 @@ type hub struct {
 	opening bool     // somebody opens the shared session
 	opened  *opening // told of how that went; nil: nobody asks
 
-	sessions int // carriers, and those that wait in the server's queue
-	polling  int // those who wait, and do not have such a session
+	sessions int  // carriers, and those that wait in the server's queue
+	polling  int  // those who wait, and do not have such a session
+	asking   bool // somebody asks who holds a lock
+	seed     uint64
 
 	// For the next one, so that a lone lock does not make them anew.
 	spareQueue   *queue
@@ -55,7 +57,7 @@ func hubOf(db *sql.DB) *hub {
 	defer hubs.mu.Unlock()
 	h := hubs.of[p]
 	if h == nil {
-		h = &hub{queues: make(map[lockID]*queue)}
+		h = &hub{queues: make(map[lockID]*queue), seed: rand.Uint64()}
 		if hubs.of == nil {
 			hubs.of = make(map[weak.Pointer[sql.DB]]*hub)
 		}
@@ -312,12 +314,13 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 	defer h.mu.Unlock()
 	defer h.tidy(q)
 	now := time.Now()
-	if err != nil && !errors.As(err, new(sessionLost)) {
+	switch {
+	case err == nil && t.on.lost == nil:
+	case err == nil, errors.As(err, new(sessionLost)), sessionGone(err):
+		q.lost(t.on, now)
+	default:
 		q.gaveUp(&a.w, now)
 		return turn{}, err
-	}
-	if err != nil || t.on.lost != nil {
-		q.lost(t.on, now)
 	}
 	return q.looked(&a.w, t.lease, r.ok, now), nil
 }
@@ -350,8 +353,7 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 		}
 		if errors.Is(err, errYield) {
 			h.poll(1)
-			// In step with others, so that they are tried together.
-			sleep(a.ctx, within(pause-time.Duration(time.Now().UnixNano())%pause+rand.N(pause/8), a.deadline))
+			sleep(a.ctx, within(h.untilTick(pause), a.deadline))
 			h.poll(-1)
 			pause = min(2*pause, pollMax)
 			if err = a.ctx.Err(); err == nil && within(1, a.deadline) <= 0 {
@@ -422,7 +424,10 @@ func (a *acquisition) settle(then func()) {
 	a.late, a.lateOn = nil, nil
 	undo := func() {
 		if r.ok {
-			_ = c.ask(context.Background(), &request{op: opUnlock, keys: r.keys, shared: r.shared}, releaseBound)
+			err := c.ask(context.Background(), &request{op: opUnlock, keys: r.keys, shared: r.shared}, releaseBound)
+			if err != nil {
+				c.lose(lostCause(err))
+			}
 		}
 		then()
 		a.hub.leave(c)
@@ -444,7 +449,8 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	h.mu.Lock()
 	q.refused()
 	h.mu.Unlock()
-	if !h.mayWait(a.db) {
+	may, instead := h.mayWait(a.db)
+	if !may {
 		return nil, time.Time{}, errYield
 	}
 	began := time.Now()
@@ -452,7 +458,7 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		s.watchOver()
 		s.silent = a.cfg.holderTimeout
 		s.waited = true
-		s.enough = func() bool { return time.Since(began) > yieldAfter && h.othersPoll() }
+		s.enough = func() bool { return h.othersWait(instead, time.Since(began) > yieldAfter) }
 		if err := s.wait(a.ctx, k, a.deadline); err != nil {
 			return err
 		}
@@ -464,6 +470,9 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	})
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if instead {
+		defer h.isOpened(nil)
+	}
 	if err != nil {
 		h.sessions--
 		return nil, time.Time{}, err
@@ -474,18 +483,19 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	if h.shared == nil && !s.doubtful {
 		h.shared = c
 	}
-	return c, s.proof, nil
+	return c, time.Now(), nil // it was asked for long before it was granted
 }
 
 // mayWait tells whether one more session may wait in the server's queue, and counts it.
-// All sessions of the hub take no more than half of a limited pool, but for the shared one.
-func (h *hub) mayWait(db *sql.DB) bool {
+// All sessions of the hub take no more than half of a limited pool, but for the shared one:
+// if that is not open, a session may wait instead of it, and those who want it wait.
+func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
 	stats := db.Stats()
 	limit := 1 + maxWaits
 	if stats.MaxOpenConnections > 0 {
 		limit = min(limit, stats.MaxOpenConnections/2)
 		if stats.InUse >= stats.MaxOpenConnections {
-			return false
+			return false, false
 		}
 	}
 	h.mu.Lock()
@@ -494,11 +504,31 @@ func (h *hub) mayWait(db *sql.DB) bool {
 	if h.shared == nil {
 		sessions++ // there is always room for that
 	}
-	if sessions >= limit {
-		return false
+	switch {
+	case sessions < limit:
+	case h.sessions < limit && h.shared == nil && !h.opening:
+		h.opening, instead = true, true
+	default:
+		return false, false
 	}
 	h.sessions++
-	return true
+	return true, instead
+}
+
+// othersWait tells whether one who waits in the server's queue should let others.
+func (h *hub) othersWait(instead, long bool) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return instead && h.opened != nil || long && h.polling > 0
+}
+
+// untilTick is a pause of up to pause and some: to the next tick of a clock that is the same
+// for all of this process, so that they try together, and another one in others.
+func (h *hub) untilTick(pause time.Duration) time.Duration {
+	now := time.Now()
+	tick := now.UnixNano()/int64(pause) + 1
+	jitter := rand.New(rand.NewPCG(h.seed, uint64(tick))).Int64N(int64(pause / 8))
+	return time.Unix(0, tick*int64(pause)+jitter).Sub(now)
 }
 
 func (h *hub) poll(n int) {
@@ -507,10 +537,14 @@ func (h *hub) poll(n int) {
 	h.polling += n
 }
 
-func (h *hub) othersPoll() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.polling > 0
+// isOpened tells those who wait for the shared session that it has been opened, or has not.
+func (h *hub) isOpened(err error) {
+	h.opening = false
+	if h.opened != nil {
+		h.opened.err = err
+		close(h.opened.done)
+		h.opened = nil
+	}
 }
 
 // session returns the shared session, which the caller has use for until it calls leave.
@@ -552,13 +586,10 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 	defer func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		h.opening = false
-		if h.opened != nil {
-			if a.ctx.Err() == nil && !a.over() {
-				h.opened.err = err
-			}
-			close(h.opened.done)
-			h.opened = nil
+		if a.ctx.Err() != nil || a.over() {
+			h.isOpened(nil) // that is no news for others
+		} else {
+			h.isOpened(err)
 		}
 	}()
 	if a.stale < 0 {
@@ -682,6 +713,7 @@ func (h *hub) spare(c *carrier) {
 	c.session, c.lost, c.batch, c.alone, c.lone = nil, nil, nil, 0, [1]*request{}
 	s := h.spareSession
 	s.conn, s.db, s.guard.dc, s.held, s.waited, s.enough, s.doubtful = nil, nil, nil, nil, false, nil, false
+	s.silent, s.armed, s.broken, s.waitingFor, s.proof = 0, false, false, Key{}, time.Time{}
 }
 
 var errFinished = errors.New("the session has been handed back")
@@ -781,56 +813,122 @@ func (h *hub) tidy(q *queue) {
 	}
 }
 
-// who says who holds the lock, if one query can tell.
+// who says who holds the lock, if one query can tell: on a connection that lies ready, one at
+// a time, and not on a session that carries locks, which a slow answer would cost.
 func (a *acquisition) who(k Key) string {
 	h := a.hub
 	h.mu.Lock()
-	c := h.shared
-	if q := h.queues[k.lockID()]; q != nil && q.on != nil {
-		c = q.on
-	}
-	if c != nil && c.lost == nil {
-		c.users++
-		h.mu.Unlock()
-		defer h.leave(c)
-		return c.whoHolds(k)
-	}
+	q := h.queues[k.lockID()]
+	ours := q != nil && (q.on != nil || q.apart > 0)
+	ask := !h.asking && a.db.Stats().Idle > 0
+	h.asking = h.asking || ask
 	h.mu.Unlock()
+	var who string
+	if ask {
+		who = a.askWho(k)
+		h.mu.Lock()
+		h.asking = false
+		h.mu.Unlock()
+	}
+	if who == "" && ours {
+		who = "held by this process"
+	}
+	return who
+}
+
+func (a *acquisition) askWho(k Key) string {
 	ctx, cancel := context.WithTimeout(a.ctx, heldByBound)
 	defer cancel()
 	s, err := openSession(ctx, a.db, a.cfg)
 	if err != nil {
 		return ""
 	}
-	defer func() {
-		if s.broken {
-			s.discard()
-		} else {
-			s.handBack()
-		}
-	}()
-	return s.whoHolds(k)
+	who := s.whoHolds(k)
+	if s.broken {
+		s.discard()
+	} else {
+		s.handBack()
+	}
+	return who
 }
 
-// enterApart waits for the turn of one that takes the lock on a session of its own: for
-// others of this process not on a connection. leave ends the turn.
-func (a *acquisition) enterApart(k Key) (leave func(), err error) {
-	h := a.hub
-	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait, apart: true}
-	q, t := h.enter(k, &a.w)
-	if t.to == await {
-		t, err = a.awaitTurn(k, q)
+// An apartTurn is the turn, in the process's own queue, of one that takes the lock on a
+// session of its own.
+type apartTurn struct {
+	a   *acquisition
+	q   *queue
+	key Key
+	has bool // the turn
+}
+
+// turnBound is how long one who has the turn waits for a connection: others may wait for the
+// turn who have one.
+const turnBound = 250 * time.Millisecond
+
+// enterApart waits for the turn.
+func (a *acquisition) enterApart(k Key) (*apartTurn, error) {
+	t := &apartTurn{a: a, key: k}
+	return t, t.await()
+}
+
+// enter takes the turn, or a place in the queue.
+func (t *apartTurn) enter(noWait bool) action {
+	a := t.a
+	a.w = waiter{shared: a.cfg.shared, noWait: noWait, apart: true}
+	q, turn := a.hub.enter(t.key, &a.w)
+	t.q, t.has = q, turn.to == ask
+	return turn.to
+}
+
+func (t *apartTurn) await() error {
+	switch t.enter(t.a.cfg.noWait) {
+	case refuse:
+		return errRefused
+	case await:
+		_, err := t.a.awaitTurn(t.key, t.q)
+		t.has = err == nil
+		return err
 	}
-	switch {
-	case err != nil:
-		return nil, err
-	case t.to == refuse:
-		return nil, errRefused
+	return nil
+}
+
+// open opens a session for one who has the turn; but waits for one only without.
+func (t *apartTurn) open(ctx context.Context) (*session, error) {
+	a := t.a
+	if a.db.Stats().MaxOpenConnections == 0 {
+		return openSession(ctx, a.db, a.cfg) // which waits for nobody
 	}
-	return func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		q.leaveApart(time.Now())
-		h.tidy(q)
-	}, nil
+	for {
+		short, cancel := context.WithTimeoutCause(ctx, turnBound, errTurnBound)
+		s, err := openSession(short, a.db, a.cfg)
+		cancel()
+		if err == nil || !errors.Is(err, errTurnBound) {
+			return s, err
+		}
+		t.leave()
+		if s, err = openSession(ctx, a.db, a.cfg); err != nil {
+			return nil, err
+		}
+		if t.enter(true) == ask {
+			return s, nil
+		}
+		s.handBack()
+		if err := t.await(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+var errTurnBound = errors.New("no connection at once")
+
+// leave ends the turn.
+func (t *apartTurn) leave() {
+	h := t.a.hub
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if t.has {
+		t.has = false
+		t.q.leaveApart(time.Now())
+		h.tidy(t.q)
+	}
 }

@@ -78,12 +78,13 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	a := acquisition{attempts: newAttempts(ctx, db, keys, &cfg), hub: hubOf(db)}
-	leave, err := a.enterApart(key)
+	turn, err := a.enterApart(key)
 	if err != nil {
 		_, err = o.acquired(ctx, a.error(err), nil)
 		return err
 	}
-	defer leave()
+	defer turn.leave()
+	a.turn = turn
 	var t txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
 	s, err := a.keepTrying(func(s *session) error {

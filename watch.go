@@ -58,7 +58,7 @@ func (h *hub) begin(hd *hold) {
 func (c *carrier) watchFor(h *hold) {
 	w := &c.watch
 	c.holds[h] = struct{}{}
-	every := h.cfg.heartbeat
+	every := c.strict(h.cfg.heartbeat)
 	first := len(c.holds) == 1
 	next := c.proof.Add(every)
 	switch {
@@ -73,6 +73,15 @@ func (c *carrier) watchFor(h *hold) {
 	if first || next.Before(w.next) {
 		w.set(c, next)
 	}
+}
+
+// strict is every, or what is left of the silence that the server may have been told to put up
+// with, for a lock that is not held any more: three heartbeats, as always.
+func (c *carrier) strict(every time.Duration) time.Duration {
+	if c.armed {
+		return min(every, c.silent/3)
+	}
+	return every
 }
 
 func (w *watch) set(c *carrier, next time.Time) {
@@ -123,7 +132,7 @@ func (c *carrier) beat() {
 		}
 	}
 	proof := c.proof
-	answerIn := proof.Add(2 * w.every).Sub(sent)
+	answerIn := proof.Add(2 * c.strict(w.every)).Sub(sent)
 	h.mu.Unlock()
 	if answerIn <= 0 {
 		// This process was frozen, and another may hold the lock by now.
@@ -189,6 +198,9 @@ func (c *carrier) check(bound time.Duration) error {
 	h.mu.Unlock()
 	sent := time.Now()
 	rows, err := c.execNow(context.Background(), bound, query)
+	if sqlState(err) == queryCanceled { // pg_cancel_backend, say: the server has answered
+		rows, err = c.execNow(context.Background(), bound, query)
+	}
 	if err != nil {
 		return err
 	}
