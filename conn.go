@@ -936,7 +936,7 @@ func (a *attempts) again(err error, opened, own bool) error {
 		}
 		err = errors.Join(errTimeout, err)
 	}
-	early := errors.Is(err, errLostBeforeUse) || opened && !own
+	early := errors.Is(err, errLostBeforeUse) || opened && !own && !a.waited
 	// database/sql closes a Conn that it has found dead.
 	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone)
 	switch {

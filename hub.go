@@ -262,6 +262,7 @@ func (a *acquisition) awaitTurn(k Key, q *queue) (turn, error) {
 	var err error
 	select {
 	case t := <-a.w.turns:
+		a.outage = time.Time{}
 		return t, nil
 	case <-a.ctx.Done():
 		err = a.ctx.Err()
@@ -404,6 +405,7 @@ func (a *acquisition) try(keys []Key) (c *carrier, sent time.Time, err error) {
 			}
 			h.leave(c)
 			if err == nil {
+				a.outage = time.Time{} // the server has answered
 				return nil, time.Time{}, errRefused
 			}
 		}
