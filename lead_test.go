@@ -181,14 +181,17 @@ func TestACampaignEndsWithCtxOrTheDB(t *testing.T) {
 		})
 	})
 	t.Run("after the leader's term", func(t *testing.T) {
-		db, srv := newServer(t)
-		ctx, cancel := context.WithCancel(t.Context())
-		wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
-			cancel()
-			<-ctx.Done()
-			return nil
-		}))
-		srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+				synctest.Wait()
+				cancel()
+				<-ctx.Done()
+				return nil
+			}))
+			srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery)...)
+		})
 	})
 }
 
