@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -113,15 +114,9 @@ func randomSchedule(t *testing.T, seed uint64) {
 	}
 	slow := rng.IntN(3)
 	p.rtt = func() time.Duration { return time.Duration(random(1+1000*slow)) * time.Microsecond }
-	limited := false
 	for i, db := range dbs {
 		srvs[i].direct = direct
-		limit := []int{0, 1, 2, 3, 5}[rng.IntN(5)]
-		if limit == 1 && apart {
-			limit = 2
-		}
-		db.SetMaxOpenConns(limit)
-		limited = limited || limit > 0
+		db.SetMaxOpenConns([]int{0, 1, 2, 3, 5}[rng.IntN(5)])
 	}
 	over := make(chan struct{})
 	if kills {
@@ -174,9 +169,6 @@ func randomSchedule(t *testing.T, seed uint64) {
 				}
 				// A statement that is broken off in a transaction has database/sql wait for
 				// its own locks, during which virtual time stands still.
-				if apart && limited && choice == len(closures) {
-					choice = 0
-				}
 				tx := choice >= 4 && choice < len(closures)
 				if tx && (kills || errs) {
 					choice, tx = 3, false
@@ -236,7 +228,7 @@ func randomSchedule(t *testing.T, seed uint64) {
 					}
 				case errors.Is(err, ErrNotAcquired) && bounded && !ran:
 				case ran && bounded && errors.Is(err, context.Canceled): // a transaction's
-				case kills && (errors.Is(err, ErrLost) || sessionGone(err)):
+				case kills && (errors.Is(err, ErrLost) || sessionGone(err) || errors.Is(err, errLostInTurn)):
 				case errs && (errors.Is(err, internal) || errors.Is(err, ErrLost)):
 				default:
 					t.Errorf("choice %d: %v", choice, err)
@@ -299,4 +291,627 @@ func TestWithLocksThatWaitsForLongHasNotLostWhatItHolds(t *testing.T) {
 			p.clean()
 		})
 	}
+}
+
+// take acquires key k, and fails the test if it cannot.
+func take(t *testing.T, db *sql.DB, k Key, opts ...Option) *Lock {
+	t.Helper()
+	l, err := Acquire(t.Context(), db, k, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// All that a process holds is on one connection, which it gives back with the last lock.
+func TestOneSessionCarriesManyLocks(t *testing.T) {
+	t.Parallel()
+	p, dbs, srvs := newTable(t, 1)
+	db := dbs[0]
+	db.SetMaxOpenConns(2)
+	var locks []*Lock
+	for _, k := range append(ids(1000), Pair(1, 2), Name("a")) {
+		locks = append(locks, take(t, db, k))
+	}
+	shared := take(t, db, key, Shared())
+	if n := db.Stats().InUse; n != 1 {
+		t.Errorf("%d connections in use", n)
+	}
+	// And there is another for the work.
+	if _, err := db.ExecContext(t.Context(), "SELECT"); err != nil {
+		t.Error(err)
+	}
+	for _, l := range locks {
+		wantError(t, l.Release())
+	}
+	if n := db.Stats().InUse; n != 1 {
+		t.Errorf("%d connections in use", n)
+	}
+	wantError(t, shared.Release())
+	p.clean()
+	wantIdle(t, db)
+	if srvs[0].opened != 2 {
+		t.Errorf("%d connections", srvs[0].opened)
+	}
+}
+
+// The strictest Heartbeat and HolderTimeout of those on a session count, for as long as they are.
+func TestTheStrictestHeartbeatAndHolderTimeoutCount(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		start := time.Now()
+		var at []string
+		p.fail = func(_ int, query string) error {
+			if before, _, ok := strings.Cut(query, "SELECT FROM pg_catalog.pg_locks"); ok {
+				at = append(at, strings.TrimSpace(fmt.Sprint(time.Since(start), " ", strings.TrimSuffix(before, "; "))))
+			}
+			return nil
+		}
+		lenient := take(t, dbs[0], key, Heartbeat(2*time.Second), HolderTimeout(20*time.Second))
+		time.Sleep(2100 * time.Millisecond)
+		strict := take(t, dbs[0], ID(43), Heartbeat(200*time.Millisecond), HolderTimeout(time.Second))
+		time.Sleep(500 * time.Millisecond)
+		wantError(t, strict.Release())
+		time.Sleep(5 * time.Second)
+		other := take(t, dbs[0], ID(44), Heartbeat(3*time.Second), HolderTimeout(30*time.Second))
+		wantError(t, lenient.Release())
+		time.Sleep(5 * time.Second)
+		wantError(t, other.Release())
+		const arm = " SET idle_session_timeout = "
+		want := []string{
+			"2s" + arm + "20000", "2.3s" + arm + "1000", "2.5s",
+			// One that is not so strict any more takes effect with the next heartbeat.
+			"2.7s" + arm + "20000", "4.7s", "6.7s", "8.7s" + arm + "30000", "11.7s",
+		}
+		if !slices.Equal(at, want) {
+			t.Errorf("heartbeats: %q, want %q", at, want)
+		}
+		if lines := srvs[0].lines(); lines[len(lines)-1] != "1 RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock(44)" {
+			t.Errorf("last: %s", lines[len(lines)-1])
+		}
+		p.clean()
+		wantIdle(t, dbs[0])
+	})
+}
+
+// A lost session ends every hold on it before anybody else can have the lock; who waits goes
+// on over a new session.
+func TestALostSessionEndsAllItsHolds(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		db := dbs[0]
+		var locks []*Lock
+		for _, k := range ids(5) {
+			locks = append(locks, take(t, db, k))
+		}
+		locks = append(locks, take(t, db, key, Shared()), take(t, db, key, Shared()))
+		var wg sync.WaitGroup
+		for i, k := range append(ids(5), key) {
+			wg.Go(func() {
+				wantError(t, WithLock(t.Context(), db, k, func(ctx context.Context) error {
+					if locks[i].Context().Err() == nil || p.holders(k) != 1 {
+						t.Errorf("%v: %d holders, and the one before goes on", k, p.holders(k))
+					}
+					return ctx.Err()
+				}))
+			})
+		}
+		synctest.Wait()
+		p.kill(backendID{srvs[0], 1})
+		// It is noticed by whoever asks something first.
+		wantError(t, WithLock(t.Context(), db, ID(1), nothing))
+		wg.Wait()
+		for _, l := range locks {
+			wantError(t, context.Cause(l.Context()), ErrLost, "lock lost")
+			wantError(t, l.Release(), ErrLost)
+		}
+		if srvs[0].opened != 2 || srvs[0].open() != 1 {
+			t.Errorf("%d connections of %d open", srvs[0].open(), srvs[0].opened)
+		}
+		p.clean()
+		wantIdle(t, db)
+	})
+}
+
+// A caller that goes away leaves nothing behind, wherever its request is: in the line for the
+// session, under way alone or among others, or answered too late.
+func TestACallerThatGoesAwayLeavesNoLock(t *testing.T) {
+	t.Parallel()
+	for _, others := range []int{0, 2, 30} {
+		for after := time.Duration(0); after <= 20*time.Millisecond; after += time.Millisecond / 2 {
+			synctest.Test(t, func(t *testing.T) {
+				p, dbs, srvs := newTable(t, 1)
+				p.takes(3 * time.Millisecond)
+				db := dbs[0]
+				var wg sync.WaitGroup
+				for i, k := range ids(others) {
+					wg.Go(func() {
+						time.Sleep(time.Duration(i%3) * time.Millisecond)
+						wantError(t, WithLock(t.Context(), db, k, func(ctx context.Context) error {
+							time.Sleep(5 * time.Millisecond)
+							return ctx.Err()
+						}))
+					})
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), after)
+				defer cancel()
+				var ran bool
+				wg.Go(func() {
+					err := WithLock(ctx, db, key, func(context.Context) error { ran = true; return nil })
+					if !ran {
+						wantError(t, err, ErrNotAcquired, context.DeadlineExceeded)
+					} else {
+						wantError(t, err)
+					}
+					if d := time.Duration(0); !ran && p.holders(key) > 0 && d > 0 {
+						t.Error("held")
+					}
+				})
+				// The next in line gets it when it is certain that the first has not.
+				wg.Go(func() {
+					time.Sleep(time.Millisecond)
+					wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
+						if p.holders(key) != 1 {
+							t.Errorf("%d holders", p.holders(key))
+						}
+						return ctx.Err()
+					}))
+				})
+				wg.Wait()
+				time.Sleep(time.Minute)
+				p.clean()
+				wantIdle(t, db)
+				if srvs[0].opened > 1 {
+					t.Errorf("%d connections", srvs[0].opened)
+				}
+			})
+		}
+	}
+}
+
+// Within 20 ms of the grant a lock is handed on without the server, which is asked by the
+// release whether it was held; then it goes back to the server's queue.
+func TestALockIsHandedOnForAMoment(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		var order []int
+		var wg sync.WaitGroup
+		l := take(t, dbs[0], key)
+		for i := range 6 {
+			wg.Go(func() {
+				wantError(t, WithLock(t.Context(), dbs[0], key, func(context.Context) error {
+					order = append(order, i)
+					time.Sleep(6 * time.Millisecond)
+					return nil
+				}))
+			})
+			synctest.Wait()
+		}
+		wantError(t, l.Release())
+		wg.Wait()
+		if !slices.Equal(order, []int{0, 1, 2, 3, 4, 5}) {
+			t.Errorf("order: %v", order)
+		}
+		// Each release asks, but for those that unlock.
+		const asks = "SELECT"
+		srvs[0].want(t, on(1, "open", tryQuery, asks, asks, asks, asks, unlockQuery, tryQuery, asks, unlockQuery)...)
+		p.clean()
+		wantIdle(t, dbs[0])
+	})
+}
+
+// The release of a lock that was handed on is not nil if the session was gone by then.
+func TestAHandedOnLockThatIsLostIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		l := take(t, dbs[0], key)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			// It may be handed on before the loss is known, but not be held in the end.
+			err := WithLock(t.Context(), dbs[0], key, func(ctx context.Context) error { sleep(ctx, time.Second); return nil })
+			if err != nil {
+				wantError(t, err, ErrLost)
+			}
+		})
+		synctest.Wait()
+		p.kill(backendID{srvs[0], 1})
+		wantError(t, l.Release(), ErrLost)
+		wg.Wait()
+		p.clean()
+		wantIdle(t, dbs[0])
+	})
+}
+
+// Other processes get their turn: two of them share a lock that both always want.
+func TestProcessesShareALockThatBothAlwaysWant(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, _ := newTable(t, 2)
+		p.takes(time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		var turns [2]int
+		var wg sync.WaitGroup
+		for i, db := range dbs {
+			for range 8 {
+				wg.Go(func() {
+					for ctx.Err() == nil {
+						_ = WithLock(ctx, db, key, func(context.Context) error {
+							turns[i]++
+							time.Sleep(time.Millisecond)
+							return nil
+						})
+					}
+				})
+			}
+		}
+		wg.Wait()
+		if min(turns[0], turns[1])*2 < max(turns[0], turns[1]) || turns[0]+turns[1] < 1000 {
+			t.Errorf("turns: %v", turns)
+		}
+		time.Sleep(time.Minute)
+		p.clean()
+	})
+}
+
+// Shared holders of a process have one lock of the server, and look whether others wait for it
+// once it is old.
+func TestSharedHoldersShareTheServersLock(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 2)
+		db := dbs[0]
+		tryShared, unlockShared := "SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)", "SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)"
+		look := lookStatement(key)
+		first, second := take(t, db, key, Shared()), take(t, db, key, Shared())
+		if n := p.holders(key); n != 1 {
+			t.Errorf("%d locks of the server", n)
+		}
+		time.Sleep(handOffFor)
+		third := take(t, db, key, Shared(), NoWait())
+		fourth := take(t, db, key, Shared()) // for another moment without a look
+		srvs[0].want(t, on(1, "open", tryShared, look)...)
+
+		var wg sync.WaitGroup
+		wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[1], key, nothing)) })
+		time.Sleep(handOffFor)
+		if p.waiters(key) != 1 {
+			t.Errorf("%d wait", p.waiters(key))
+		}
+		_, err := Acquire(t.Context(), db, key, Shared(), NoWait())
+		wantError(t, err, ErrNotAcquired)
+		// One who may wait does so behind the other process.
+		wg.Go(func() {
+			wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
+				if p.waiters(key) != 0 {
+					t.Error("before the other process")
+				}
+				return nil
+			}, Shared()))
+		})
+		synctest.Wait()
+		for _, l := range []*Lock{first, second, third, fourth} {
+			wantError(t, l.Release())
+		}
+		wg.Wait()
+		synctest.Wait()
+		if lines := srvs[0].lines(); count(lines, unlockShared) != 1+count(lines, "RESET")-0 && count(lines, unlockShared) != 2 {
+			t.Errorf("log: %q", lines)
+		}
+		p.clean()
+		wantIdle(t, db)
+	})
+}
+
+// The look fails with the server's error, or finds the session lost.
+func TestALookThatFails(t *testing.T) {
+	t.Parallel()
+	for _, failure := range []error{pgError("53200"), errSessionEnded} {
+		synctest.Test(t, func(t *testing.T) {
+			p, dbs, _ := newTable(t, 1)
+			p.fail = func(_ int, query string) error {
+				if query == lookStatement(key) {
+					return failure
+				}
+				return nil
+			}
+			l := take(t, dbs[0], key, Shared())
+			time.Sleep(2 * handOffFor)
+			err := WithLock(t.Context(), dbs[0], key, nothing, Shared())
+			if sqlState(failure) != "" {
+				wantError(t, err, failure)
+				wantError(t, l.Release())
+			} else {
+				wantError(t, err) // on a new session
+				wantError(t, l.Release(), ErrLost)
+			}
+			p.clean()
+			wantIdle(t, dbs[0])
+		})
+	}
+}
+
+func TestNoWaitAgainstALockOfTheProcessSendsNothing(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t)
+	l := take(t, db, key)
+	sent := srv.lines()
+	for _, c := range closures {
+		wantError(t, c.run(t.Context(), db, key, nothing, NoWait()), ErrNotAcquired, "another holds the lock")
+		wantError(t, c.run(t.Context(), db, key, nothing, NoWait(), Shared()), ErrNotAcquired)
+	}
+	wantError(t, WithLocks(t.Context(), db, []Key{key, ID(43)}, nothing, NoWait()), ErrNotAcquired)
+	if diff := srv.lines(); !slices.Equal(diff, sent) && count(diff[len(sent):], "42") > 0 {
+		t.Errorf("sent: %q", diff[len(sent):])
+	}
+	wantError(t, l.Release())
+}
+
+// A Timeout in the process's own queue is kept, and its error says who holds the lock.
+func TestATimeoutInTheLocalQueue(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		l := take(t, dbs[0], key)
+		for _, c := range closures {
+			start := time.Now()
+			wantError(t, c.run(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s", "held by this process")
+			if d := time.Since(start); d != time.Second {
+				t.Errorf("%s: after %v", c.name, d)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			wantError(t, c.run(ctx, dbs[0], key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+			cancel()
+		}
+		if srvs[0].opened != 1 { // nobody else is asked who holds it
+			t.Errorf("%d connections", srvs[0].opened)
+		}
+		wantError(t, l.Release())
+		wantError(t, WithConnLock(t.Context(), dbs[0], key, func(context.Context, *sql.Conn) error {
+			wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrNotAcquired)
+			return nil
+		}))
+		p.clean()
+		wantIdle(t, dbs[0])
+	})
+}
+
+// Those that take the lock on a session of their own wait for others of the process without
+// a connection.
+func TestWaitersForOwnSessionsHoldNoConnection(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		db := dbs[0]
+		db.SetMaxOpenConns(2)
+		var wg sync.WaitGroup
+		running := 0
+		for range 30 {
+			for _, c := range closures {
+				wg.Go(func() {
+					wantError(t, c.run(t.Context(), db, key, func(context.Context) error {
+						if running++; running > 1 {
+							t.Error("two at a time")
+						}
+						time.Sleep(time.Millisecond)
+						// The work has a connection.
+						_, err := db.ExecContext(t.Context(), "SELECT")
+						running--
+						return err
+					}))
+				})
+			}
+		}
+		wg.Wait()
+		if srvs[0].opened > 2 {
+			t.Errorf("%d connections", srvs[0].opened)
+		}
+		p.clean()
+		wantIdle(t, db)
+	})
+}
+
+// Waits for other processes take no more than half of a limited pool, and a few of one without
+// a limit; the other requests are tried again and again, with pauses that grow.
+func TestWaitsTakeHalfOfThePool(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ limit, most int }{{1, 1}, {2, 1}, {3, 1}, {6, 3}, {0, 1 + maxWaits}} {
+		synctest.Test(t, func(t *testing.T) {
+			p, dbs, srvs := newTable(t, 2)
+			p.takes(100 * time.Microsecond)
+			dbs[0].SetMaxOpenConns(test.limit)
+			keys := ids(40)
+			var others []*Lock
+			for _, k := range keys {
+				others = append(others, take(t, dbs[1], k))
+			}
+			var wg sync.WaitGroup
+			for _, k := range keys {
+				wg.Go(func() {
+					wantError(t, WithLock(t.Context(), dbs[0], k, func(ctx context.Context) error {
+						if p.holders(k) != 1 {
+							t.Errorf("%v: %d holders", k, p.holders(k))
+						}
+						return ctx.Err()
+					}))
+				})
+			}
+			for range 100 {
+				time.Sleep(100 * time.Millisecond)
+				if n := dbs[0].Stats().InUse; n > test.most {
+					t.Fatalf("%d connections of %d are in use", n, test.limit)
+				}
+			}
+			before := len(srvs[0].lines())
+			time.Sleep(10 * time.Second)
+			if n := len(srvs[0].lines()) - before; n > 10*4*len(keys)+200 { // four times a second
+				t.Errorf("limit %d: %d statements in 10 s", test.limit, n)
+			}
+			wantError(t, WithLock(t.Context(), dbs[0], keys[39], nothing, Timeout(time.Second)), ErrNotAcquired, "within 1s")
+			for _, l := range others {
+				wantError(t, l.Release())
+			}
+			start := time.Now()
+			wg.Wait()
+			if d := time.Since(start); d > 2*time.Second {
+				t.Errorf("limit %d: after %v", test.limit, d)
+			}
+			time.Sleep(time.Second)
+			p.clean()
+			wantIdle(t, dbs[0])
+		})
+	}
+}
+
+// One that polls keeps its Timeout and its ctx.
+func TestAPollEndsInTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, _ := newTable(t, 2)
+		dbs[0].SetMaxOpenConns(1)
+		l := take(t, dbs[1], key)
+		start := time.Now()
+		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+		if d := time.Since(start); d != time.Second {
+			t.Errorf("after %v", d)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		wantError(t, WithLock(ctx, dbs[0], key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+		if d := time.Since(start); d != 2*time.Second {
+			t.Errorf("after %v", d)
+		}
+		wantError(t, l.Release())
+		p.clean()
+		wantIdle(t, dbs[0])
+	})
+}
+
+// All of the pool is in use: those who wait for the session wait together, and the end of one's
+// ctx or Timeout is not the others'.
+func TestThePoolIsExhausted(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		_, dbs, srvs := newTable(t, 1)
+		db := dbs[0]
+		db.SetMaxOpenConns(1)
+		conn, err := db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		wg.Go(func() {
+			wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded, "all 1 connection of the pool are in use")
+		})
+		synctest.Wait()
+		wg.Go(func() {
+			wantError(t, WithLock(t.Context(), db, ID(44), nothing, Timeout(2*time.Second)), ErrNotAcquired, "within 2s", "of the pool are in use")
+		})
+		for _, k := range ids(5) {
+			wg.Go(func() { wantError(t, WithLock(t.Context(), db, k, nothing)) })
+		}
+		time.Sleep(3 * time.Second)
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		wg.Wait()
+		time.Sleep(time.Second)
+		if srvs[0].opened != 1 {
+			t.Errorf("%d connections", srvs[0].opened)
+		}
+		wantIdle(t, db)
+	})
+}
+
+// A server that is down is an error at once for all who wait for the one who asks.
+func TestOneOpensTheSessionForAll(t *testing.T) {
+	t.Parallel()
+	for _, fails := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			_, dbs, srvs := newTable(t, 1)
+			down := errors.New("connection refused")
+			dials := 0
+			srvs[0].dial = func(context.Context) error {
+				dials++
+				time.Sleep(time.Second)
+				if fails {
+					return down
+				}
+				return nil
+			}
+			var wants []any
+			if fails {
+				wants = []any{down}
+			}
+			var wg sync.WaitGroup
+			for _, k := range ids(20) {
+				wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[0], k, nothing), wants...) })
+			}
+			wg.Wait()
+			if dials != 1 {
+				t.Errorf("%d connections were asked for", dials)
+			}
+			time.Sleep(time.Second)
+			wantIdle(t, dbs[0])
+		})
+	}
+}
+
+// db.Close is under way while locks are held: they stay, and no new one is taken.
+func TestAPoolThatIsClosedUnderneath(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		l := take(t, dbs[0], key)
+		if err := dbs[0].Close(); err != nil {
+			t.Error(err)
+		}
+		wantError(t, WithLock(t.Context(), dbs[0], ID(43), nothing), "database is closed")
+		time.Sleep(10 * time.Second)
+		if err := l.Context().Err(); err != nil {
+			t.Error(err)
+		}
+		wantError(t, l.Release())
+		synctest.Wait()
+		if srvs[0].open() != 0 {
+			t.Error("the connection is still open")
+		}
+		p.clean()
+		wantIdle(t, dbs[0])
+	})
+}
+
+// A hub goes with its *sql.DB.
+func TestTheHubOfAGarbageDBIsForgotten(t *testing.T) {
+	known := func(h *hub) bool {
+		hubs.mu.Lock()
+		defer hubs.mu.Unlock()
+		for _, o := range hubs.of {
+			if o == h {
+				return true
+			}
+		}
+		return false
+	}
+	h := func() *hub {
+		db := sql.OpenDB(&server{})
+		wantError(t, WithLock(t.Context(), db, key, nothing))
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+		return hubOf(db)
+	}()
+	for range 2000 {
+		if runtime.GC(); !known(h) {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Error("it is still known")
 }
