@@ -260,7 +260,8 @@ func (l *Lock) Token(ctx context.Context) (int64, error) {
 //
 // A nil error means that the lock was held until now. Otherwise the error matches
 // [ErrLost]. In either case the lock is not held any more, as far as this process
-// can see to it: a connection on which the release failed is closed.
+// can see to it: a connection on which the release failed is closed, and the other
+// locks that it carries are lost with it.
 func (l *Lock) Release() error {
 	l.cleanup.Stop()
 	return l.hold.release()

@@ -38,6 +38,7 @@ type carrier struct {
 	batch  *sql.Stmt // prepared when it has paid
 	alone  int       // requests that were served one by one though there were several
 	reqs   []*request
+	asks   []*request // of them, those that ask for more than an answer
 	opText []byte
 	noText []byte
 }
@@ -85,7 +86,6 @@ const (
 // (the op, with 16 for a shared lock and 32 for a Pair) to the key in the second. Its answer
 // is a string of ones and zeros. The arrays are text, which every driver can send.
 const batchStatement = "SELECT pg_catalog.array_to_string(ARRAY(SELECT CASE" +
-	" WHEN op OPERATOR(pg_catalog.=) 0 THEN 1" +
 	" WHEN op OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_try_advisory_lock(key)::pg_catalog.int4" +
 	" WHEN op OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(key)::pg_catalog.int4" +
 	" WHEN op OPERATOR(pg_catalog.=) 17 THEN pg_catalog.pg_try_advisory_lock_shared(key)::pg_catalog.int4" +
@@ -265,11 +265,7 @@ func (c *carrier) serve(ctx context.Context, reqs []*request, bound time.Duratio
 	err := c.take(ctx, bound)
 	if err == nil {
 		defer c.give()
-		if len(reqs) == 1 {
-			err = c.answerAlone(ctx, reqs[0], bound)
-		} else {
-			err = c.answerAll(ctx, reqs, bound)
-		}
+		err = c.answer(ctx, reqs, bound)
 	}
 	if err == nil {
 		err = c.stillHeld(reqs)
@@ -280,6 +276,34 @@ func (c *carrier) serve(ctx context.Context, reqs []*request, bound time.Duratio
 			if r.err == nil {
 				r.err = sessionLost{err}
 			}
+		}
+	}
+	return err
+}
+
+// answer answers requests. If it returns an error, the session is lost.
+func (c *carrier) answer(ctx context.Context, reqs []*request, bound time.Duration) (err error) {
+	if len(reqs) == 1 {
+		return c.answerAlone(ctx, reqs[0], bound)
+	}
+	c.asks = c.asks[:0]
+	for _, r := range reqs {
+		if r.op != opNone {
+			c.asks = append(c.asks, r)
+		}
+	}
+	defer clear(c.asks)
+	switch len(c.asks) {
+	case 0:
+		err = c.answerAlone(ctx, reqs[0], bound)
+	case 1:
+		err = c.answerAlone(ctx, c.asks[0], bound)
+	default:
+		err = c.answerAll(ctx, c.asks, bound)
+	}
+	if err == nil {
+		for _, r := range reqs {
+			r.ok = r.ok || r.op == opNone // any answer is one to that
 		}
 	}
 	return err
@@ -324,9 +348,13 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 			c.disarmed()
 		}
 		return nil
-	case c.gone.Load() || sqlState(err) == "" || !c.carriesOthers(r):
+	case c.gone.Load() || sqlState(err) == "" || r.op != opNone && !c.carriesOthers(r):
 		r.err = err
 		return err
+	case r.op == opNone: // an answer it is
+		r.ok = true
+		c.note(r)
+		return nil
 	default:
 		// The server's error, on a session that others have locks on.
 		r.err = err
@@ -356,13 +384,9 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 		if r.op == opLook {
 			continue
 		}
-		keys := r.keys
-		if r.op == opNone {
-			keys = noKeys
-		}
-		for _, k := range keys {
+		for _, k := range r.keys {
 			code := int64(r.op)
-			if r.shared && r.op != opNone {
+			if r.shared {
 				code += 16
 			}
 			if k.space == pairSpace {
@@ -395,7 +419,7 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 			}
 			continue
 		}
-		n := max(1, len(r.keys))
+		n := len(r.keys)
 		if len(answer) < n {
 			return fmt.Errorf("an answer of the wrong length: %q", answer)
 		}
@@ -417,8 +441,6 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 	}
 	return err
 }
-
-var noKeys = []Key{{}}
 
 // answerEach answers requests one by one.
 func (c *carrier) answerEach(ctx context.Context, reqs []*request, bound time.Duration) error {

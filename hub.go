@@ -697,17 +697,18 @@ func (h *hub) leave(c *carrier) {
 	if h.shared == c {
 		h.shared = nil
 	}
-	h.sessions--
 	h.mu.Unlock()
-	if c.finish() {
+	again := c.finish()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.sessions--
+	if again {
 		h.spare(c)
 	}
 }
 
 // spare keeps what c is made of for the next one.
 func (h *hub) spare(c *carrier) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	if h.spareCarrier != nil {
 		return
 	}
@@ -899,6 +900,11 @@ func (t *apartTurn) open(ctx context.Context) (*session, error) {
 	a := t.a
 	if a.db.Stats().MaxOpenConnections == 0 {
 		return openSession(ctx, a.db, a.cfg) // which waits for nobody
+	}
+	if !t.has {
+		if err := t.await(); err != nil {
+			return nil, err
+		}
 	}
 	for {
 		short, cancel := context.WithTimeoutCause(ctx, turnBound, errTurnBound)
