@@ -75,8 +75,8 @@ func TestManyRequestsAreOneRoundTrip(t *testing.T) {
 			if srvs[0].opened != 1 || count(lines, "1 prepare") != 1 || count(lines, "1 batch ") == 0 || lines[len(lines)-1] != "1 deallocate" {
 				t.Errorf("%d connections; last: %q", srvs[0].opened, lines[len(lines)-1])
 			}
-			p.clean()
 			wantIdle(t, dbs[0])
+			p.clean()
 		})
 	}
 }
@@ -167,8 +167,8 @@ func TestABatchThatFails(t *testing.T) {
 				}
 				wantError(t, l.Release())
 				time.Sleep(time.Second)
-				p.clean()
 				wantIdle(t, dbs[0])
+				p.clean()
 			})
 		})
 	}
@@ -220,8 +220,8 @@ func TestABatchThatIsLost(t *testing.T) {
 					if lines := srv.lines(); !slices.Contains(lines, "1 close") || srv.open() != 1 {
 						t.Errorf("%d connections of %d open", srv.open(), srv.opened)
 					}
-					p.clean()
 					wantIdle(t, dbs[0])
+					p.clean()
 				})
 			})
 		}
@@ -257,8 +257,8 @@ func TestALoneRequestThatFailsDisturbsNobody(t *testing.T) {
 			wantError(t, WithLock(t.Context(), dbs[0], ID(43), nothing), test.wants...)
 			wantError(t, l.Release())
 			srvs[0].want(t, on(1, slices.Concat([]string{"open", tryQuery}, test.want, []string{unlockQuery})...)...)
-			p.clean()
 			wantIdle(t, dbs[0])
+			p.clean()
 		})
 	}
 }
@@ -384,6 +384,6 @@ func releaseOnTwoSessions(t *testing.T, first time.Duration) {
 	wantError(t, err, ErrLost)
 	wg.Wait()
 	time.Sleep(time.Minute)
-	p.clean()
 	wantIdle(t, dbs[0])
+	p.clean()
 }

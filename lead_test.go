@@ -37,8 +37,11 @@ func TestALeaderThatLosesItsLockCampaignsAgainAfterFn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
 		srv.script = func(_ context.Context, conn int, query string) (int64, error) {
-			if conn < 3 && strings.Contains(query, "pg_locks") {
-				return 0, nil
+			if strings.Contains(query, "pg_locks") {
+				time.Sleep(time.Millisecond) // fn runs by then
+				if conn < 3 {
+					return 0, nil
+				}
 			}
 			return 1, nil
 		}
@@ -50,6 +53,7 @@ func TestALeaderThatLosesItsLockCampaignsAgainAfterFn(t *testing.T) {
 			}
 			defer func() { running-- }()
 			if terms++; terms == 3 {
+				time.Sleep(500 * time.Millisecond)
 				return nil
 			}
 			<-ctx.Done()
@@ -60,7 +64,7 @@ func TestALeaderThatLosesItsLockCampaignsAgainAfterFn(t *testing.T) {
 		wantError(t, err)
 		synctest.Wait()
 		srv.want(t, slices.Concat(
-			on(1, "open", tryQuery, armQuery, clearArmedQuery, "close"), on(2, "open", tryQuery, armQuery, clearArmedQuery, "close"), on(3, "open", tryQuery, unlockQuery),
+			on(1, "open", tryQuery, armQuery, clearArmedQuery, "close"), on(2, "open", tryQuery, armQuery, clearArmedQuery, "close"), on(3, "open", tryQuery, armQuery, disarmQuery),
 		)...)
 		if n := strings.Count(log.String(), "leadership lost"); n != 2 {
 			t.Errorf("log: %q", log.String())
@@ -74,6 +78,7 @@ func TestALeaderThatGoesOnAfterALossIsWarnedOfEveryHolderTimeout(t *testing.T) {
 		db, srv := newServer(t)
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
 			if strings.Contains(query, "pg_locks") {
+				time.Sleep(time.Millisecond) // fn runs by then
 				return 0, nil
 			}
 			return 1, nil
@@ -203,6 +208,7 @@ func TestALeaderThatLosesItsLockAndItsCtxReturnsFnsError(t *testing.T) {
 			db, srv := newServer(t)
 			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
 				if strings.Contains(query, "pg_locks") {
+					time.Sleep(time.Millisecond) // fn runs by then
 					return 0, nil
 				}
 				return 1, nil
@@ -226,20 +232,28 @@ func TestALeaderThatLosesItsLockAndItsCtxReturnsFnsError(t *testing.T) {
 // A leader's ctx that ends for a loss of another lock is no loss of its own.
 func TestALeaderUnderALockThatIsLostStepsDown(t *testing.T) {
 	t.Parallel()
-	db, srv := newServer(t)
-	ctx, cancel := context.WithCancelCause(t.Context())
-	wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
-		cancel(ErrLost)
-		<-ctx.Done()
-		return nil
-	}))
-	srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+			synctest.Wait()
+			cancel(ErrLost)
+			<-ctx.Done()
+			return nil
+		}))
+		srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery)...)
+	})
 }
 
 // The loss is noticed while fn ends by itself.
 func TestALeaderWhoseUnlockIsRefusedIsToldSo(t *testing.T) {
 	t.Parallel()
-	db, srv := newServer(t, granted, refused)
-	wantError(t, Lead(t.Context(), db, key, nothing), ErrLost)
-	srv.want(t, on(1, "open", tryQuery, unlockQuery, clearQuery, "close")...)
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t, granted, granted, refused)
+		wantError(t, Lead(t.Context(), db, key, func(context.Context) error {
+			synctest.Wait()
+			return nil
+		}), ErrLost)
+		srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery, clearArmedQuery, "close")...)
+	})
 }
