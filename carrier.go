@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"math"
 	"runtime"
 	"slices"
 	"strconv"
@@ -36,7 +37,7 @@ type carrier struct {
 
 	lone   [1]*request
 	batch  *sql.Stmt // prepared when it has paid
-	alone  int       // requests that were served one by one though there were several
+	alone  int       // requests that were served one by one though there were several; negative: for good
 	reqs   []*request
 	asks   []*request // of them, those that ask for more than an answer
 	opText []byte
@@ -371,12 +372,20 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 // answerAll answers several requests, in one statement if that pays.
 func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Duration) error {
 	if c.doubtful || c.batch == nil && c.alone+len(reqs) <= prepareAfter {
-		c.alone += len(reqs)
+		if c.alone >= 0 {
+			c.alone += len(reqs)
+		}
 		return c.answerEach(ctx, reqs, bound)
 	}
 	if c.batch == nil {
 		if err := c.prepare(ctx, bound); err != nil {
-			return err
+			if c.gone.Load() || c.abandoned.Load() || sessionGone(err) {
+				return err
+			}
+			// A server, or a driver, that does not know it: some call themselves compatible.
+			c.log.Warn("advisory: locks are taken one by one, because they cannot be together", "error", err)
+			c.alone = math.MinInt
+			return c.answerEach(ctx, reqs, bound)
 		}
 	}
 	c.opText, c.noText = append(c.opText[:0], '{'), append(c.noText[:0], '{')
