@@ -21,6 +21,7 @@ import (
 type session struct {
 	conn *sql.Conn
 	pid  int
+	addr string // as the server sees it
 	name string
 }
 
@@ -32,7 +33,7 @@ func newSession(t testing.TB, d driver, dsn, name string) session {
 	}
 	t.Cleanup(func() { conn.Close() })
 	s := session{conn: conn, name: name}
-	if err := conn.QueryRowContext(t.Context(), "SELECT pg_backend_pid()").Scan(&s.pid); err != nil {
+	if err := conn.QueryRowContext(t.Context(), "SELECT pg_backend_pid(), coalesce(host(inet_client_addr()), '')").Scan(&s.pid, &s.addr); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -274,7 +275,7 @@ func TestTimeoutNamesTheHolder(t *testing.T) {
 			t.Fatal(err)
 		}
 		holder, another := newSession(t, d, server.DSN(), "billing"), newSession(t, d, server.DSN(), "another")
-		held := fmt.Sprintf(`held by pid %d (app "billing", %s)`, holder.pid, server.Host())
+		held := fmt.Sprintf(`held by pid %d (app "billing", %s)`, holder.pid, holder.addr)
 		eachWay(t, ways, func(t *testing.T, w way) {
 			key := testKey(t)
 			holder.take(t, key, "")
