@@ -146,21 +146,23 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 		go c.work()
 	}
 	h.mu.Unlock()
-	if r.op != opTry && ctx.Done() == nil {
-		// The statement under way, and the next one, are bounded: that is enough.
+	if r.op != opTry {
 		c.guard.hurry(bound)
-		<-r.done
-		return r.err
 	}
-	t := time.NewTimer(bound)
-	defer t.Stop()
+	// The statement under way, and the next one, are bounded: a timer is for less than that.
+	var end <-chan time.Time
+	if r.op == opTry && bound < answerBound {
+		t := time.NewTimer(bound)
+		defer t.Stop()
+		end = t.C
+	}
 	var err error
 	select {
 	case <-r.done:
 		return r.err
 	case <-ctx.Done():
 		err = context.Cause(ctx)
-	case <-t.C:
+	case <-end:
 		err = noAnswer{bound}
 	}
 	h.mu.Lock()
