@@ -255,7 +255,7 @@ func (l *Lock) Token(ctx context.Context) (int64, error) {
 	return l.hold.token.get(ctx)
 }
 
-// Release releases the lock. It ends Context first, takes a few seconds at most even
+// Release releases the lock. It ends Context first, takes some ten seconds at most even
 // if the server is out of reach, and may be called again, with the same result.
 //
 // A nil error means that the lock was held until now. Otherwise the error matches
