@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/pgtest"
 )
 
 // logBound logs how long something took, each time that it was tried, and fails the
@@ -435,20 +436,24 @@ func TestReleaseAtTheMomentOfAHeartbeatLeavesNoSetting(t *testing.T) {
 
 // A wire stands between a pool and the server and records the statements that pass.
 type wire struct {
-	dsn string
+	dsn    string
+	server *pgtest.Server
+	delay  time.Duration // of the answers
 
 	mu         sync.Mutex
 	statements []string
 }
 
-func newWire(t testing.TB) *wire {
+func newWire(t testing.TB) *wire { return newWireTo(t, server, 0) }
+
+func newWireTo(t testing.TB, server *pgtest.Server, delay time.Duration) *wire {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	w := &wire{dsn: withParams(t, server.DSN(), "host", "127.0.0.1", "port", strconv.Itoa(l.Addr().(*net.TCPAddr).Port), "sslmode", "disable")}
+	w := &wire{server: server, delay: delay, dsn: withParams(t, server.DSN(), "host", "127.0.0.1", "port", strconv.Itoa(l.Addr().(*net.TCPAddr).Port), "sslmode", "disable")}
 	go func() {
 		for {
 			client, err := l.Accept()
@@ -463,14 +468,21 @@ func newWire(t testing.TB) *wire {
 
 func (w *wire) serve(client net.Conn) {
 	defer client.Close()
-	backend, err := net.Dial("tcp", net.JoinHostPort(server.Host(), strconv.Itoa(server.Port())))
+	backend, err := net.Dial("tcp", net.JoinHostPort(w.server.Host(), strconv.Itoa(w.server.Port())))
 	if err != nil {
 		return
 	}
 	defer backend.Close()
 	go func() {
-		_, _ = io.Copy(client, backend)
-		client.Close()
+		defer client.Close()
+		answer := make([]byte, 1<<16)
+		for {
+			n, err := backend.Read(answer)
+			time.Sleep(w.delay)
+			if _, werr := client.Write(answer[:n]); err != nil || werr != nil {
+				return
+			}
+		}
 	}()
 	for first := true; ; first = false {
 		// The first message has no type (PostgreSQL manual, "Message Formats").
