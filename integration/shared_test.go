@@ -420,6 +420,50 @@ func TestLockTableIsFull(t *testing.T) {
 	})
 }
 
+// Requests that fail one by one take their time, and holders have their heartbeats in it.
+func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
+	t.Parallel()
+	s, err := pgtest.Start(t.Context(), pgtest.Local(), pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Stop() })
+	bothDrivers(t, func(t *testing.T, d driver) {
+		const asked = 400
+		admin := d.open(t, s.DSN())
+		db := d.open(t, newWireTo(t, s, 3*time.Millisecond).dsn)
+		lock, err := advisory.Acquire(soon(t), db, testKey(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		filler, err := admin.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer filler.Close()
+		if _, err := filler.ExecContext(t.Context(), "SELECT count(pg_advisory_lock(i)) FROM generate_series(1, 1000000) AS i"); sqlState(err) != "53200" {
+			t.Fatalf("%v, want an error because the lock table is full", err)
+		}
+		keys := keysNumbered(t, asked)
+		if err := concurrently(asked, 1, func(i int) error {
+			_, err := advisory.Acquire(soon(t), db, keys[i])
+			if sqlState(err) != "53200" {
+				return err
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+		wantLive(t, lock.Context())
+		if err := lock.Release(); err != nil {
+			t.Error(err)
+		}
+		if _, err := filler.ExecContext(t.Context(), "SELECT pg_advisory_unlock_all()"); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 func TestLossOfTheSharedSession(t *testing.T) {
 	t.Parallel()
 	const n, waiting = 100, 20
@@ -685,6 +729,37 @@ func TestPoolIsClosedUnderHoldersAndWaiters(t *testing.T) {
 		waitFor(t, "the sessions have ended", func() (bool, error) {
 			return isTrue(adminDB(t), `SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = $1)`, appName(t))
 		})
+	})
+}
+
+// A holder may go on for as long as it likes with a pool that is closed. Who waits for it
+// need not, wherever it waits.
+func TestWaitersForTheirOwnProcessEndWithThePool(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		key := testKey(t)
+		lock, err := advisory.Acquire(t.Context(), db, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Release()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		var g errgroup.Group
+		for _, w := range []way{withLock, withTxLock, withConnLock} {
+			g.Go(func() error {
+				if err := w.with(ctx, db, key, noWork); err == nil || ctx.Err() != nil {
+					t.Errorf("%s: %v, want an error at once, as by who waits for another process", w.name, err)
+				}
+				return nil
+			})
+		}
+		time.Sleep(50 * time.Millisecond) // most likely they wait by then
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+		_ = g.Wait()
 	})
 }
 
