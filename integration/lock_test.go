@@ -248,7 +248,7 @@ func TestPoolOfOne(t *testing.T) {
 		}
 		free := advisory.Name(t.Name() + ", free")
 		for _, w := range openers {
-			wantTimeout(w, key, "held by pid")
+			wantTimeout(w, key, "held by this process")
 			if w.beats {
 				if err := w.with(soon(t), db, free, noWork); err != nil {
 					t.Errorf("%s beside the lock that is held: %v", w.name, err)
