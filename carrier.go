@@ -602,7 +602,6 @@ func (c *carrier) lose(cause error) {
 	}
 	pending := c.pending
 	c.holds, c.pending = nil, nil
-	c.watch.end()
 	h.mu.Unlock()
 	if sessionGone(cause) {
 		c.gone.Store(true)
@@ -648,7 +647,7 @@ func (c *carrier) finish() bool {
 		return false
 	}
 	c.handBack()
-	return !c.watch.late
+	return true
 }
 
 func (c *carrier) clean() error {

@@ -25,6 +25,7 @@ type guard struct {
 
 	mu     sync.Mutex // guards the rest
 	timer  *time.Timer
+	fires  time.Time // when the timer does; zero: it does not
 	no     uint64    // of the statement
 	under  bool      // it is under way
 	until  time.Time // zero: it is not bounded
@@ -44,26 +45,34 @@ func (g *guard) begin(bound time.Duration, cancel func()) (no uint64) {
 	return g.no
 }
 
+// bound sees to it that expire is called at the end of d, or before. The timer is not stopped
+// when a statement ends, nor put off for the next one: each time, that may have to wake a thread.
 func (g *guard) bound(d time.Duration) {
 	g.until = time.Now().Add(d)
-	if g.timer == nil {
+	switch {
+	case g.timer == nil:
 		g.timer = time.AfterFunc(d, g.expire)
-	} else {
+	case g.fires.IsZero() || g.until.Before(g.fires):
 		g.timer.Reset(d)
+	default:
+		return
 	}
+	g.fires = g.until
 }
 
 // expire breaks off a statement that is not answered in time.
 func (g *guard) expire() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	switch left := time.Until(g.until); {
-	case g.until.IsZero():
-	case left > 0: // an older statement's timer
-		g.timer.Reset(left)
-	default:
-		g.breakOff(errOverdue)
+	g.fires = time.Time{}
+	if !g.under || g.until.IsZero() {
+		return
 	}
+	if left := time.Until(g.until); left > 0 { // of an older statement
+		g.bound(left)
+		return
+	}
+	g.breakOff(errOverdue)
 }
 
 // breakOff breaks off the statement under way, if there is one.
@@ -102,9 +111,6 @@ func (g *guard) end() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.under, g.until, g.cancel = false, time.Time{}, nil
-	if g.timer != nil {
-		g.timer.Stop()
-	}
 	return g.cause
 }
 

@@ -640,32 +640,30 @@ func (h *hub) open(ctx context.Context, a *acquisition) (*session, error) {
 
 // openIdle is openConn for a connection that lies ready, with a context that serves again.
 func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
-	if h.patience == nil {
-		h.patience = new(patience)
-		h.patience.ctx, h.patience.cancel = context.WithCancelCause(context.Background())
-		h.patience.timer = time.AfterFunc(answerBound, h.patience.end)
-	} else {
-		h.patience.timer.Reset(answerBound)
-	}
 	p := h.patience
+	if p == nil {
+		p = new(patience)
+		ctx, cancel := context.WithCancelCause(context.Background())
+		p.ctx, p.end = ctx, func() { cancel(errOverdue) }
+		h.patience = p
+	}
+	p.guard.begin(answerBound, p.end)
 	conn, err := db.Conn(p.ctx)
-	if !p.timer.Stop() {
+	if p.guard.end() != nil {
 		h.patience = nil
-		if err != nil && p.ctx.Err() != nil {
-			err = context.Cause(p.ctx)
+		if err != nil {
+			err = noAnswer{answerBound}
 		}
 	}
 	return conn, err
 }
 
-// A patience is a context that ends after answerBound.
+// A patience is a context that ends when its guard has waited for too long.
 type patience struct {
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	timer  *time.Timer
+	ctx   context.Context
+	end   func()
+	guard guard
 }
-
-func (p *patience) end() { p.cancel(noAnswer{answerBound}) }
 
 func newCarrier(h *hub, s *session) *carrier {
 	c := h.spareCarrier

@@ -18,13 +18,14 @@ import (
 // Heartbeat, and the shortest HolderTimeout.
 //
 // Between heartbeats it is one timer; nothing runs. It ends with the last hold on the
-// session, or with the session. It is guarded by the hub's mutex.
+// session, or with the session: the timer then fires once more, for nothing, because to stop it
+// and start it again with each lock may have to wake a thread each time. It is guarded by the
+// hub's mutex.
 type watch struct {
 	timer *time.Timer
 	every time.Duration // the shortest Heartbeat of the holds; or one that was shorter, until the next
 	next  time.Time     // heartbeat
-	runs  bool          // the timer
-	late  bool          // its function may be about to run although it was stopped
+	fires time.Time     // when the timer does: then, or before the next heartbeat; zero: it does not
 }
 
 // join has the session of a lease that hd was given watched for it, too.
@@ -85,38 +86,32 @@ func (c *carrier) strict(every time.Duration) time.Duration {
 }
 
 func (w *watch) set(c *carrier, next time.Time) {
-	w.next, w.runs = next, true
-	if w.timer == nil {
+	w.next = next
+	switch {
+	case w.timer == nil:
 		w.timer = time.AfterFunc(time.Until(next), c.beat)
-	} else {
+	case w.fires.IsZero() || next.Before(w.fires):
 		w.timer.Reset(time.Until(next))
+	default:
+		return
 	}
+	w.fires = next
 }
 
 // unwatch ends the watching for h.
 func (c *carrier) unwatch(h *hold) {
 	delete(c.holds, h)
-	if len(c.holds) == 0 {
-		c.watch.end()
-	}
-}
-
-func (w *watch) end() {
-	if w.runs && !w.timer.Stop() {
-		w.late = true
-	}
-	w.runs = false
 }
 
 // beat is one heartbeat.
 func (c *carrier) beat() {
 	h, w := c.hub, &c.watch
 	h.mu.Lock()
+	w.fires = time.Time{}
 	if len(c.holds) == 0 || c.lost != nil {
 		h.mu.Unlock()
 		return
 	}
-	w.runs = false
 	sent := time.Now()
 	if early := w.next.Sub(sent); early > 0 { // it was put off
 		w.set(c, w.next)
