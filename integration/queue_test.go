@@ -120,12 +120,17 @@ func TestWaiterIsNotStarvedByABusyProcess(t *testing.T) {
 	})
 }
 
-// Who has too small a pool to wait in the server's queue has to meet the lock free.
+// Who has no connection left to wait in the server's queue has to meet the lock free.
 func TestWaiterWithASmallPoolIsNotStarvedByABusyProcess(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		busy, other := d.open(t, server.DSN()), d.openLimited(t, 2)
+		// There is one session for this one, and none for the server's queue.
+		lock, err := advisory.Acquire(soon(t), other, advisory.Name(t.Name()+", held"))
+		if err != nil {
+			t.Fatal(err)
+		}
 		var g errgroup.Group
 		var sections atomic.Int64
 		key := testKey(t)
@@ -137,7 +142,7 @@ func TestWaiterWithASmallPoolIsNotStarvedByABusyProcess(t *testing.T) {
 		}
 		t.Logf("%v", time.Since(began))
 		cancel()
-		if err := g.Wait(); err != nil {
+		if err := errors.Join(g.Wait(), lock.Release()); err != nil {
 			t.Error(err)
 		}
 	})
