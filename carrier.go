@@ -33,8 +33,9 @@ type carrier struct {
 	holds   map[*hold]struct{} // to be told if the session is lost
 	watch   watch
 
-	// Belong to whose turn it is on the session.
+	// Belong to who serves requests, on whose turn it is on the session.
 
+	turn   bool // it has the turn
 	lone   [1]*request
 	batch  *sql.Stmt // prepared when it has paid
 	alone  int       // requests that were served one by one though there were several; negative: for good
@@ -265,9 +266,9 @@ func (c *carrier) gather() {
 // serve answers requests, when it is their turn. If it returns an error, the session is
 // lost; the requests have errors then.
 func (c *carrier) serve(ctx context.Context, reqs []*request, bound time.Duration) (lost error) {
-	err := c.take(ctx, bound)
+	err := c.takeTurn(ctx, bound)
+	defer c.giveTurn()
 	if err == nil {
-		defer c.give()
 		err = c.answer(ctx, reqs, bound)
 	}
 	if err == nil {
@@ -282,6 +283,25 @@ func (c *carrier) serve(ctx context.Context, reqs []*request, bound time.Duratio
 		}
 	}
 	return err
+}
+
+func (c *carrier) takeTurn(ctx context.Context, bound time.Duration) error {
+	err := c.take(ctx, bound)
+	c.turn = err == nil
+	return err
+}
+
+func (c *carrier) giveTurn() {
+	if c.turn {
+		c.turn = false
+		c.give()
+	}
+}
+
+// passTurn lets a heartbeat come between two statements.
+func (c *carrier) passTurn(ctx context.Context, bound time.Duration) error {
+	c.giveTurn()
+	return c.takeTurn(ctx, bound)
 }
 
 // answer answers requests. If it returns an error, the session is lost.
@@ -455,7 +475,12 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 
 // answerEach answers requests one by one.
 func (c *carrier) answerEach(ctx context.Context, reqs []*request, bound time.Duration) error {
-	for _, r := range reqs {
+	for i, r := range reqs {
+		if i > 0 {
+			if err := c.passTurn(ctx, bound); err != nil {
+				return err
+			}
+		}
 		if err := c.answerAlone(ctx, r, bound); err != nil {
 			return err
 		}
@@ -467,20 +492,20 @@ func (c *carrier) answerEach(ctx context.Context, reqs []*request, bound time.Du
 // go with it, and how far it got is not known.
 func (c *carrier) afterFailure(ctx context.Context, reqs []*request, bound time.Duration) error {
 	for _, r := range reqs {
-		if r.op == opTry {
-			if err := c.free(ctx, r); err != nil {
-				return err
-			}
+		var err error
+		switch r.op {
+		case opTry:
+			err = c.free(ctx, r)
+		case opUnlock:
+			err = c.unlockAgain(ctx, r)
 		}
-	}
-	for _, r := range reqs {
-		if r.op != opUnlock {
-			if err := c.answerAlone(ctx, r, bound); err != nil {
-				return err
-			}
-			continue
+		if err == nil {
+			err = c.passTurn(ctx, bound)
 		}
-		if err := c.unlockAgain(ctx, r); err != nil {
+		if err == nil && r.op != opUnlock {
+			err = c.answerAlone(ctx, r, bound)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -30,6 +30,7 @@ type hub struct {
 	sessions int  // carriers, and those that wait in the server's queue
 	polling  int  // those who wait, and do not have such a session
 	asking   bool // somebody asks who holds a lock
+	minded   bool // somebody looks whether the pool has been closed
 	seed     uint64
 
 	// For the next one, so that a lone lock does not make them anew.
@@ -221,7 +222,7 @@ var errTaken = errors.New("others of this process have it, or wait for it")
 // acquireOne acquires the lock of one key.
 func (a *acquisition) acquireOne(keys []Key) (grant, error) {
 	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait}
-	q, t := a.hub.enter(keys[0], &a.w)
+	q, t := a.enter(keys[0])
 	for {
 		var err error
 		switch t.to {
@@ -243,11 +244,36 @@ func (a *acquisition) acquireOne(keys []Key) (grant, error) {
 	}
 }
 
-func (h *hub) enter(k Key, w *waiter) (*queue, turn) {
+func (a *acquisition) enter(k Key) (*queue, turn) {
+	h := a.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	q := h.queue(k.lockID())
-	return q, q.enter(w, time.Now())
+	t := q.enter(&a.w, time.Now())
+	if t.to == await && !h.minded {
+		h.mind(a.db)
+	}
+	return q, t
+}
+
+// mind looks every now and then, while there are waiters, whether the pool has been closed,
+// which who waits for another of this process would not find out.
+func (h *hub) mind(db *sql.DB) {
+	h.minded = true
+	time.AfterFunc(waitBound, func() {
+		closed := poolClosed(db) != nil
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.minded = false
+		for _, q := range h.queues {
+			if q.first != nil && closed {
+				q.shut()
+			}
+			if q.first != nil && !h.minded {
+				h.mind(db)
+			}
+		}
+	})
 }
 
 // awaitTurn waits in the process's own queue.
@@ -263,6 +289,9 @@ func (a *acquisition) awaitTurn(k Key, q *queue) (turn, error) {
 	select {
 	case t := <-a.w.turns:
 		a.outage = time.Time{}
+		if t.to == shut {
+			return t, poolClosed(a.db)
+		}
 		return t, nil
 	case <-a.ctx.Done():
 		err = a.ctx.Err()
@@ -876,7 +905,7 @@ func (a *acquisition) enterApart(k Key) (*apartTurn, error) {
 func (t *apartTurn) enter(noWait bool) action {
 	a := t.a
 	a.w = waiter{shared: a.cfg.shared, noWait: noWait, apart: true}
-	q, turn := a.hub.enter(t.key, &a.w)
+	q, turn := a.enter(t.key)
 	t.q, t.has = q, turn.to == ask
 	return turn.to
 }

@@ -64,6 +64,7 @@ const (
 	ask                  // it is to ask the server for the lock, and to call granted, refused or gaveUp
 	look                 // it is to look whether others wait in the server's queue, and to call looked
 	refuse               // NoWait: another holds the lock
+	shut                 // the pool has been closed
 )
 
 // enter is a waiter's arrival.
@@ -172,6 +173,14 @@ func (q *queue) refuseAll() {
 			w.turns <- turn{to: refuse}
 		}
 		w = next
+	}
+}
+
+// shut ends all waiting, because the pool has been closed.
+func (q *queue) shut() {
+	for w := q.first; w != nil; w = q.first {
+		q.remove(w)
+		w.turns <- turn{to: shut}
 	}
 }
 

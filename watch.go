@@ -143,15 +143,19 @@ func (c *carrier) beat() {
 		c.give()
 	}
 	overdue.Stop()
-	if err != nil && !errors.Is(err, errNothingHeld) {
-		c.lose(err)
-		return
-	}
-
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if len(c.holds) > 0 && c.lost == nil {
-		w.set(c, sent.Add(w.every))
+	switch {
+	case err == nil, errors.Is(err, errNothingHeld):
+		if len(c.holds) > 0 && c.lost == nil {
+			w.set(c, sent.Add(w.every))
+		}
+	case errors.As(err, new(noAnswer)) && c.proof.After(proof) && c.lost == nil && !c.gone.Load():
+		w.set(c, time.Now()) // others had the turn, and answers
+	default:
+		h.mu.Unlock()
+		c.lose(err)
+		h.mu.Lock()
 	}
 }
 
