@@ -199,7 +199,14 @@ func (c *carrier) serveOne(ctx context.Context, r *request, bound time.Duration)
 		ctx = context.WithoutCancel(ctx)
 	}
 	c.lone[0] = r
+	returned := false
+	defer func() {
+		if !returned { // the driver panicked
+			c.lose(errPanicked)
+		}
+	}()
 	lost := c.serve(ctx, c.lone[:], bound)
+	returned = true
 	h.mu.Lock()
 	c.serving = nil
 	c.working = len(c.pending) > 0
@@ -343,8 +350,12 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 		query = tryStatement(r.keys, r.shared)
 	case opUnlock:
 		query = unlockStatement(r.keys, r.shared)
-		if c.doubtful { // its only lock, twice perhaps
-			query = unlockAllStatement(r.keys, r.shared)
+		if c.doubtful { // one of its locks is held twice, perhaps
+			if c.only(r.keys) {
+				query = unlockAllStatement(r.keys, r.shared)
+			} else {
+				query = unlockTwiceStatement(r.keys, r.shared)
+			}
 		}
 		if disarms = c.isLast(r.keys); disarms {
 			query = disarmStatement + query
@@ -589,6 +600,13 @@ func (c *carrier) carriesOthers(r *request) bool {
 		return len(c.locks) > len(r.keys)
 	}
 	return len(c.locks) > 0
+}
+
+// only tells whether the session holds no other locks than those of keys.
+func (c *carrier) only(keys []Key) bool {
+	c.hub.mu.Lock()
+	defer c.hub.mu.Unlock()
+	return len(c.locks) <= len(keys)
 }
 
 // isLast tells whether the unlock of keys, on a session that is armed, leaves it with no lock.

@@ -85,6 +85,16 @@ func unlockAllStatement(keys []Key, shared bool) string {
 	return statement("SELECT pg_catalog.pg_advisory_unlock_all() WHERE ", "pg_advisory_unlock", keys, shared)
 }
 
+// unlockTwiceStatement: one row if all the locks were held. If one was held twice, it is not
+// held any more either.
+func unlockTwiceStatement(keys []Key, shared bool) string {
+	query := unlockStatement(keys, shared)
+	for _, k := range keys {
+		query += " AND " + statement("", "pg_advisory_unlock", []Key{k}, shared) + " IS NOT NULL"
+	}
+	return query
+}
+
 // armStatement goes before another statement, and has the server end the session
 // once it has heard nothing for d.
 func armStatement(d time.Duration) string {

@@ -96,6 +96,8 @@ type acquisition struct {
 	w    waiter
 	r    request
 
+	yielded bool // it has waited in the server's queue, and let others
+
 	// A request that was left while it was under way, and the session that it is on.
 	late   *request
 	lateOn *carrier
@@ -107,6 +109,8 @@ type grant struct {
 	q     *queue
 	lease uint64
 	on    *carrier
+
+	unlock bool // its release asks the server to
 }
 
 // acquire acquires the locks of keys, which are sorted. After an error none is held.
@@ -193,7 +197,7 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 		for i, k := range keys[:in] {
 			q := h.queues[k.lockID()]
 			if err == nil {
-				grants = append(grants, grant{k, q, q.granted(c, sent, now), c})
+				grants = append(grants, grant{key: k, q: q, lease: q.granted(c, sent, now), on: c})
 				c.watchFor(a.hold)
 			} else {
 				q.gaveUp(&waiters[i], now)
@@ -228,7 +232,7 @@ func (a *acquisition) acquireOne(keys []Key) (grant, error) {
 		switch t.to {
 		case held:
 			a.hub.join(a.hold, q, t)
-			return grant{keys[0], q, t.lease, t.on}, nil
+			return grant{key: keys[0], q: q, lease: t.lease, on: t.on}, nil
 		case refuse:
 			return grant{}, errRefused
 		case ask:
@@ -321,7 +325,7 @@ func (a *acquisition) awaitTurn(k Key, q *queue) (turn, error) {
 	h.tidy(q)
 	h.mu.Unlock()
 	if t.to == held {
-		_ = a.giveBack([]grant{{k, q, t.lease, t.on}})
+		_ = a.giveBack([]grant{{key: k, q: q, lease: t.lease, on: t.on}})
 	}
 	return turn{}, err
 }
@@ -359,6 +363,14 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 	h := a.hub
 	pause := pollMin
+	ended := false
+	defer func() {
+		if !ended { // the driver panicked
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			q.gaveUp(&a.w, time.Now())
+		}
+	}()
 	for {
 		c, sent, err := a.try(keys)
 		if errors.Is(err, errRefused) && !a.cfg.noWait {
@@ -368,10 +380,11 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 		if err == nil {
 			h.mu.Lock()
 			if c.lost == nil {
-				g := grant{keys[0], q, q.granted(c, sent, time.Now()), c}
+				g := grant{key: keys[0], q: q, lease: q.granted(c, sent, time.Now()), on: c}
 				c.watchFor(a.hold)
 				h.mu.Unlock()
 				h.leave(c)
+				ended = true
 				return g, nil
 			}
 			h.mu.Unlock()
@@ -382,6 +395,9 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			}
 		}
 		if errors.Is(err, errYield) {
+			if a.yielded {
+				pause = pollMax // it is others' turn
+			}
 			h.poll(1)
 			sleep(a.ctx, within(h.untilTick(pause), a.deadline))
 			h.poll(-1)
@@ -394,6 +410,7 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 				continue
 			}
 		}
+		ended = true
 		a.settle(func() {
 			h.mu.Lock()
 			defer h.mu.Unlock()
@@ -481,10 +498,19 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	q.refused()
 	h.mu.Unlock()
 	may, instead := h.mayWait(a.db)
+	a.yielded = may
 	if !may {
 		return nil, time.Time{}, errYield
 	}
 	began := time.Now()
+	returned := false
+	defer func() {
+		if !returned { // the driver panicked
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			h.sessions--
+		}
+	}()
 	s, err := a.keepTrying(func(s *session) error {
 		s.watchOver()
 		s.silent = a.cfg.holderTimeout
@@ -499,11 +525,14 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		}
 		return s.confirm(a.ctx, a.cfg.heartbeat, false)
 	})
+	returned = true
+	if err == nil && instead && h.crowded() {
+		// The pool cannot spare a second session for as long as the lock may be held.
+		s.giveUp(errYield)
+		err = errYield
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if instead {
-		defer h.isOpened(nil)
-	}
 	if err != nil {
 		h.sessions--
 		return nil, time.Time{}, err
@@ -511,7 +540,7 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	c := newCarrier(h, s)
 	c.users = 1
 	c.locks[lock{k.lockID(), a.cfg.shared}] = struct{}{}
-	if h.shared == nil && !s.doubtful {
+	if h.shared == nil || len(h.shared.locks) == 0 {
 		h.shared = c
 	}
 	return c, time.Now(), nil // it was asked for long before it was granted
@@ -519,7 +548,7 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 
 // mayWait tells whether one more session may wait in the server's queue, and counts it.
 // All sessions of the hub take no more than half of a limited pool, but for the shared one:
-// if that is not open, a session may wait instead of it, and those who want it wait.
+// if that is not open, a session may wait instead of it, until it is.
 func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
 	stats := db.Stats()
 	limit := 1 + maxWaits
@@ -535,11 +564,8 @@ func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
 	if h.shared == nil {
 		sessions++ // there is always room for that
 	}
-	switch {
-	case sessions < limit:
-	case h.sessions < limit && h.shared == nil && !h.opening:
-		h.opening, instead = true, true
-	default:
+	instead = sessions >= limit
+	if instead && (h.sessions > 0 || limit < 1) {
 		return false, false
 	}
 	h.sessions++
@@ -550,7 +576,14 @@ func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
 func (h *hub) othersWait(instead, long bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return instead && h.opened != nil || long && h.polling > 0
+	return instead && h.sessions > 1 || long && h.polling > 0
+}
+
+// crowded tells whether another session carries locks.
+func (h *hub) crowded() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.sessions > 1 && h.shared != nil && len(h.shared.locks) > 0
 }
 
 // untilTick is a pause of up to pause and some: to the next tick of a clock that is the same
@@ -788,11 +821,12 @@ func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 	h.mu.Lock()
 	now := time.Now()
 	for i := range grants {
-		if g := &grants[i]; g.q.leave(g.lease, now) {
+		g := &grants[i]
+		if g.unlock = g.q.leave(g.lease, now); g.unlock {
 			r.op = opUnlock
 			r.keys = append(r.keys, g.key)
 		} else {
-			g.q = nil
+			g.q.depart(g.lease)
 		}
 	}
 	if c.lost != nil {
@@ -803,20 +837,44 @@ func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 	c.unwatch(hd)
 	c.users++
 	h.mu.Unlock()
+	err := c.release(r)
+
+	*r = request{op: opUnlock, shared: hd.cfg.shared, keys: hd.unlocks[:0]}
+	h.mu.Lock()
+	now = time.Now()
+	for i := range grants {
+		g := &grants[i]
+		if g.unlock {
+			g.q.unlocked(g.lease, now)
+			h.tidy(g.q)
+			g.unlock = false
+		} else if g.unlock = g.q.departed(g.lease, now); g.unlock {
+			r.keys = append(r.keys, g.key)
+		}
+	}
+	h.mu.Unlock()
+	if len(r.keys) > 0 { // nobody has taken over what was left for the next one
+		err = join(err, c.release(r))
+		h.mu.Lock()
+		now = time.Now()
+		for _, g := range grants {
+			if g.unlock {
+				g.q.unlocked(g.lease, now)
+				h.tidy(g.q)
+			}
+		}
+		h.mu.Unlock()
+	}
+	h.leave(c)
+	return err
+}
+
+// release has r served, which releases locks or asks whether the session lives.
+func (c *carrier) release(r *request) error {
 	err := c.ask(context.Background(), r, releaseBound)
 	if err != nil && errors.As(err, new(unanswered)) {
 		c.lose(err)
 	}
-	h.mu.Lock()
-	now = time.Now()
-	for _, g := range grants {
-		if g.q != nil {
-			g.q.unlocked(g.lease, now)
-			h.tidy(g.q)
-		}
-	}
-	h.mu.Unlock()
-	h.leave(c)
 	return lostCause(err)
 }
 
@@ -901,25 +959,34 @@ func (a *acquisition) enterApart(k Key) (*apartTurn, error) {
 	return t, t.await()
 }
 
-// enter takes the turn, or a place in the queue.
-func (t *apartTurn) enter(noWait bool) action {
-	a := t.a
-	a.w = waiter{shared: a.cfg.shared, noWait: noWait, apart: true}
-	q, turn := a.enter(t.key)
-	t.q, t.has = q, turn.to == ask
-	return turn.to
-}
-
+// await waits for the turn.
 func (t *apartTurn) await() error {
-	switch t.enter(t.a.cfg.noWait) {
-	case refuse:
+	a := t.a
+	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait, apart: true}
+	q, turn := a.enter(t.key)
+	t.q = q
+	if turn.to == await {
+		var err error
+		if turn, err = a.awaitTurn(t.key, q); err != nil {
+			return err
+		}
+	}
+	if t.has = turn.to == ask; !t.has {
 		return errRefused
-	case await:
-		_, err := t.a.awaitTurn(t.key, t.q)
-		t.has = err == nil
-		return err
 	}
 	return nil
+}
+
+// take takes the turn if it is to be had at once.
+func (t *apartTurn) take() bool {
+	a, h := t.a, t.a.hub
+	a.w = waiter{shared: a.cfg.shared, apart: true}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t.q = h.queue(t.key.lockID())
+	t.has = t.q.enterNow(&a.w, time.Now()).to == ask
+	h.tidy(t.q)
+	return t.has
 }
 
 // open opens a session for one who has the turn; but waits for one only without.
@@ -944,7 +1011,7 @@ func (t *apartTurn) open(ctx context.Context) (*session, error) {
 		if s, err = openSession(ctx, a.db, a.cfg); err != nil {
 			return nil, err
 		}
-		if t.enter(true) == ask {
+		if t.take() {
 			return s, nil
 		}
 		s.handBack()

@@ -25,6 +25,10 @@ type queue struct {
 	until   time.Time
 	holders int // of the lease
 
+	// departing: those who have left, and still ask whether the lock was held to the end. They
+	// may come back in a moment, and meanwhile the lease waits for the next one.
+	departing int
+
 	// closed: others wait in the server's queue. The lease is not handed on or shared any more.
 	closed bool
 	// returning: the lease has had its last holder and goes back to the server.
@@ -89,6 +93,14 @@ func (q *queue) enter(w *waiter, now time.Time) turn {
 		q.last.next = w
 	}
 	q.last = w
+	return turn{to: await}
+}
+
+// enterNow is the arrival of one who goes away if it cannot be let in at once.
+func (q *queue) enterNow(w *waiter, now time.Time) turn {
+	if q.first == nil {
+		return q.start(w, now)
+	}
 	return turn{to: await}
 }
 
@@ -224,7 +236,7 @@ func (q *queue) gaveUp(w *waiter, now time.Time) {
 }
 
 // leave ends one holder's hold of the lease. If it returns true, the lease goes back to the
-// server: the caller is to unlock it, and to call unlocked.
+// server: the caller is to unlock it, and to call unlocked. If not, the caller may call depart.
 func (q *queue) leave(lease uint64, now time.Time) (unlock bool) {
 	if q.lease != lease || q.on == nil {
 		return false // it was lost
@@ -236,8 +248,31 @@ func (q *queue) leave(lease uint64, now time.Time) (unlock bool) {
 	if q.asker == nil && q.apart == 0 {
 		q.advance(now) // the next one takes it over, if it can
 	}
+	if q.holders == 0 && q.departing > 0 && q.first == nil && q.asker == nil && q.apart == 0 && !q.closed && now.Before(q.until) {
+		return false // one of those who depart takes care of it
+	}
 	q.returning = q.holders == 0
 	return q.returning
+}
+
+// depart begins the departure of one who has left; departed ends it. If departed returns true,
+// that is as when leave does.
+func (q *queue) depart(lease uint64) {
+	if q.lease == lease {
+		q.departing++
+	}
+}
+
+func (q *queue) departed(lease uint64, now time.Time) (unlock bool) {
+	if q.lease != lease || q.on == nil {
+		return false
+	}
+	q.departing--
+	if q.holders > 0 || q.returning || q.departing > 0 && q.first == nil && now.Before(q.until) {
+		return false
+	}
+	q.returning = true
+	return true
 }
 
 // unlocked: the server has the lease back.
@@ -265,6 +300,7 @@ func (q *queue) end(now time.Time) {
 	q.on = nil
 	q.holders = 0
 	q.closed, q.returning = false, false
+	q.departing = 0
 	q.advance(now)
 }
 

@@ -24,6 +24,7 @@ import (
 type watch struct {
 	timer *time.Timer
 	every time.Duration // the shortest Heartbeat of the holds; or one that was shorter, until the next
+	since time.Time     // when that began to count
 	next  time.Time     // heartbeat
 	fires time.Time     // when the timer does: then, or before the next heartbeat; zero: it does not
 }
@@ -69,9 +70,9 @@ func (c *carrier) watchFor(h *hold) {
 		next = time.Now().Add(every)
 	}
 	if first || every < w.every {
-		w.every = every
+		w.every, w.since = every, time.Now()
 	}
-	if first || next.Before(w.next) {
+	if first || w.fires.IsZero() || next.Before(w.next) {
 		w.set(c, next)
 	}
 }
@@ -120,14 +121,16 @@ func (c *carrier) beat() {
 	}
 	c.users++
 	defer h.leave(c)
-	w.every = 0
-	for hold := range c.holds {
-		if w.every == 0 || hold.cfg.heartbeat < w.every {
-			w.every = hold.cfg.heartbeat
-		}
-	}
+	w.every = c.shortest()
 	proof := c.proof
-	answerIn := proof.Add(2 * c.strict(w.every)).Sub(sent)
+	from := proof
+	if w.since.After(from) { // nobody has counted from the proof at this pace
+		from = w.since
+	}
+	answerIn := from.Add(2 * w.every).Sub(sent)
+	if c.armed { // but the server has
+		answerIn = min(answerIn, proof.Add(2*c.silent/3).Sub(sent))
+	}
 	h.mu.Unlock()
 	if answerIn <= 0 {
 		// This process was frozen, and another may hold the lock by now.
@@ -148,7 +151,12 @@ func (c *carrier) beat() {
 	switch {
 	case err == nil, errors.Is(err, errNothingHeld):
 		if len(c.holds) > 0 && c.lost == nil {
-			w.set(c, sent.Add(w.every))
+			w.every = c.shortest()
+			next := sent.Add(w.every)
+			if w.next.After(sent) && w.next.Before(next) {
+				next = w.next // of one that has come meanwhile
+			}
+			w.set(c, next)
 		}
 	case errors.As(err, new(noAnswer)) && c.proof.After(proof) && c.lost == nil && !c.gone.Load():
 		w.set(c, time.Now()) // others had the turn, and answers
@@ -157,6 +165,16 @@ func (c *carrier) beat() {
 		c.lose(err)
 		h.mu.Lock()
 	}
+}
+
+// shortest is the shortest Heartbeat of the holds.
+func (c *carrier) shortest() (every time.Duration) {
+	for hold := range c.holds {
+		if every == 0 || hold.cfg.heartbeat < every {
+			every = hold.cfg.heartbeat
+		}
+	}
+	return every
 }
 
 // overdue loses the session if it is still waited for an answer since proof.

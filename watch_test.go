@@ -243,7 +243,8 @@ func TestAProcessThatWasFrozenHasLostItsLock(t *testing.T) {
 		// The clock went on, and the timer did not.
 		hub := l.hold.hub
 		hub.mu.Lock()
-		l.hold.grants[0].on.proof = l.hold.grants[0].on.proof.Add(-time.Second)
+		c := l.hold.grants[0].on
+		c.proof, c.watch.since = c.proof.Add(-time.Second), c.watch.since.Add(-time.Second)
 		hub.mu.Unlock()
 		<-l.Context().Done()
 		wantError(t, context.Cause(l.Context()), ErrLost, "no heartbeat for 2s")
