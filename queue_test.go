@@ -1548,3 +1548,89 @@ func (t *trial) end() {
 		t.seen["all served at the end"]++
 	}
 }
+
+// Those who have left, and still ask whether they held the lock to the end, may come back in a
+// moment: the lease waits for the next one, and the last of them takes it back if nobody came.
+func TestALeaseWaitsForTheNextWhileOthersDepart(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	begin := func(t *testing.T) (q *queue, lease uint64) {
+		q = new(queue)
+		a, b := new(waiter), new(waiter)
+		if got := q.enter(a, now); got.to != ask {
+			t.Fatalf("the first: %v", got)
+		}
+		q.enter(b, now)
+		lease = q.granted(new(carrier), now, now)
+		if q.leave(lease, now) {
+			t.Fatal("the lease goes back although another waits")
+		}
+		q.depart(lease) // of a
+		if got := <-b.turns; got.to != held {
+			t.Fatalf("the second: %v", got)
+		}
+		if q.leave(lease, now) {
+			t.Fatal("the lease goes back although the first departs")
+		}
+		q.depart(lease) // of b
+		return q, lease
+	}
+	for _, test := range []struct {
+		name string
+		then func(q *queue, lease uint64) []bool
+		want []bool
+	}{
+		{"nobody comes", func(q *queue, lease uint64) []bool {
+			return []bool{q.departed(lease, now), q.departed(lease, now)}
+		}, []bool{false, true}},
+		{"another comes", func(q *queue, lease uint64) []bool {
+			got := q.enter(new(waiter), now)
+			return []bool{got.to == held, q.departed(lease, now), q.departed(lease, now), q.leave(lease, now)}
+		}, []bool{true, false, false, true}},
+		{"one comes that it is not for", func(q *queue, lease uint64) []bool {
+			got := q.enter(&waiter{shared: true}, now)
+			return []bool{got.to == await, q.departed(lease, now), q.departed(lease, now)}
+		}, []bool{true, true, false}},
+		{"one comes that stands apart", func(q *queue, lease uint64) []bool {
+			got := q.enter(&waiter{apart: true}, now)
+			return []bool{got.to == await, q.departed(lease, now)}
+		}, []bool{true, true}},
+		{"its time is over", func(q *queue, lease uint64) []bool {
+			late := now.Add(handOffFor)
+			got := q.enter(new(waiter), late)
+			return []bool{got.to == await, q.departed(lease, late)}
+		}, []bool{true, true}},
+		{"its session is lost", func(q *queue, lease uint64) []bool {
+			q.lost(q.on, now)
+			return []bool{q.departed(lease, now), q.departed(lease, now), q.idle()}
+		}, []bool{false, false, true}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			q, lease := begin(t)
+			if diff := cmp.Diff(test.want, test.then(q, lease)); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// One that has a connection and no turn does not queue with it, whatever it meets.
+func TestEnterNowNeverQueues(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	q := new(queue)
+	a := &waiter{shared: true}
+	q.enter(a, now)
+	lease := q.granted(new(carrier), now, now)
+	late := now.Add(handOffFor)
+	if got := q.enter(&waiter{shared: true}, late); got.to != look {
+		t.Fatalf("a late reader: %v", got)
+	}
+	q.leave(lease, late) // returning, under a look
+	if got := q.enterNow(&waiter{shared: true, apart: true}, late); got.to != await || q.first != nil {
+		t.Errorf("%v, in line: %v", got, q.first != nil)
+	}
+	if got := new(queue).enterNow(&waiter{apart: true}, now); got.to != ask {
+		t.Errorf("with nobody there: %v", got)
+	}
+}

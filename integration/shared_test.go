@@ -523,7 +523,7 @@ func TestLossOfTheSharedSession(t *testing.T) {
 func TestNoGrantIsLeftByThoseWhoGaveUp(t *testing.T) {
 	t.Parallel()
 	const goroutines, each = 24, 60
-	patience := []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 15 * time.Millisecond}
+	patience := []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 15 * time.Millisecond, 150 * time.Millisecond}
 	eachDriver(t, func(t *testing.T, d driver) {
 		dsn := withParams(t, server.DSN(), "application_name", appName(t))
 		pools := []*sql.DB{d.open(t, dsn), d.open(t, dsn)}
