@@ -37,6 +37,9 @@ const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text"
 // crash, too; in [WithTxLock], with its COMMIT. A standby that is promoted without having
 // received the last transactions may give out some numbers again.
 //
+// Where that takes longer than two heartbeats, because a synchronous standby is away, say, the
+// session cannot be shown to live meanwhile, and its locks are lost.
+//
 // ctx must be the one that fn was given, or made from it; otherwise Token returns an
 // error, which matches [ErrLost] if the lock is not held any more.
 func Token(ctx context.Context) (int64, error) {
