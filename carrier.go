@@ -79,6 +79,9 @@ const (
 	// batchLimit is how many locks one statement is about.
 	batchLimit = 1000
 
+	// gatherBound is how long a batch waits at most for those who have just had an answer.
+	gatherBound = 200 * time.Microsecond
+
 	// prepareAfter is how many requests are served one by one before the statement that
 	// serves them together is prepared, which costs two round trips.
 	prepareAfter = 8
@@ -243,6 +246,7 @@ func (c *carrier) work() {
 			h.leave(c)
 			return
 		}
+		began := time.Now()
 		lost := c.serve(context.Background(), c.reqs, bound)
 		for _, r := range c.reqs {
 			close(r.done)
@@ -251,22 +255,26 @@ func (c *carrier) work() {
 		if lost != nil {
 			c.lose(lost)
 		}
-		c.gather()
+		c.gather(n, time.Since(began))
 	}
 }
 
-// gather lets those who have had an answer come with their next request, so that it goes
-// out with the others'.
-func (c *carrier) gather() {
-	for before := -1; ; {
+// gather lets those n who have had an answer, after a round trip of rtt, come with their next
+// request, so that it goes out with the others': otherwise each waits for the other half's
+// trip as well as for its own. They need a moment of the processor, not of the network.
+func (c *carrier) gather(n int, rtt time.Duration) {
+	end := time.Now().Add(min(rtt/8, gatherBound))
+	c.hub.mu.Lock()
+	want := len(c.pending) + n
+	c.hub.mu.Unlock()
+	for range 1000 { // and no more, should the clock stand still
+		runtime.Gosched()
 		c.hub.mu.Lock()
-		n := len(c.pending)
+		all := len(c.pending) >= want
 		c.hub.mu.Unlock()
-		if n <= before {
+		if all || !time.Now().Before(end) {
 			return
 		}
-		before = n
-		runtime.Gosched()
 	}
 }
 

@@ -681,7 +681,7 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 func (h *hub) open(ctx context.Context, a *acquisition) (*session, error) {
 	var conn *sql.Conn
 	var err error
-	if ctx == context.Background() && a.db.Stats().Idle > 0 {
+	if ctx == context.Background() && a.stale > 0 {
 		conn, err = h.openIdle(a.db)
 	} else {
 		conn, err = openConn(ctx, a.db)
