@@ -522,36 +522,24 @@ func newSession(conn *sql.Conn, ours bool, cfg *config) *session {
 	return s
 }
 
-// acquire takes the locks of keys, which are sorted. deadline is the Timeout's, or
-// zero. After any error but errRefused and errTimeout the state of the session is
-// unknown.
-func (s *session) acquire(ctx context.Context, keys []Key, noWait bool, deadline time.Time) error {
+// acquire takes the lock of k. deadline is the Timeout's, or zero. After any error but
+// errRefused and errTimeout the state of the session is unknown.
+func (s *session) acquire(ctx context.Context, k Key, noWait bool, deadline time.Time) error {
 	s.proof = time.Now()
-	rows, err := s.exec(ctx, answerWithin(0, deadline), tryStatement(keys, s.shared))
+	rows, err := s.exec(ctx, answerWithin(0, deadline), tryStatement([]Key{k}, s.shared))
 	switch {
 	case err != nil:
 		return err
 	case rows > 0:
-		s.held = keys
-	case len(keys) > 1:
-		// Some of them may be held. Start anew: waiting for one while holding
-		// another is safe only in order.
-		if _, err := s.exec(ctx, answerWithin(0, deadline), freeStatement); err != nil {
+	case noWait:
+		return errRefused
+	default:
+		s.waited = true
+		if err := s.wait(ctx, k, deadline); err != nil {
 			return err
 		}
-		fallthrough
-	default:
-		if noWait {
-			return errRefused
-		}
-		s.waited = true
-		for _, k := range keys {
-			if err := s.wait(ctx, k, deadline); err != nil {
-				return err
-			}
-			s.held = append(s.held, k)
-		}
 	}
+	s.held = []Key{k}
 	// A grant that comes too late is not used: the driver may have closed the
 	// connection when ctx ended.
 	return ctx.Err()
@@ -1061,7 +1049,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		if cfg.given.has(optHolderTimeout) {
 			s.silent = cfg.holderTimeout
 		}
-		if err := s.acquire(ctx, keys, cfg.noWait, a.deadline); err != nil {
+		if err := s.acquire(ctx, key, cfg.noWait, a.deadline); err != nil {
 			return err
 		}
 		return s.confirm(ctx, math.MaxInt64, s.silent > 0)
@@ -1107,7 +1095,7 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 	}
 	deadline := cfg.deadline()
 	s := newSession(conn, false, cfg)
-	err := s.acquire(ctx, keys, cfg.noWait, deadline)
+	err := s.acquire(ctx, keys[0], cfg.noWait, deadline)
 	if err == nil {
 		return nil
 	}

@@ -125,7 +125,7 @@ func (t *txn) beginLocked(ctx context.Context, k Key, deadline time.Time) error 
 			return err
 		}
 	}
-	if err := t.s.acquire(ctx, []Key{k}, t.cfg.noWait, deadline); err != nil {
+	if err := t.s.acquire(ctx, k, t.cfg.noWait, deadline); err != nil {
 		return err
 	}
 	if err := t.begin(ctx); err != nil {
