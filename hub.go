@@ -403,7 +403,6 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			h.poll(-1)
 			pause = min(2*pause, pollMax)
 			if err = a.ctx.Err(); err == nil && within(1, a.deadline) <= 0 {
-				a.hint = a.who(keys[0])
 				err = errTimeout
 			}
 			if err == nil {
@@ -417,6 +416,9 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			q.gaveUp(&a.w, time.Now())
 			h.tidy(q)
 		})
+		if err == errTimeout && a.hint == "" {
+			a.hint = a.who(keys[0])
+		}
 		return grant{}, err
 	}
 }
