@@ -363,7 +363,7 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 	h := a.hub
 	pause := pollMin
-	ended := false
+	polled, ended := false, false
 	defer func() {
 		if !ended { // the driver panicked
 			h.mu.Lock()
@@ -404,6 +404,7 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			pause = min(2*pause, pollMax)
 			if err = a.ctx.Err(); err == nil && within(1, a.deadline) <= 0 {
 				err = errTimeout
+				polled = true
 			}
 			if err == nil {
 				continue
@@ -416,7 +417,7 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 			q.gaveUp(&a.w, time.Now())
 			h.tidy(q)
 		})
-		if err == errTimeout && a.hint == "" {
+		if polled { // who waits in the server's queue has asked already
 			a.hint = a.who(keys[0])
 		}
 		return grant{}, err
