@@ -152,7 +152,7 @@ func (c *carrier) beat() {
 	case err == nil, errors.Is(err, errNothingHeld):
 		if len(c.holds) > 0 && c.lost == nil {
 			w.every = c.shortest()
-			next := sent.Add(w.every)
+			next := sent.Add(c.strict(w.every))
 			if w.next.After(sent) && w.next.Before(next) {
 				next = w.next // of one that has come meanwhile
 			}

@@ -658,3 +658,31 @@ func TestTheFirstHeartbeat(t *testing.T) {
 		})
 	}
 }
+
+// A strict holder that leaves during the heartbeat that has armed the session for it leaves a
+// session that the server would end too early for the others: they have a heartbeat before.
+func TestAStrictHolderThatLeavesDuringItsHeartbeat(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if strings.Contains(query, "pg_locks") {
+				time.Sleep(50 * time.Millisecond)
+				return 2, nil
+			}
+			return 1, nil
+		}
+		lax, err := Acquire(t.Context(), db, ID(1), Heartbeat(time.Minute), HolderTimeout(time.Hour))
+		wantError(t, err)
+		strict, err := Acquire(t.Context(), db, ID(2), Heartbeat(time.Second), HolderTimeout(3*time.Second))
+		wantError(t, err)
+		time.Sleep(time.Second + 10*time.Millisecond)
+		wantError(t, strict.Release())
+		time.Sleep(2 * time.Second)
+		if !slices.ContainsFunc(srv.lines(), func(l string) bool { return strings.Contains(l, "idle_session_timeout = 3600000;") }) {
+			t.Errorf("log: %q", srv.lines())
+		}
+		wantError(t, lax.Context().Err())
+		wantError(t, lax.Release())
+	})
+}
