@@ -319,7 +319,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
 		ctx = context.WithoutCancel(ctx)
 	}
 	if h.observed != nil {
-		ctx, err = h.observed.acquired(ctx, err, func() { _ = h.hub.release(h) })
+		ctx, err = h.observed.acquired(ctx, err, func() { _ = h.hub.release(h, h.grants) })
 	}
 	if err != nil {
 		return err
@@ -374,7 +374,7 @@ func (h *hold) release() error {
 		if h.session != nil {
 			err = h.session.release()
 		} else {
-			err = h.hub.release(h)
+			err = h.hub.release(h, h.grants)
 		}
 		switch {
 		case errors.Is(err, errLeftOpen):

@@ -107,8 +107,7 @@ const batchPair = "(key OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4," +
 
 // lookStatement: one row if somebody waits for the lock.
 func lookStatement(k Key) string {
-	return "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND NOT granted" +
-		" AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()))"
+	return "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND NOT granted" + inThisDatabase + ")"
 }
 
 // freeKeysStatement unlocks whichever of the locks the session holds.
@@ -365,7 +364,7 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 				query = unlockTwiceStatement(r.keys, r.shared)
 			}
 		}
-		if disarms = c.isLast(r.keys); disarms {
+		if disarms = c.armed && c.only(r.keys); disarms {
 			query = disarmStatement + query
 		}
 	case opLook:
@@ -559,7 +558,7 @@ func (c *carrier) prepare(ctx context.Context, bound time.Duration) error {
 
 // runNow is execNow for a statement that f sends.
 func (c *carrier) runNow(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
-	if c.guard.breaks != nil && !c.abandoned.Load() {
+	if c.known() {
 		return c.run(ctx, bound, f)
 	}
 	return c.runAside(ctx, bound, f)
@@ -602,12 +601,10 @@ func (c *carrier) stillHeld(reqs []*request) error {
 
 // carriesOthers tells whether the session holds locks that r is not about.
 func (c *carrier) carriesOthers(r *request) bool {
-	c.hub.mu.Lock()
-	defer c.hub.mu.Unlock()
 	if r.op == opUnlock {
-		return len(c.locks) > len(r.keys)
+		return !c.only(r.keys)
 	}
-	return len(c.locks) > 0
+	return !c.only(nil)
 }
 
 // only tells whether the session holds no other locks than those of keys.
@@ -615,13 +612,6 @@ func (c *carrier) only(keys []Key) bool {
 	c.hub.mu.Lock()
 	defer c.hub.mu.Unlock()
 	return len(c.locks) <= len(keys)
-}
-
-// isLast tells whether the unlock of keys, on a session that is armed, leaves it with no lock.
-func (c *carrier) isLast(keys []Key) bool {
-	c.hub.mu.Lock()
-	defer c.hub.mu.Unlock()
-	return c.armed && len(c.locks) <= len(keys)
 }
 
 func (c *carrier) disarmed() {

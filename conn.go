@@ -129,8 +129,7 @@ func heldStatement(keys []Key, shared bool) string {
 		mode = "ShareLock"
 	}
 	var b strings.Builder
-	b.WriteString("SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()" +
-		" AND granted AND mode OPERATOR(pg_catalog.=) '" + mode + "' AND (")
+	b.WriteString(ownLocks + " AND mode OPERATOR(pg_catalog.=) '" + mode + "' AND (")
 	for i, k := range keys {
 		if i > 0 {
 			b.WriteString(" OR ")
@@ -142,8 +141,14 @@ func heldStatement(keys []Key, shared bool) string {
 }
 
 // heldCountStatement: one row for each advisory lock that this session holds.
-const heldCountStatement = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()" +
-	" AND granted AND locktype OPERATOR(pg_catalog.=) 'advisory'"
+const heldCountStatement = ownLocks + " AND locktype OPERATOR(pg_catalog.=) 'advisory'"
+
+// ownLocks begins a statement about what this session holds.
+const ownLocks = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted"
+
+// inThisDatabase goes with a condition on pg_locks that would be true in others, too.
+const inThisDatabase = " AND database OPERATOR(pg_catalog.=)" +
+	" (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())"
 
 // lockRow is the condition on pg_locks that finds the lock of k in any database:
 // the manual's section "pg_locks" tells how a key is spread over the columns.
@@ -266,7 +271,7 @@ func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (r
 
 // execNow is exec for one whose turn it is.
 func (r *runner) execNow(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	if r.guard.breaks != nil && !r.abandoned.Load() {
+	if r.known() {
 		err = r.run(ctx, bound, func(ctx context.Context) (err error) {
 			rows, err = r.send(ctx, query)
 			return err
@@ -275,6 +280,9 @@ func (r *runner) execNow(ctx context.Context, bound time.Duration, query string)
 	}
 	return r.execAside(ctx, bound, query)
 }
+
+// known tells whether the driver is one whose statements the guard can break off.
+func (r *runner) known() bool { return r.guard.breaks != nil && !r.abandoned.Load() }
 
 // execAside is execNow on a goroutine of its own.
 func (r *runner) execAside(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {

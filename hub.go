@@ -125,7 +125,7 @@ func (a *acquisition) acquire(keys []Key, grants []grant) ([]grant, error) {
 			return all, nil
 		}
 		// The first of several, while the last were waited for, say.
-		_ = a.giveBack(all)
+		a.giveBack(all)
 		if err := a.again(sessionLost{lost}, true, false); err != nil {
 			return nil, err
 		}
@@ -155,7 +155,7 @@ func (a *acquisition) acquireAll(keys []Key, grants []grant) ([]grant, error) {
 			err = a.ctx.Err()
 		}
 		if err != nil {
-			_ = a.giveBack(grants)
+			a.giveBack(grants)
 			return nil, err
 		}
 	}
@@ -212,7 +212,7 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	case err == nil && a.ctx.Err() == nil:
 		return grants, nil
 	case err == nil:
-		_ = a.giveBack(grants)
+		a.giveBack(grants)
 		return nil, a.ctx.Err()
 	case err == errTaken, errors.Is(err, errRefused) && !a.cfg.noWait, errors.As(err, new(sessionLost)):
 		return nil, nil
@@ -325,7 +325,7 @@ func (a *acquisition) awaitTurn(k Key, q *queue) (turn, error) {
 	h.tidy(q)
 	h.mu.Unlock()
 	if t.to == held {
-		_ = a.giveBack([]grant{{key: k, q: q, lease: t.lease, on: t.on}})
+		a.giveBack([]grant{{key: k, q: q, lease: t.lease, on: t.on}})
 	}
 	return turn{}, err
 }
@@ -784,11 +784,9 @@ func (h *hub) spare(c *carrier) {
 
 var errFinished = errors.New("the session has been handed back")
 
-// release ends hd. It returns nil if each lock was held until then, which the server says:
-// also of a lock that is handed on.
-func (h *hub) release(hd *hold) error { return h.releaseAll(hd, hd.grants) }
-
-func (h *hub) releaseAll(hd *hold, grants []grant) (err error) {
+// release ends hd's hold of grants. It returns nil if each lock was held until then, which the
+// server says: also of a lock that is handed on.
+func (h *hub) release(hd *hold, grants []grant) (err error) {
 	for len(grants) > 0 {
 		c := grants[0].on
 		n := 1
@@ -813,8 +811,8 @@ func lostCause(err error) error {
 }
 
 // giveBack releases what an acquisition got in vain.
-func (a *acquisition) giveBack(grants []grant) (err error) {
-	return a.hub.releaseAll(a.hold, grants)
+func (a *acquisition) giveBack(grants []grant) {
+	_ = a.hub.release(a.hold, grants)
 }
 
 // releaseOn releases those locks of hd that c carries.

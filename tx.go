@@ -38,8 +38,7 @@ func waitTxStatement(bound time.Duration, k Key, shared bool) string {
 
 // deadlockStatement: a row for each holder of the lock that waits for this session.
 func deadlockStatement(k Key) string {
-	return "SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND granted" +
-		" AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())" +
+	return "SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND granted" + inThisDatabase +
 		" AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
 }
 
