@@ -370,21 +370,25 @@ func (h *hold) release() error {
 		// Work that goes by the context ends before another holder's begins.
 		h.ended.Store(true)
 		h.cancel(nil)
-		var err error
+		err := errPanicked
+		defer func() { h.released(err) }()
 		if h.session != nil {
 			err = h.session.release()
 		} else {
 			err = h.hub.release(h, h.grants)
 		}
-		switch {
-		case errors.Is(err, errLeftOpen):
-			h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
-		case err != nil:
-			h.err = lostError("release", h.keys, err)
-		}
-		h.observed.holdEnd(h.err)
 	})
 	return h.err
+}
+
+func (h *hold) released(err error) {
+	switch {
+	case errors.Is(err, errLeftOpen):
+		h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
+	case err != nil:
+		h.err = lostError("release", h.keys, err)
+	}
+	h.observed.holdEnd(h.err)
 }
 
 // A call is what an exported function is called with, for checking it before

@@ -141,25 +141,48 @@ func (h *hub) lostOf(hd *hold) error {
 	return lost
 }
 
-func (a *acquisition) acquireAll(keys []Key, grants []grant) ([]grant, error) {
-	if len(keys) > 1 {
-		if all, err := a.acquireAtOnce(keys, grants); all != nil || err != nil {
-			return all, err
+func (a *acquisition) acquireAll(keys []Key, grants []grant) (all []grant, err error) {
+	returned := false
+	defer func() {
+		if !returned { // the driver panicked, or the Logger
+			a.stepAside(keys)
 		}
+		if !returned || err != nil {
+			a.giveBack(grants)
+		}
+	}()
+	if len(keys) > 1 {
+		all, err = a.acquireAtOnce(keys, grants)
 	}
-	for i := range keys {
-		g, err := a.acquireOne(keys[i : i+1])
-		if err == nil {
+	if all == nil && err == nil {
+		for i := range keys {
+			var g grant
+			if g, err = a.acquireOne(keys[i : i+1]); err != nil {
+				break
+			}
 			grants = append(grants, g)
 			// A grant that comes too late is not used.
-			err = a.ctx.Err()
+			if err = a.ctx.Err(); err != nil {
+				break
+			}
 		}
-		if err != nil {
-			a.giveBack(grants)
-			return nil, err
+		all = grants
+	}
+	returned = true
+	return all, err
+}
+
+// stepAside ends the turns of one who cannot go on.
+func (a *acquisition) stepAside(keys []Key) {
+	h := a.hub
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, k := range keys {
+		if q := h.queues[k.lockID()]; q != nil && q.asker != nil && q.asker.by == a {
+			q.gaveUp(q.asker, time.Now())
+			h.tidy(q)
 		}
 	}
-	return grants, nil
 }
 
 // acquireAtOnce acquires all the locks in one statement. If that cannot be, it returns nil:
@@ -171,7 +194,7 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	in := 0
 	for in < len(keys) {
 		w := &waiters[in]
-		w.shared, w.noWait = a.cfg.shared, true
+		w.by, w.shared, w.noWait = a, a.cfg.shared, true
 		q := h.queue(keys[in].lockID())
 		if !q.enterIdle(w) {
 			break
@@ -225,7 +248,7 @@ var errTaken = errors.New("others of this process have it, or wait for it")
 
 // acquireOne acquires the lock of one key.
 func (a *acquisition) acquireOne(keys []Key) (grant, error) {
-	a.w = waiter{shared: a.cfg.shared, noWait: a.cfg.noWait}
+	a.w = waiter{by: a, shared: a.cfg.shared, noWait: a.cfg.noWait}
 	q, t := a.enter(keys[0])
 	for {
 		var err error
@@ -363,14 +386,7 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 	h := a.hub
 	pause := pollMin
-	polled, ended := false, false
-	defer func() {
-		if !ended { // the driver panicked
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			q.gaveUp(&a.w, time.Now())
-		}
-	}()
+	polled := false
 	for {
 		c, sent, err := a.try(keys)
 		if errors.Is(err, errRefused) && !a.cfg.noWait {
@@ -384,7 +400,6 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 				c.watchFor(a.hold)
 				h.mu.Unlock()
 				h.leave(c)
-				ended = true
 				return g, nil
 			}
 			h.mu.Unlock()
@@ -410,7 +425,6 @@ func (a *acquisition) askServer(keys []Key, q *queue) (grant, error) {
 				continue
 			}
 		}
-		ended = true
 		a.settle(func() {
 			h.mu.Lock()
 			defer h.mu.Unlock()
@@ -787,16 +801,16 @@ var errFinished = errors.New("the session has been handed back")
 // release ends hd's hold of grants. It returns nil if each lock was held until then, which the
 // server says: also of a lock that is handed on.
 func (h *hub) release(hd *hold, grants []grant) (err error) {
-	for len(grants) > 0 {
-		c := grants[0].on
-		n := 1
-		for n < len(grants) && grants[n].on == c {
-			n++
-		}
-		err = join(err, h.releaseOn(c, hd, grants[:n]))
-		grants = grants[n:]
+	if len(grants) == 0 {
+		return nil
 	}
-	return err
+	c := grants[0].on
+	n := 1
+	for n < len(grants) && grants[n].on == c {
+		n++
+	}
+	defer func() { err = join(err, h.release(hd, grants[n:])) }() // even if the driver panics
+	return h.releaseOn(c, hd, grants[:n])
 }
 
 // lostCause is err, or if that says that a session was lost, why.

@@ -922,3 +922,115 @@ func TestTheHubOfAGarbageDBIsForgotten(t *testing.T) {
 	}
 	t.Error("it is still known")
 }
+
+// A driver's panic in a caller that recovers, as net/http does, takes nothing with it: the
+// session is closed, and the next caller has the lock.
+func TestADriversPanicLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	second := ID(43)
+	holdOnTwo := func(t *testing.T, _ *lockTable, here, there *sql.DB) {
+		holdFor(t, here, ID(41), 2*time.Second) // so that the shared session is another than that which waits
+		holdFor(t, there, key, time.Second)
+	}
+	for _, test := range []struct {
+		name  string
+		on    string // the statement that panics
+		setUp func(t *testing.T, p *lockTable, db, other *sql.DB)
+		call  func(t *testing.T, db *sql.DB) error
+	}{
+		{name: "try", on: "pg_try_advisory_lock("},
+		{name: "unlock", on: "pg_advisory_unlock("},
+		{
+			name: "several keys", on: "pg_try_advisory_lock(",
+			call: func(t *testing.T, db *sql.DB) error {
+				return WithLocks(t.Context(), db, []Key{key, second}, nothing)
+			},
+		},
+		{
+			name: "the second of several keys", on: "SELECT WHERE pg_catalog.pg_try_advisory_lock(43)",
+			setUp: holdOnTwo,
+			call: func(t *testing.T, db *sql.DB) error {
+				return WithLocks(t.Context(), db, []Key{key, second}, nothing)
+			},
+		},
+		{
+			name: "one of two sessions' unlocks", on: "WHERE pg_catalog.pg_advisory_unlock(42)",
+			setUp: holdOnTwo,
+			call: func(t *testing.T, db *sql.DB) error {
+				return WithLocks(t.Context(), db, []Key{key, second}, nothing)
+			},
+		},
+		{
+			name: "the second of two releases", on: "pg_advisory_unlock(",
+			call: func(t *testing.T, db *sql.DB) error {
+				l, err := Acquire(t.Context(), db, key)
+				wantError(t, err)
+				defer func() { wantError(t, l.Release(), ErrLost, errPanicked) }()
+				return l.Release()
+			},
+		},
+		{
+			name: "wait", on: "set_config('lock_timeout'",
+			setUp: func(t *testing.T, _ *lockTable, _, there *sql.DB) { holdFor(t, there, key, time.Second) },
+		},
+		{
+			name: "look", on: "NOT granted",
+			setUp: func(t *testing.T, _ *lockTable, db, _ *sql.DB) {
+				holdFor(t, db, key, time.Second, Shared())
+				time.Sleep(2 * handOffFor)
+			},
+			call: func(t *testing.T, db *sql.DB) error { return WithLock(t.Context(), db, key, nothing, Shared()) },
+		},
+	} {
+		for _, late := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, late %v", test.name, late), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					p, dbs, srvs := newTable(t, 2)
+					db := dbs[0]
+					srvs[0].direct = true
+					if test.setUp != nil {
+						test.setUp(t, p, db, dbs[1])
+					}
+					answer := srvs[0].script
+					panics := true
+					srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+						if panics && strings.Contains(query, test.on) {
+							panics = false
+							if late {
+								_, _ = answer(ctx, conn, query)
+							}
+							panic("driver")
+						}
+						return answer(ctx, conn, query)
+					}
+					func() {
+						defer func() {
+							if got := recover(); got != "driver" {
+								t.Errorf("recovered %v", got)
+							}
+						}()
+						if test.call != nil {
+							wantError(t, test.call(t, db))
+						} else {
+							wantError(t, WithLock(t.Context(), db, key, nothing))
+						}
+					}()
+					for _, k := range []Key{key, second} {
+						wantError(t, WithLock(t.Context(), db, k, nothing, Timeout(10*time.Second)))
+						wantError(t, WithConnLock(t.Context(), db, k, func(context.Context, *sql.Conn) error { return nil }, Timeout(time.Second)))
+					}
+					time.Sleep(5 * time.Second)
+					wantIdle(t, db)
+					p.clean()
+				})
+			})
+		}
+	}
+}
+
+// holdFor holds k for d.
+func holdFor(t *testing.T, db *sql.DB, k Key, d time.Duration, opts ...Option) {
+	l, err := Acquire(t.Context(), db, k, opts...)
+	wantError(t, err)
+	time.AfterFunc(d, func() { _ = l.Release() })
+}

@@ -44,6 +44,7 @@ type queue struct {
 
 // A waiter is one request for the lock of one key.
 type waiter struct {
+	by     *acquisition
 	shared bool
 	apart  bool
 	noWait bool
