@@ -174,6 +174,38 @@ func TestABatchThatFails(t *testing.T) {
 	}
 }
 
+// Heartbeats go out between requests that are answered one by one, each of which may be refused.
+func TestHeartbeatsComeBetweenRequestsAnsweredOneByOne(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		l, err := Acquire(t.Context(), dbs[0], key, Heartbeat(time.Second))
+		wantError(t, err)
+		p.takes(200 * millisecond)
+		full := pgError("53200")
+		p.failIn = func(int64, int64) error { return full }
+		p.fail = func(_ int, query string) error {
+			if strings.Contains(query, "try_advisory_lock(") {
+				return full
+			}
+			return nil
+		}
+		var wg sync.WaitGroup
+		for _, k := range ids(20) {
+			wg.Go(func() {
+				wantError(t, WithLock(t.Context(), dbs[0], k, nothing), full)
+			})
+		}
+		wg.Wait()
+		if count(srvs[0].lines(), "batch") == 0 {
+			t.Error("nothing was asked for together")
+		}
+		wantError(t, l.Release())
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
 // The session dies in a batch, or its answer makes no sense: all is lost, and the requests
 // go on over a new session.
 func TestABatchThatIsLost(t *testing.T) {

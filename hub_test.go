@@ -774,6 +774,56 @@ func TestWaitsTakeHalfOfThePool(t *testing.T) {
 	}
 }
 
+// With a small pool, one waits instead of the shared session while that is not open, and so has
+// its turn beside a process that always wants the lock.
+func TestAWaitInsteadOfTheSharedSession(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, _ := newTable(t, 2)
+		dbs[0].SetMaxOpenConns(2)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				wantError(t, WithLock(t.Context(), dbs[1], key, func(context.Context) error {
+					time.Sleep(30 * millisecond)
+					return nil
+				}))
+			}
+		})
+		time.Sleep(10 * millisecond)
+		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(2*time.Second)))
+		cancel()
+		wg.Wait()
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
+// It lets the shared session have its place when another lock is wanted: the work under that
+// has a connection.
+func TestAWaitInsteadOfTheSharedSessionYields(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, _ := newTable(t, 2)
+		dbs[0].SetMaxOpenConns(2)
+		there := take(t, dbs[1], key)
+		var wg sync.WaitGroup
+		wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[0], key, nothing)) })
+		time.Sleep(10 * millisecond)
+		wantError(t, WithLock(t.Context(), dbs[0], ID(43), func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, 2*waitBound)
+			defer cancel()
+			_, err := dbs[0].ExecContext(ctx, "SELECT")
+			return err
+		}))
+		wantError(t, there.Release())
+		wg.Wait()
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
 // One that polls keeps its Timeout and its ctx.
 func TestAPollEndsInTime(t *testing.T) {
 	t.Parallel()

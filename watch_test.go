@@ -686,3 +686,37 @@ func TestAStrictHolderThatLeavesDuringItsHeartbeat(t *testing.T) {
 		wantError(t, lax.Release())
 	})
 }
+
+// A lock that was long on its way, and is handed on to a holder with a shorter Heartbeat, is not
+// lost for that: nobody was to prove it at that pace.
+func TestAShortHeartbeatCountsFromItsBeginning(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 2)
+		there := take(t, dbs[1], key)
+		answer := srvs[0].script
+		srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+			switch {
+			case strings.Contains(query, "lock_timeout"):
+				time.Sleep(5 * time.Second)
+			case query == "SELECT": // the first holder asks whether it held the lock to the end
+				time.Sleep(time.Second / 2)
+			}
+			return answer(ctx, conn, query)
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Heartbeat(10*time.Second), HolderTimeout(time.Minute)))
+		})
+		time.Sleep(time.Second)
+		wg.Go(func() {
+			wantError(t, WithLock(t.Context(), dbs[0], key, func(ctx context.Context) error {
+				sleep(ctx, 3*time.Second)
+				return context.Cause(ctx)
+			}, Heartbeat(time.Second)))
+		})
+		wantError(t, there.Release())
+		wg.Wait()
+		p.clean()
+	})
+}
