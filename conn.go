@@ -430,8 +430,13 @@ var errAbandoned = errors.New("the driver has not returned from the statement be
 // false). Ours ends with exactly one of handBack and discard.
 type session struct {
 	runner
+	sessionState
+}
+
+// A sessionState is what a session does not pass on to the one that is made of it next.
+type sessionState struct {
 	conn *sql.Conn
-	db   *sql.DB // whose pool conn is from, if it is ours
+	db   *sql.DB // whose pool conn is from; nil: it is not ours
 	ours bool
 	log  *slog.Logger
 
@@ -460,13 +465,7 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 	if err != nil {
 		return nil, err
 	}
-	return openedSession(conn, db, cfg), nil
-}
-
-func openedSession(conn *sql.Conn, db *sql.DB, cfg *config) *session {
-	s := newSession(conn, true, cfg)
-	s.db = db
-	return s
+	return newSession(conn, db, cfg), nil
 }
 
 // openConn borrows a connection. It returns when ctx ends, even if a driver that is
@@ -524,10 +523,16 @@ func (s *session) watchOver() {
 	})
 }
 
-func newSession(conn *sql.Conn, ours bool, cfg *config) *session {
-	s := &session{conn: conn, ours: ours, log: cfg.logger, shared: cfg.shared}
+// newSession returns the session of conn, which is db's, or the caller's: db is nil then.
+func newSession(conn *sql.Conn, db *sql.DB, cfg *config) *session {
+	s := new(session)
 	s.send, s.busy = s.rawSend, make(chan struct{}, 1)
+	s.begin(conn, db, cfg)
 	return s
+}
+
+func (s *session) begin(conn *sql.Conn, db *sql.DB, cfg *config) {
+	s.sessionState = sessionState{conn: conn, db: db, ours: db != nil, log: cfg.logger, shared: cfg.shared}
 }
 
 // acquire takes the lock of k. deadline is the Timeout's, or zero. After any error but
@@ -1102,7 +1107,7 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 		return acquireError(ctx, keys, cfg, err, "") // nothing was sent
 	}
 	deadline := cfg.deadline()
-	s := newSession(conn, false, cfg)
+	s := newSession(conn, nil, cfg)
 	err := s.acquire(ctx, keys[0], cfg.noWait, deadline)
 	if err == nil {
 		return nil
@@ -1131,7 +1136,7 @@ func releaseConn(ctx context.Context, conn *sql.Conn, key Key, allowed optionSet
 	if err != nil {
 		return err
 	}
-	s := newSession(conn, false, &cfg)
+	s := newSession(conn, nil, &cfg)
 	s.held = keys
 	if err := s.release(); err != nil {
 		return lostError("release", keys, err)

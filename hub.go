@@ -110,7 +110,8 @@ type grant struct {
 	lease uint64
 	on    *carrier
 
-	unlock bool // its release asks the server to
+	departing bool // its release asks whether it was held to the end
+	unlock    bool // its release asks the server to unlock it
 }
 
 // acquire acquires the locks of keys, which are sorted. After an error none is held.
@@ -711,9 +712,9 @@ func (h *hub) open(ctx context.Context, a *acquisition) (*session, error) {
 	h.spareSession = nil
 	h.mu.Unlock()
 	if s == nil {
-		return openedSession(conn, a.db, a.cfg), nil
+		return newSession(conn, a.db, a.cfg), nil
 	}
-	s.conn, s.db, s.log, s.shared = conn, a.db, a.cfg.logger, a.cfg.shared
+	s.begin(conn, a.db, a.cfg)
 	return s, nil
 }
 
@@ -791,9 +792,7 @@ func (h *hub) spare(c *carrier) {
 	}
 	h.spareCarrier, h.spareSession = c, c.session
 	c.session, c.lost, c.batch, c.alone, c.lone = nil, nil, nil, 0, [1]*request{}
-	s := h.spareSession
-	s.conn, s.db, s.guard.dc, s.held, s.waited, s.enough, s.doubtful = nil, nil, nil, nil, false, nil, false
-	s.silent, s.armed, s.broken, s.waitingFor, s.proof = 0, false, false, Key{}, time.Time{}
+	h.spareSession.sessionState, h.spareSession.guard.dc = sessionState{}, nil
 }
 
 var errFinished = errors.New("the session has been handed back")
@@ -842,6 +841,7 @@ func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 			r.keys = append(r.keys, g.key)
 		} else {
 			g.q.depart(g.lease)
+			g.departing = true
 		}
 	}
 	if c.lost != nil {
@@ -852,45 +852,36 @@ func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 	c.unwatch(hd)
 	c.users++
 	h.mu.Unlock()
-	err := c.release(r)
-
-	*r = request{op: opUnlock, shared: hd.cfg.shared, keys: hd.unlocks[:0]}
-	h.mu.Lock()
-	now = time.Now()
-	for i := range grants {
-		g := &grants[i]
-		if g.unlock {
-			g.q.unlocked(g.lease, now)
-			h.tidy(g.q)
-			g.unlock = false
-		} else if g.unlock = g.q.departed(g.lease, now); g.unlock {
-			r.keys = append(r.keys, g.key)
-		}
-	}
-	h.mu.Unlock()
-	if len(r.keys) > 0 { // nobody has taken over what was left for the next one
-		err = join(err, c.release(r))
-		h.mu.Lock()
-		now = time.Now()
-		for _, g := range grants {
-			if g.unlock {
-				g.q.unlocked(g.lease, now)
-				h.tidy(g.q)
-			}
-		}
-		h.mu.Unlock()
+	// The answer says that the locks were held until now, also those that are handed on.
+	err := lostCause(c.ask(context.Background(), r, releaseBound))
+	if h.left(hd, grants) { // nobody has taken over what was left for the next one
+		err = join(err, lostCause(c.ask(context.Background(), r, releaseBound)))
+		h.left(hd, grants)
 	}
 	h.leave(c)
 	return err
 }
 
-// release has r served, which releases locks or asks whether the session lives.
-func (c *carrier) release(r *request) error {
-	err := c.ask(context.Background(), r, releaseBound)
-	if err != nil && errors.As(err, new(unanswered)) {
-		c.lose(err)
+// left notes that what hd asks for has been answered, and asks for what is to be unlocked then.
+func (h *hub) left(hd *hold, grants []grant) (unlock bool) {
+	r := &hd.asks
+	*r = request{op: opUnlock, shared: hd.cfg.shared, keys: hd.unlocks[:0]}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	for i := range grants {
+		g := &grants[i]
+		if g.unlock {
+			g.q.unlocked(g.lease, now)
+			h.tidy(g.q)
+		}
+		g.unlock = g.departing && g.q.departed(g.lease, now)
+		g.departing = false
+		if g.unlock {
+			r.keys = append(r.keys, g.key)
+		}
 	}
-	return lostCause(err)
+	return len(r.keys) > 0
 }
 
 // queue returns the queue of a key.
