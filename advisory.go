@@ -272,8 +272,9 @@ func (l *Lock) Release() error {
 func abandoned(h *hold) {
 	// Not on the goroutine that runs all cleanups.
 	go func() {
+		err := h.release()
 		h.cfg.logger.Warn("advisory: Lock was garbage-collected without Release", "key", keyList(h.keys))
-		if err := h.release(); err != nil {
+		if err != nil {
 			h.cfg.logger.Warn("advisory: abandoned Lock", "error", err)
 		}
 	}()

@@ -66,6 +66,9 @@ type request struct {
 	done chan struct{} // closed with the answer; nil while its caller serves it
 }
 
+// acquires tells whether r is an acquisition's, which may be left under way.
+func (r *request) acquires() bool { return r.op == opTry || r.op == opLook }
+
 type op uint8
 
 const (
@@ -129,7 +132,7 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 		h.mu.Unlock()
 		return sessionLost{c.lost}
 	}
-	others := r.op == opTry && len(c.holds) > 0
+	others := r.acquires() && len(c.holds) > 0
 	// Who serves its own request cannot leave before the answer, or the end of the session:
 	// which is near, where others' locks are on it.
 	if !c.working && (!others || c.watch.every <= defaultHeartbeat) {
@@ -149,12 +152,12 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 		go c.work()
 	}
 	h.mu.Unlock()
-	if r.op != opTry {
+	if !r.acquires() {
 		c.guard.hurry(bound)
 	}
 	// The statement under way, and the next one, are bounded: a timer is for less than that.
 	var end <-chan time.Time
-	if r.op == opTry && bound < answerBound {
+	if r.acquires() && bound < answerBound {
 		t := time.NewTimer(bound)
 		defer t.Stop()
 		end = t.C
@@ -232,7 +235,7 @@ func (c *carrier) work() {
 		for n < len(c.pending) && (n == 0 || locks+len(c.pending[n].keys) <= batchLimit) {
 			r := c.pending[n]
 			locks += max(1, len(r.keys))
-			if r.op != opTry {
+			if !r.acquires() {
 				bound = releaseBound
 			}
 			n++
@@ -452,7 +455,7 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 
 	sent := time.Now()
 	var answer string
-	err := c.runNow(ctx, bound, func(ctx context.Context) error {
+	err := c.runNow(ctx, bound, len(c.opText)+len(c.noText), func(ctx context.Context) error {
 		return c.batch.QueryRowContext(ctx, string(c.opText), string(c.noText)).Scan(&answer)
 	})
 	if err != nil {
@@ -544,21 +547,25 @@ func (c *carrier) unlockAgain(ctx context.Context, r *request) error {
 
 // free unlocks what the session may have got of r's keys.
 func (c *carrier) free(ctx context.Context, r *request) error {
-	_, err := c.execNow(ctx, releaseBound, freeKeysStatement(r.keys, r.shared))
+	keys := r.keys
+	if c.doubtful { // it may have one of them twice
+		keys = slices.Concat(keys, keys)
+	}
+	_, err := c.execNow(ctx, releaseBound, freeKeysStatement(keys, r.shared))
 	return err
 }
 
 // prepare prepares the statement that answers many requests.
 func (c *carrier) prepare(ctx context.Context, bound time.Duration) error {
-	return c.runNow(ctx, bound, func(ctx context.Context) (err error) {
+	return c.runNow(ctx, bound, len(batchStatement), func(ctx context.Context) (err error) {
 		c.batch, err = c.conn.PrepareContext(ctx, batchStatement)
 		return err
 	})
 }
 
-// runNow is execNow for a statement that f sends.
-func (c *carrier) runNow(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
-	if c.known() {
+// runNow is execNow for a statement of so many bytes that f sends.
+func (c *carrier) runNow(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
+	if c.breakable(length) {
 		return c.run(ctx, bound, f)
 	}
 	return c.runAside(ctx, bound, f)
@@ -673,22 +680,18 @@ type sessionLost struct{ cause error }
 func (e sessionLost) Error() string { return e.cause.Error() }
 func (e sessionLost) Unwrap() error { return e.cause }
 
-// finish hands back the connection of a session on which nothing is held or asked. It
-// returns true if c can be used for another.
-func (c *carrier) finish() bool {
-	var err error
+// finish hands back the connection of a session on which nothing is held or asked, if that can
+// be cleaned: then c can be used for another.
+func (c *carrier) finish() (clean bool, err error) {
 	if c.batch != nil || c.armed {
 		err = c.clean()
 	}
 	if err != nil || c.gone.Load() || c.abandoned.Load() {
-		if err != nil {
-			c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
-		}
 		c.discard()
-		return false
+		return false, err
 	}
 	c.handBack()
-	return true
+	return true, nil
 }
 
 func (c *carrier) clean() error {
@@ -697,7 +700,7 @@ func (c *carrier) clean() error {
 	}
 	defer c.give()
 	if c.batch != nil {
-		if err := c.runNow(context.Background(), releaseBound, func(context.Context) error { return c.batch.Close() }); err != nil {
+		if err := c.runNow(context.Background(), releaseBound, 0, func(context.Context) error { return c.batch.Close() }); err != nil {
 			return err
 		}
 	}

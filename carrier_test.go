@@ -419,3 +419,40 @@ func releaseOnTwoSessions(t *testing.T, first time.Duration) {
 	wantIdle(t, dbs[0])
 	p.clean()
 }
+
+// A lock that a session of several has twice, and whose unlock is refused by the server, is
+// unlocked nevertheless.
+func TestALockHeldTwiceWhoseUnlockFails(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 2)
+		there := take(t, dbs[1], key)
+		answer := srvs[0].script
+		hides, fails := true, true
+		srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if fails && strings.Contains(query, "IS NOT NULL") {
+				fails = false
+				return 0, pgError("57014")
+			}
+			n, err := answer(ctx, conn, query)
+			if hides && err == nil && strings.Contains(query, "lock_timeout") {
+				hides = false
+				return 0, err55P03
+			}
+			return n, err
+		}
+		time.AfterFunc(100*millisecond, func() { wantError(t, there.Release()) })
+		first := take(t, dbs[0], key)
+		second := take(t, dbs[0], ID(43))
+		if n := p.holders(key); n != 2 {
+			t.Errorf("held %d times", n)
+		}
+		wantError(t, first.Release())
+		if n := p.holders(key); n != 0 || fails {
+			t.Errorf("after the release, it is held %d times; the unlock has failed: %v", n, !fails)
+		}
+		wantError(t, second.Release())
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -271,7 +272,7 @@ func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (r
 
 // execNow is exec for one whose turn it is.
 func (r *runner) execNow(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	if r.known() {
+	if r.breakable(len(query)) {
 		err = r.run(ctx, bound, func(ctx context.Context) (err error) {
 			rows, err = r.send(ctx, query)
 			return err
@@ -281,8 +282,10 @@ func (r *runner) execNow(ctx context.Context, bound time.Duration, query string)
 	return r.execAside(ctx, bound, query)
 }
 
-// known tells whether the driver is one whose statements the guard can break off.
-func (r *runner) known() bool { return r.guard.breaks != nil && !r.abandoned.Load() }
+// breakable tells whether the guard can break off a statement of so many bytes.
+func (r *runner) breakable(length int) bool {
+	return r.guard.breaks != nil && length <= r.guard.longest && !r.abandoned.Load()
+}
 
 // execAside is execNow on a goroutine of its own.
 func (r *runner) execAside(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
@@ -444,6 +447,7 @@ type sessionState struct {
 	// then ends the session after such a silence.
 	silent time.Duration
 	lent   bool // fn of WithConnLock is given conn
+	dc     any  // the driver's connection that is lent
 
 	// The rest belongs to the goroutine that acquires or releases, but for armed,
 	// which is the watch's until that has stopped.
@@ -469,8 +473,10 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 }
 
 // openConn borrows a connection. It returns when ctx ends, even if a driver that is
-// making a connection does not; a connection that comes later goes to the pool.
-func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
+// making a connection does not (unless one lay ready that others have taken in that moment); a
+// connection that comes later goes to the pool.
+func openConn(outer context.Context, db *sql.DB) (*sql.Conn, error) {
+	ctx := outer
 	stats := db.Stats()
 	// One that lies ready may have to be asked whether it lives; one that must be made
 	// takes longer. But if others have all of a limited pool, the wait is for them.
@@ -509,6 +515,9 @@ func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 		}
 	}
 	if r.err != nil && ctx.Err() != nil {
+		if outer.Err() == nil && exhausted(db) { // it has become a wait for others
+			return openConn(outer, db)
+		}
 		r.err = context.Cause(ctx)
 	}
 	return r.conn, r.err
@@ -756,11 +765,40 @@ func (s *session) release() error {
 		err = errLeftOpen
 	}
 	if err != nil {
+		if s.lent && errors.Is(err, sql.ErrConnDone) {
+			s.reclaim()
+		}
 		s.discard()
 		return err
 	}
 	s.handBack()
 	return nil
+}
+
+// reclaim closes the driver's connection after fn has closed the Conn: it lies in the pool, with
+// the lock on it. That ends with the session that it was on.
+func (s *session) reclaim() {
+	ctx, cancel := context.WithTimeout(context.Background(), releaseBound)
+	defer cancel()
+	found := false
+	for range s.db.Stats().Idle {
+		conn, err := openConn(ctx, s.db)
+		if err != nil {
+			break
+		}
+		_ = raw(conn, func(dc any) error {
+			if found = reflect.TypeOf(dc).Comparable() && dc == s.dc; found {
+				s.clear(dc)
+				return driver.ErrBadConn
+			}
+			return nil
+		})
+		if found {
+			return
+		}
+		defer conn.Close() // when all have been looked at
+	}
+	s.log.Warn("advisory: fn closed its conn; if it is in the pool, it still has the lock", "key", keyList(s.held))
 }
 
 // errLostBeforeUse is for keepTrying: another session may do.
@@ -947,6 +985,7 @@ func (a *attempts) again(err error, opened, own bool) error {
 		}
 		err = errors.Join(errTimeout, err)
 	}
+	own = own && !errors.As(err, new(sessionLost)) // by a request of another's
 	early := errors.Is(err, errLostBeforeUse) || opened && !own && !a.waited
 	// database/sql closes a Conn that it has found dead.
 	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone)
@@ -996,10 +1035,16 @@ func (a *attempts) error(err error) error {
 
 // poolHint says that the pool's limit is why no connection was to be had, if it is.
 func poolHint(db *sql.DB) string {
-	if stats := db.Stats(); stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections {
-		return "all " + plural(stats.MaxOpenConnections, "connection") + " of the pool are in use"
+	if exhausted(db) {
+		return "all " + plural(db.Stats().MaxOpenConnections, "connection") + " of the pool are in use"
 	}
 	return ""
+}
+
+// exhausted tells whether all connections of a limited pool are in use.
+func exhausted(db *sql.DB) bool {
+	stats := db.Stats()
+	return stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections
 }
 
 // heldBy says who holds the lock that a Timeout has just given up, if one query can
@@ -1059,6 +1104,10 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	a.turn = turn
 	s, err := a.keepTrying(func(s *session) error {
 		s.lent = true
+		_ = raw(s.conn, func(dc any) error {
+			s.dc = dc
+			return nil
+		})
 		if cfg.given.has(optHolderTimeout) {
 			s.silent = cfg.holderTimeout
 		}

@@ -616,6 +616,39 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 	})
 	wantError(t, err, driver.ErrBadConn, ErrLost, sql.ErrConnDone)
 	srv.want(t, on(1, "open", tryQuery, "close")...)
+
+	// Closed, it lies in the pool, among others.
+	db, srv = newServer(t)
+	db.SetMaxIdleConns(3)
+	var log logBuffer
+	err = WithConnLock(t.Context(), db, key, func(_ context.Context, conn *sql.Conn) error {
+		for range 2 {
+			other, err := db.Conn(t.Context())
+			wantError(t, err)
+			defer other.Close()
+		}
+		return conn.Close()
+	}, log.option())
+	wantError(t, err, ErrLost, sql.ErrConnDone)
+	srv.want(t, slices.Concat(on(1, "open", tryQuery), on(2, "open"), on(3, "open"), on(1, clearQuery, "close"))...)
+	if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 2 || log.String() != "" {
+		t.Errorf("%d connections in use, %d idle; log: %s", stats.InUse, stats.Idle, log.String())
+	}
+
+	// Another has it from there.
+	var other *sql.Conn
+	err = WithConnLock(t.Context(), db, key, func(_ context.Context, conn *sql.Conn) (err error) {
+		wantError(t, conn.Close())
+		db.SetMaxIdleConns(0)
+		db.SetMaxIdleConns(2)
+		other, err = db.Conn(t.Context())
+		return err
+	}, log.option())
+	wantError(t, err, ErrLost, sql.ErrConnDone)
+	wantError(t, other.Close())
+	if !strings.Contains(log.String(), "fn closed its conn") {
+		t.Errorf("log: %s", log.String())
+	}
 }
 
 // On the caller's connection, what it holds is found out exactly, and nothing else

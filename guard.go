@@ -2,6 +2,7 @@ package advisory
 
 import (
 	"database/sql/driver"
+	"math"
 	"net"
 	"reflect"
 	"sync"
@@ -18,10 +19,8 @@ import (
 // that the server needs. So where the driver is known, its connection is broken off
 // instead, and the statement runs on the caller's goroutine.
 type guard struct {
-	// breaks breaks off dc, the connection of a driver that is known, so that the statement
-	// under way on it returns with an error. nil: the driver is not known.
-	breaks func(dc any)
-	dc     any
+	breaker
+	dc any // the driver's connection
 
 	mu     sync.Mutex // guards the rest
 	timer  *time.Timer
@@ -31,6 +30,16 @@ type guard struct {
 	until  time.Time // zero: it is not bounded
 	cancel func()    // breaks it off; nil: that is for breaks
 	cause  error     // why it was broken off
+}
+
+// A breaker is how the statement under way on a driver's connection is broken off.
+type breaker struct {
+	// breaks breaks off dc, so that the statement returns with an error. nil: the driver is
+	// not known.
+	breaks func(dc any)
+
+	// longest is the length of the longest statement, in bytes, for which that is certain.
+	longest int
 }
 
 // begin begins to guard a statement. A bound of 0 is none.
@@ -63,38 +72,37 @@ func (g *guard) bound(d time.Duration) {
 // expire breaks off a statement that is not answered in time.
 func (g *guard) expire() {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.fires = time.Time{}
 	if !g.under || g.until.IsZero() {
+		g.mu.Unlock()
 		return
 	}
-	if left := time.Until(g.until); left > 0 { // of an older statement
+	left := time.Until(g.until)
+	if left > 0 { // of an older statement
 		g.bound(left)
-		return
 	}
-	g.breakOff(errOverdue)
-}
-
-// breakOff breaks off the statement under way, if there is one.
-func (g *guard) breakOff(cause error) {
-	if !g.under || g.cause != nil {
-		return
-	}
-	g.cause = cause
-	if g.cancel != nil {
-		g.cancel()
-	} else {
-		g.breaks(g.dc)
+	no := g.no
+	g.mu.Unlock()
+	if left <= 0 {
+		g.interrupt(no, errOverdue)
 	}
 }
 
-// interrupt breaks off the statement under way, if it is number no, or no is 0.
+// interrupt breaks off the statement under way, if there is one, and it is number no, or no is 0.
 func (g *guard) interrupt(no uint64, cause error) {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	if no == 0 || no == g.no {
-		g.breakOff(cause)
+	if !g.under || g.cause != nil || no != 0 && no != g.no {
+		g.mu.Unlock()
+		return
 	}
+	g.cause = cause // nothing more is sent over the connection
+	off := g.cancel
+	if off == nil {
+		breaks, dc := g.breaks, g.dc
+		off = func() { breaks(dc) }
+	}
+	g.mu.Unlock()
+	off() // the driver's: no lock is held
 }
 
 // hurry leaves no more than d to the statement under way.
@@ -115,7 +123,7 @@ func (g *guard) end() error {
 }
 
 // breakers finds how a driver's connection is broken off, by the driver's type.
-var breakers sync.Map // reflect.Type → func(driver's connection)
+var breakers sync.Map // reflect.Type → breaker
 
 // watchOver has the guard break off dc itself, if its driver is known.
 func (g *guard) watchOver(dc any) {
@@ -124,35 +132,37 @@ func (g *guard) watchOver(dc any) {
 	if !ok {
 		found, _ = breakers.LoadOrStore(t, findBreaker(t))
 	}
-	g.breaks, g.dc = found.(func(any)), dc
+	g.breaker, g.dc = found.(breaker), dc
 }
 
 // findBreaker knows drivers by their connections' types: no driver is imported, and a
 // driver wrapped in another is not known. The names of methods are constants, so that the
 // linker still drops what a program does not use.
-func findBreaker(t reflect.Type) func(dc any) {
+func findBreaker(t reflect.Type) breaker {
 	switch {
 	case t.Kind() != reflect.Pointer:
 	case t.Elem().PkgPath() == "github.com/lib/pq":
-		// Close is made to be called while another goroutine reads.
-		return func(dc any) {
+		// Close is made to be called while another goroutine reads. But it writes, and so
+		// waits for one that writes: as a longer statement may for ever, once the
+		// network's buffers are full.
+		return breaker{longest: 4096, breaks: func(dc any) {
 			if conn, ok := dc.(driver.Conn); ok {
 				_ = conn.Close()
 			}
-		}
+		}}
 	case isPgx(t):
 		// The deadline of the network's connection may be set at any time, which is
 		// what pgx itself does when a context ends.
-		return func(dc any) {
+		return breaker{longest: math.MaxInt, breaks: func(dc any) {
 			v := reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0]
 			v = v.MethodByName("PgConn").Call(nil)[0]
 			v = v.MethodByName("Conn").Call(nil)[0]
 			if conn, ok := v.Interface().(net.Conn); ok {
 				_ = conn.SetDeadline(time.Unix(1, 0))
 			}
-		}
+		}}
 	}
-	return nil
+	return breaker{}
 }
 
 // isPgx tells whether t has pgx's Conn().PgConn().Conn(), a net.Conn.

@@ -278,7 +278,7 @@ func (a *acquisition) enter(k Key) (*queue, turn) {
 	defer h.mu.Unlock()
 	q := h.queue(k.lockID())
 	t := q.enter(&a.w, time.Now())
-	if t.to == await && !h.minded {
+	if t.to == await {
 		h.mind(a.db)
 	}
 	return q, t
@@ -287,6 +287,9 @@ func (a *acquisition) enter(k Key) (*queue, turn) {
 // mind looks every now and then, while there are waiters, whether the pool has been closed,
 // which who waits for another of this process would not find out.
 func (h *hub) mind(db *sql.DB) {
+	if h.minded {
+		return
+	}
 	h.minded = true
 	time.AfterFunc(waitBound, func() {
 		closed := poolClosed(db) != nil
@@ -297,7 +300,7 @@ func (h *hub) mind(db *sql.DB) {
 			if q.first != nil && closed {
 				q.shut()
 			}
-			if q.first != nil && !h.minded {
+			if q.first != nil {
 				h.mind(db)
 			}
 		}
@@ -364,8 +367,7 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 	if t.lease == q.lease && t.on.lost == nil {
 		t.on.users++
 		h.mu.Unlock()
-		// Not under ctx: the answer comes in a moment, or the session is lost.
-		err = t.on.ask(context.Background(), &r, answerBound)
+		err = t.on.ask(a.ctx, &r, answerWithin(0, a.deadline))
 		h.leave(t.on)
 		h.mu.Lock()
 	}
@@ -373,6 +375,12 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 	defer h.tidy(q)
 	now := time.Now()
 	switch {
+	case errors.As(err, new(unanswered)):
+		if a.over() {
+			err = errors.Join(errTimeout, err)
+		}
+		q.gaveUp(&a.w, now)
+		return turn{}, err
 	case err == nil && t.on.lost == nil:
 	case err == nil, errors.As(err, new(sessionLost)), sessionGone(err):
 		q.lost(t.on, now)
@@ -380,7 +388,11 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 		q.gaveUp(&a.w, now)
 		return turn{}, err
 	}
-	return q.looked(&a.w, t.lease, r.ok, now), nil
+	t = q.looked(&a.w, t.lease, r.ok, now)
+	if t.to == await {
+		h.mind(a.db)
+	}
+	return t, nil
 }
 
 // askServer acquires the lock from the server: it is the caller's turn to.
@@ -544,13 +556,16 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		return s.confirm(a.ctx, a.cfg.heartbeat, false)
 	})
 	returned = true
-	if err == nil && instead && h.crowded() {
-		// The pool cannot spare a second session for as long as the lock may be held.
-		s.giveUp(errYield)
-		err = errYield
-	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if err == nil && instead && h.sessions > 1 {
+		// The shared session has been opened meanwhile, and the pool cannot spare a second
+		// one for as long as the lock may be held.
+		h.mu.Unlock()
+		s.giveUp(errYield)
+		err = errYield
+		h.mu.Lock()
+	}
 	if err != nil {
 		h.sessions--
 		return nil, time.Time{}, err
@@ -595,13 +610,6 @@ func (h *hub) othersWait(instead, long bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return instead && h.sessions > 1 || long && h.polling > 0
-}
-
-// crowded tells whether another session carries locks.
-func (h *hub) crowded() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.sessions > 1 && h.shared != nil && len(h.shared.locks) > 0
 }
 
 // untilTick is a pause of up to pause and some: to the next tick of a clock that is the same
@@ -674,32 +682,38 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 			h.isOpened(err)
 		}
 	}()
+	idle := a.db.Stats().Idle
 	if a.stale < 0 {
-		a.stale = a.db.Stats().Idle
+		a.stale = idle
 	}
 	ctx, cancel := a.untilDeadline()
 	defer cancel()
-	s, err := h.open(ctx, a)
+	s, err := h.open(ctx, a, idle > 0)
 	if err != nil {
 		return nil, true, err
 	}
 	s.watchOver()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if c := h.shared; c != nil { // one that waited has been granted its lock meanwhile
+		c.users++
+		h.mu.Unlock()
+		s.handBack()
+		h.mu.Lock()
+		return c, false, nil
+	}
 	c = newCarrier(h, s)
 	c.users = 1
 	h.sessions++
-	if h.shared == nil {
-		h.shared = c
-	}
+	h.shared = c
 	return c, true, nil
 }
 
 // open opens the shared session. There is one who does at a time.
-func (h *hub) open(ctx context.Context, a *acquisition) (*session, error) {
+func (h *hub) open(ctx context.Context, a *acquisition, idle bool) (*session, error) {
 	var conn *sql.Conn
 	var err error
-	if ctx == context.Background() && a.stale > 0 {
+	if ctx == context.Background() && idle {
 		conn, err = h.openIdle(a.db)
 	} else {
 		conn, err = openConn(ctx, a.db)
@@ -721,19 +735,22 @@ func (h *hub) open(ctx context.Context, a *acquisition) (*session, error) {
 // openIdle is openConn for a connection that lies ready, with a context that serves again.
 func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
 	p := h.patience
+	h.patience = nil
 	if p == nil {
 		p = new(patience)
 		ctx, cancel := context.WithCancelCause(context.Background())
 		p.ctx, p.end = ctx, func() { cancel(errOverdue) }
-		h.patience = p
 	}
 	p.guard.begin(answerBound, p.end)
 	conn, err := db.Conn(p.ctx)
-	if p.guard.end() != nil {
-		h.patience = nil
-		if err != nil {
-			err = noAnswer{answerBound}
-		}
+	switch {
+	case p.guard.end() == nil:
+		h.patience = p
+	case err == nil:
+	case exhausted(db): // others have taken what lay ready
+		return openConn(context.Background(), db)
+	default:
+		err = noAnswer{answerBound}
 	}
 	return conn, err
 }
@@ -776,12 +793,16 @@ func (h *hub) leave(c *carrier) {
 		h.shared = nil
 	}
 	h.mu.Unlock()
-	again := c.finish()
+	log := c.log
+	clean, err := c.finish()
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	h.sessions--
-	if again {
+	if clean {
 		h.spare(c)
+	}
+	h.mu.Unlock()
+	if err != nil {
+		log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
 	}
 }
 
@@ -804,9 +825,12 @@ func (h *hub) release(hd *hold, grants []grant) (err error) {
 		return nil
 	}
 	c := grants[0].on
-	n := 1
-	for n < len(grants) && grants[n].on == c {
-		n++
+	n := 1 // of those that c carries, which go first
+	for i := 1; i < len(grants); i++ {
+		if grants[i].on == c {
+			grants[n], grants[i] = grants[i], grants[n]
+			n++
+		}
 	}
 	defer func() { err = join(err, h.release(hd, grants[n:])) }() // even if the driver panics
 	return h.releaseOn(c, hd, grants[:n])
@@ -920,9 +944,6 @@ func (a *acquisition) who(k Key) string {
 	var who string
 	if ask {
 		who = a.askWho(k)
-		h.mu.Lock()
-		h.asking = false
-		h.mu.Unlock()
 	}
 	if who == "" && ours {
 		who = "held by this process"
@@ -931,6 +952,11 @@ func (a *acquisition) who(k Key) string {
 }
 
 func (a *acquisition) askWho(k Key) string {
+	defer func() {
+		a.hub.mu.Lock()
+		defer a.hub.mu.Unlock()
+		a.hub.asking = false
+	}()
 	ctx, cancel := context.WithTimeout(a.ctx, heldByBound)
 	defer cancel()
 	s, err := openSession(ctx, a.db, a.cfg)
@@ -998,13 +1024,13 @@ func (t *apartTurn) take() bool {
 // open opens a session for one who has the turn; but waits for one only without.
 func (t *apartTurn) open(ctx context.Context) (*session, error) {
 	a := t.a
-	if a.db.Stats().MaxOpenConnections == 0 {
-		return openSession(ctx, a.db, a.cfg) // which waits for nobody
-	}
 	if !t.has {
 		if err := t.await(); err != nil {
 			return nil, err
 		}
+	}
+	if a.db.Stats().MaxOpenConnections == 0 {
+		return openSession(ctx, a.db, a.cfg) // which waits for nobody
 	}
 	for {
 		short, cancel := context.WithTimeoutCause(ctx, turnBound, errTurnBound)

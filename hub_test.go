@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -821,6 +822,220 @@ func TestAWaitInsteadOfTheSharedSessionYields(t *testing.T) {
 		wg.Wait()
 		wantIdle(t, dbs[0])
 		p.clean()
+	})
+}
+
+// With a pool of 2, another lock that is asked for while one is granted that was waited for does
+// not put locks on both connections: the work under them has one.
+func TestAWaitIsGrantedWhileTheSharedSessionOpens(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name      string
+		dial, try time.Duration // of the second session
+	}{
+		{"it is dialled", 100 * millisecond, 0},
+		{"its try is under way", 0, 100 * millisecond},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p, dbs, srvs := newTable(t, 2)
+				db := dbs[0]
+				db.SetMaxOpenConns(2)
+				var dials atomic.Int32
+				srvs[0].dial = func(ctx context.Context) error {
+					if dials.Add(1) == 2 {
+						sleep(ctx, test.dial)
+					}
+					return nil
+				}
+				answer := srvs[0].script
+				srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+					if strings.Contains(query, "try_advisory_lock(43)") {
+						sleep(ctx, test.try)
+					}
+					return answer(ctx, conn, query)
+				}
+				there := take(t, dbs[1], key)
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				work := func(ctx context.Context) error {
+					sleep(ctx, time.Second)
+					return db.PingContext(ctx)
+				}
+				var wg sync.WaitGroup
+				wg.Go(func() { wantError(t, WithLock(ctx, db, key, work)) })
+				time.Sleep(50 * millisecond)
+				wg.Go(func() { wantError(t, WithLock(ctx, db, ID(43), work)) })
+				time.Sleep(50 * millisecond)
+				wantError(t, there.Release())
+				wg.Wait()
+				wantIdle(t, db)
+				p.clean()
+			})
+		})
+	}
+}
+
+// That the pool is busy is no reason to give up: not for who opens the shared session, nor for
+// those who wait for it to be open.
+func TestThePoolIsBusyForLong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, _ := newTable(t, 2)
+		db := dbs[0]
+		db.SetMaxOpenConns(1)
+		there := take(t, dbs[1], key)
+		wantError(t, db.Ping()) // one lies ready
+		var wg sync.WaitGroup
+		wg.Go(func() { wantError(t, WithLock(context.Background(), db, key, nothing)) })
+		time.Sleep(time.Second)
+		conn, err := db.Conn(t.Context())
+		wantError(t, err)
+		time.Sleep(time.Second)
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+			defer cancel()
+			wantError(t, WithLock(ctx, db, ID(43), nothing))
+		})
+		wantError(t, there.Release())
+		time.Sleep(45 * time.Second)
+		wantError(t, conn.Close())
+		wg.Wait()
+		wantIdle(t, db)
+		p.clean()
+	})
+}
+
+// The connection that lay ready is taken in the moment in which it is asked for, and the wait for
+// another one is for longer than an answer may take.
+func TestTheReadyConnectionIsTakenByOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, _ := newServer(t)
+		db.SetMaxOpenConns(1)
+		conn, err := db.Conn(t.Context())
+		wantError(t, err)
+		time.AfterFunc(time.Minute, func() { wantError(t, conn.Close()) })
+		got, err := new(hub).openIdle(db)
+		wantError(t, err)
+		wantError(t, got.Close())
+	})
+}
+
+// A driver's panic while a session is opened is not the next one's trouble.
+func TestADriversPanicWhileASessionIsOpened(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		for range 2 { // on a new connection, and on one that lies ready
+			wantError(t, WithLock(context.Background(), db, key, nothing))
+		}
+		panics := true
+		srv.reset = func(context.Context, int) error {
+			if panics {
+				panics = false
+				panic("driver")
+			}
+			return nil
+		}
+		func() {
+			defer func() {
+				if recover() != "driver" {
+					t.Error("no panic")
+				}
+			}()
+			_ = WithLock(context.Background(), db, key, nothing)
+		}()
+		for range 3 {
+			time.Sleep(time.Minute)
+			wantError(t, WithLock(context.Background(), db, key, nothing))
+		}
+	})
+}
+
+// Who has opened the shared session does not fail because another's request was its end.
+func TestTheOpenersSessionIsLostToAnother(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.direct = true
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if conn == 1 && strings.Contains(query, "(43)") {
+				sleep(ctx, 5*time.Second)
+				if ctx.Err() != nil {
+					return 0, errSessionEnded
+				}
+			}
+			return 1, nil
+		}
+		cfg, err := newConfig("WithLock", sessionOptions, nil)
+		wantError(t, err)
+		a := &acquisition{attempts: newAttempts(t.Context(), db, []Key{key}, &cfg), hub: hubOf(db), hold: &hold{cfg: cfg}}
+		c, own, err := a.session()
+		wantError(t, err)
+		// Before it has asked, another does, and goes away.
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var wg sync.WaitGroup
+		wg.Go(func() { wantError(t, WithLock(ctx, db, ID(43), nothing), ErrNotAcquired, context.DeadlineExceeded) })
+		time.Sleep(100 * millisecond)
+		r := &request{op: opTry, keys: a.keys, every: cfg.heartbeat}
+		err = c.ask(a.ctx, r, answerWithin(0, a.deadline))
+		wantError(t, err, "no answer from the server")
+		a.hub.leave(c)
+		wantError(t, a.again(err, true, own))
+		wg.Wait()
+	})
+}
+
+// A look ends with its ctx and its Timeout, whatever the holders' Heartbeat is.
+func TestALookThatIsNotAnswered(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.direct = true
+		srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+			if strings.Contains(query, "NOT granted") {
+				<-ctx.Done()
+				return 0, errSessionEnded
+			}
+			return 1, nil
+		}
+		l := take(t, db, key, Shared(), Heartbeat(time.Hour), HolderTimeout(4*time.Hour))
+		time.Sleep(time.Second)
+		start := time.Now()
+		wantError(t, WithLock(t.Context(), db, key, nothing, Shared(), Timeout(100*millisecond)), ErrNotAcquired, "within 100ms")
+		ctx, cancel := context.WithTimeout(t.Context(), 100*millisecond)
+		defer cancel()
+		wantError(t, WithLock(ctx, db, key, nothing, Shared()), ErrNotAcquired, context.DeadlineExceeded)
+		if d := time.Since(start); d > 3*time.Second {
+			t.Errorf("after %v", d)
+		}
+		wantError(t, l.Release(), ErrLost) // the session never answered again
+	})
+}
+
+// One who waits after a look is told that the pool has been closed.
+func TestThePoolIsClosedAfterALook(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		_, dbs, _ := newTable(t, 2)
+		l := take(t, dbs[0], key, Shared())
+		var wg sync.WaitGroup
+		wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[1], key, nothing)) })
+		time.Sleep(100 * millisecond)
+		looked := make(chan error)
+		go func() { looked <- WithLock(t.Context(), dbs[0], key, nothing, Shared()) }()
+		time.Sleep(100 * millisecond)
+		wantError(t, dbs[0].Close())
+		select {
+		case err := <-looked:
+			wantError(t, err, "database is closed")
+		case <-time.After(time.Second):
+			t.Error("it still waits")
+		}
+		wantError(t, l.Release())
+		wg.Wait()
 	})
 }
 

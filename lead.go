@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// How long Lead pauses after a database error: at first, and at most.
+// How long Lead pauses after a database error, or a lock that it lost soon: at first, and at most.
 const (
 	leadPauseMin = 100 * time.Millisecond
 	leadPauseMax = 5 * time.Second
@@ -23,7 +23,7 @@ const (
 // with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
 // in one process, fn never runs twice at a time. If fn goes on after a loss, Lead waits for it
 // and warns the Logger once every HolderTimeout. Errors of the database are reported to the
-// Logger and retried, after pauses that grow to 5 s.
+// Logger and retried, after pauses that grow to 5 s; so is a lock that was lost within 5 s.
 //
 // When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
 // a planned step-down. So fn should try again by itself what fails because the database is away
@@ -49,21 +49,24 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 		err := h.acquire(ctx, c, keys)
 		switch {
 		case err == nil:
-			pause = leadPauseMin
+			began := time.Now()
 			again, fnErr, err := h.lead(fn, &cfg)
 			switch {
 			case !again:
 				return err
 			case ctx.Err() != nil:
 				return join(fnErr, ctx.Err())
+			case time.Since(began) > leadPauseMax:
+				pause = leadPauseMin
+				continue
 			}
 		case ctx.Err() != nil || isClosed(err):
 			return err
 		default:
 			cfg.logger.Warn("advisory: campaign failed; trying again", "key", key.String(), "error", err)
-			sleep(ctx, pause/2+rand.N(pause/2))
-			pause = min(2*pause, leadPauseMax)
 		}
+		sleep(ctx, pause/2+rand.N(pause/2))
+		pause = min(2*pause, leadPauseMax)
 	}
 }
 

@@ -257,3 +257,29 @@ func TestALeaderWhoseUnlockIsRefusedIsToldSo(t *testing.T) {
 		srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery, clearArmedQuery, "close")...)
 	})
 }
+
+// A lock that never lasts, as behind a pooler in transaction mode, does not become a busy loop.
+func TestALeadershipThatIsLostAtOnceIsRetriedWithGrowingPauses(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			time.Sleep(time.Millisecond)
+			if strings.Contains(query, "pg_locks") {
+				return 0, nil
+			}
+			return 1, nil
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		terms := 0
+		wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+			terms++
+			<-ctx.Done()
+			return nil
+		}), ErrNotAcquired, context.DeadlineExceeded)
+		if terms < 10 || terms > 40 {
+			t.Errorf("%d terms in a minute", terms)
+		}
+	})
+}

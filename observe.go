@@ -7,8 +7,8 @@ import (
 
 // An Observer is told what happens to locks: how long acquisitions wait and how they
 // end, how long locks are held, and when one is lost. It is a set of functions, each of
-// which may be nil. They are called synchronously, possibly from several goroutines at
-// a time, and should be quick.
+// which may be nil. But for Lost, they are called synchronously, possibly from several goroutines
+// at a time, and should be quick. HoldEnd must not release the lock that it is about.
 //
 // What a Start function returns is the context of what follows: AcquireStart's that of
 // the acquisition and of HoldStart, and HoldStart's that of fn. So a span that HoldStart
@@ -26,9 +26,10 @@ type Observer struct {
 	// whose caller alone knows when that ends. fn's ctx is made from its result.
 	HoldStart func(context.Context, LockInfo) context.Context
 
-	// Lost is called when a heartbeat notices that a held lock is lost. HoldEnd may come
-	// at the same time or before; a loss that is found by the release, or by fn's own
-	// statements on the session, is HoldEnd's alone.
+	// Lost is called, on a goroutine of its own, when a held lock is found to be lost: by a
+	// heartbeat, or by what another caller asks on the same session. HoldEnd may come at the
+	// same time or before; a loss that is found by the release, or by fn's own statements on
+	// the session, is HoldEnd's alone.
 	Lost func(ctx context.Context, info LockInfo, err error)
 
 	// HoldEnd is called after the release, with how long that is since the grant. err is that
@@ -111,9 +112,10 @@ func (o *observation) holdStart(ctx context.Context) context.Context {
 	return ctx
 }
 
+// lost does not wait for Lost: other holders are to be told, too.
 func (o *observation) lost(err error) {
 	if o != nil && o.Lost != nil {
-		o.Lost(o.hold, o.info, err)
+		go o.Lost(o.hold, o.info, err)
 	}
 }
 

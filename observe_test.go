@@ -3,8 +3,10 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -259,5 +261,51 @@ func TestAnObserversNilCtxIsIgnored(t *testing.T) {
 			AcquireStart: func(context.Context, LockInfo) context.Context { return noCtx },
 			HoldStart:    func(context.Context, LockInfo) context.Context { return noCtx },
 		})))
+	}
+}
+
+// A Lost that takes long, ends its goroutine, or releases another lock holds up nobody: the
+// contexts of all who have locks on the session end at once.
+func TestLostHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	for name, does := range map[string]func(first *Lock){
+		"takes long": func(*Lock) { time.Sleep(time.Hour) },
+		"Goexit":     func(*Lock) { runtime.Goexit() },
+		"releases":   func(first *Lock) { _ = first.Release() },
+	} {
+		for _, found := range []string{"by a heartbeat", "by another's release", "by another's try"} {
+			t.Run(name+", found "+found, func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					p, dbs, srvs := newTable(t, 2)
+					var locks []*Lock
+					lost := &Observer{Lost: func(context.Context, LockInfo, error) { does(locks[0]) }}
+					for _, k := range ids(8) {
+						locks = append(locks, take(t, dbs[0], k, Observe(lost)))
+					}
+					p.kill(backendID{srvs[0], 1})
+					switch found {
+					case "by a heartbeat":
+						time.Sleep(2 * defaultHeartbeat)
+					case "by another's release":
+						wantError(t, locks[0].Release(), ErrLost)
+					case "by another's try":
+						wantError(t, WithLock(t.Context(), dbs[0], key, nothing))
+					}
+					for i, l := range locks {
+						wantError(t, WithLock(t.Context(), dbs[1], l.Key(), nothing, NoWait()))
+						if l.Context().Err() == nil {
+							t.Errorf("the ctx of lock %d lives on", i)
+						}
+						if err := l.Release(); !errors.Is(err, ErrLost) {
+							t.Errorf("release of lock %d: %v", i, err)
+						}
+					}
+					wantIdle(t, dbs[0])
+					p.clean()
+					time.Sleep(time.Hour) // of Lost
+				})
+			})
+		}
 	}
 }

@@ -59,9 +59,9 @@ func (h *hub) begin(hd *hold) {
 // watchFor has the session watched for h, which holds locks on it.
 func (c *carrier) watchFor(h *hold) {
 	w := &c.watch
-	c.holds[h] = struct{}{}
 	every := c.strict(h.cfg.heartbeat)
-	first := len(c.holds) == 1
+	first := len(c.holds) == 0
+	c.holds[h] = struct{}{}
 	next := c.proof.Add(every)
 	switch {
 	case h.soon:
