@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 func TestClosedPortIsAnErrorAtOnce(t *testing.T) {
@@ -62,23 +63,23 @@ func TestServerOfAnotherKindIsAnErrorAtOnce(t *testing.T) {
 
 	addrs := map[string]net.Addr{
 		"HTTP": web.Listener.Addr(),
-		"HTTP_that_complains": serve(t, func(conn net.Conn) {
+		"HTTP_that_complains": testkit.Serve(t, func(conn net.Conn) {
 			_, _ = conn.Read(make([]byte, 1024))
 			fmt.Fprint(conn, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n400 Bad Request")
 		}),
-		"MySQL": serve(t, func(conn net.Conn) {
+		"MySQL": testkit.Serve(t, func(conn net.Conn) {
 			fmt.Fprint(conn, "J\x00\x00\x00\n8.0.36\x00\x08\x00\x00\x00abcdefgh\x00\xff\xf7\xff\x02\x00\xff\xdf\x15")
 		}),
-		"SSH": serve(t, func(conn net.Conn) {
+		"SSH": testkit.Serve(t, func(conn net.Conn) {
 			fmt.Fprint(conn, "SSH-2.0-OpenSSH_9.6\r\n")
 			_, _ = conn.Read(make([]byte, 1024))
 		}),
-		"echo": serve(t, func(conn net.Conn) {
+		"echo": testkit.Serve(t, func(conn net.Conn) {
 			b := make([]byte, 1024)
 			n, _ := conn.Read(b)
 			_, _ = conn.Write(b[:n])
 		}),
-		"nothing": serve(t, func(net.Conn) {}),
+		"nothing": testkit.Serve(t, func(net.Conn) {}),
 	}
 	eachDriver(t, func(t *testing.T, d driver) {
 		for name, addr := range addrs {
@@ -101,7 +102,7 @@ func TestSilentServerIsWaitedForNoLongerThanAsked(t *testing.T) {
 	eachDriver(t, func(t *testing.T, d driver) {
 		t.Parallel()
 		end := make(chan struct{})
-		addr := serve(t, func(net.Conn) { <-end })
+		addr := testkit.Serve(t, func(net.Conn) { <-end })
 		defer close(end) // has the driver return, too
 		key := testKey(t)
 		_ = concurrently(len(openers), 1, func(i int) error {
@@ -134,27 +135,4 @@ func TestSilentServerIsWaitedForNoLongerThanAsked(t *testing.T) {
 
 func dsnOf(addr net.Addr) string {
 	return "postgres://postgres@" + addr.String() + "/postgres?sslmode=disable"
-}
-
-// serve answers each connection with f, and closes it after that.
-func serve(t *testing.T, f func(net.Conn)) net.Addr {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				f(conn)
-			}()
-		}
-	}()
-	return l.Addr()
 }

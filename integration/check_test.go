@@ -63,16 +63,6 @@ func wantNoLocks(t *testing.T, s *pgtest.Server) {
 	})
 }
 
-func ownServer(t *testing.T) *pgtest.Server {
-	t.Helper()
-	s, err := pgtest.Start(context.Background(), pgtest.Local())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Stop() })
-	return s
-}
-
 func TestCheckIsContentWithPostgreSQL(t *testing.T) {
 	s := ownServer(t)
 	eachDriver(t, func(t *testing.T, d driver) {

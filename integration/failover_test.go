@@ -67,11 +67,7 @@ func (fencedCounter) wantNoStale(t testing.TB, db *sql.DB) (writes int) {
 func TestFailover(t *testing.T) {
 	t.Parallel()
 	bothDrivers(t, func(t *testing.T, d driver) {
-		primary, err := pgtest.Start(t.Context(), pgtest.Local())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { primary.Stop() })
+		primary := ownServer(t)
 		standby, err := primary.Standby(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -150,14 +146,9 @@ func TestFailover(t *testing.T) {
 			t.Fatal(err)
 		}
 		promoted := time.Now()
-		var told, took []time.Duration
-		for _, lock := range held {
-			if !awaitLoss(t, lock.Context()) {
-				t.FailNow()
-			}
-			told = append(told, time.Since(failed))
-		}
+		told := awaitLosses(t, held, failed)
 		wg.Wait()
+		var took []time.Duration
 		for _, at := range begun {
 			took = append(took, at.Sub(promoted))
 		}

@@ -5,13 +5,13 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // rounds is n for a driver in its default mode, and fewer for the other modes.
@@ -34,27 +34,6 @@ func setUp(t testing.TB, db *sql.DB, statements ...string) {
 
 // appName is an application_name that no other test's pools have.
 func appName(t testing.TB) string { return "test " + testKey(t).SQL() }
-
-// hold holds key on a session of its own, without the package under test, until release
-// is called or the test ends.
-func hold(t testing.TB, db *sql.DB, key advisory.Key) (release func()) {
-	t.Helper()
-	conn, err := db.Conn(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := conn.ExecContext(t.Context(), "SELECT pg_advisory_lock("+key.SQL()+")"); err != nil {
-		t.Fatal(err)
-	}
-	release = sync.OnceFunc(func() {
-		if _, err := conn.ExecContext(context.Background(), "SELECT pg_advisory_unlock("+key.SQL()+")"); err != nil {
-			t.Error(err)
-		}
-		conn.Close()
-	})
-	t.Cleanup(release)
-	return release
-}
 
 // waitForTriers waits until n transactions have tried in vain to take key, and do not
 // wait for it in the server's queue.
@@ -138,7 +117,7 @@ type counter struct{ table string }
 
 func newCounter(t testing.TB, db *sql.DB) counter {
 	t.Helper()
-	c := counter{fmt.Sprintf("counter_%d", databases.Add(1))}
+	c := counter{testkit.Unique("counter")}
 	setUp(t, db, "DROP TABLE IF EXISTS "+c.table, "CREATE TABLE "+c.table+" (n int)", "INSERT INTO "+c.table+" VALUES (0)")
 	t.Cleanup(func() { setUp(t, db, "DROP TABLE IF EXISTS "+c.table) })
 	return c

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // A session is one session, with a name, that takes locks without the package under test.
@@ -189,7 +190,7 @@ func TestHoldersForAnUnprivilegedRole(t *testing.T) {
 	t.Parallel()
 	eachDriver(t, func(t *testing.T, d driver) {
 		dsn, key := server.DSN(), testKey(t)
-		role := fmt.Sprintf("advisory_nobody_%d_%d", os.Getpid(), databases.Add(1))
+		role := testkit.Unique("advisory_nobody")
 		setUp(t, adminDB(t), "CREATE ROLE "+role)
 		t.Cleanup(func() { setUp(t, adminDB(t), "DROP ROLE "+role) })
 		holder, waiter := newSession(t, d, dsn, "holder"), newSession(t, d, dsn, "waiter")

@@ -16,6 +16,7 @@ import (
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/proctest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 const (
@@ -176,7 +177,7 @@ func TestKilledAndFrozenLeadersNeverWorkBesideAnother(t *testing.T) {
 	const times, candidates = 20, 3
 	bothDrivers(t, func(t *testing.T, d driver) {
 		t.Parallel()
-		table := fmt.Sprintf("work_%d_%d", os.Getpid(), databases.Add(1))
+		table := testkit.Unique("work")
 		setUp(t, adminDB(t), "CREATE TABLE "+table+" (id bigint GENERATED ALWAYS AS IDENTITY, token bigint)",
 			"CREATE TABLE "+table+"_fence (token bigint)", "INSERT INTO "+table+"_fence VALUES (0)")
 		t.Cleanup(func() { setUp(t, adminDB(t), "DROP TABLE "+table+", "+table+"_fence") })

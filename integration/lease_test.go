@@ -20,6 +20,7 @@ import (
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // logBound logs how long something took, each time that it was tried, and fails the
@@ -72,6 +73,18 @@ func awaitLoss(t testing.TB, ctx context.Context) (told bool) {
 		t.Error("the holder of a lock that is lost is not told")
 		return false
 	}
+}
+
+// awaitLosses is awaitLoss of several locks. It returns how long after since it was told of each.
+func awaitLosses(t testing.TB, locks []*advisory.Lock, since time.Time) (told []time.Duration) {
+	t.Helper()
+	for _, lock := range locks {
+		if !awaitLoss(t, lock.Context()) {
+			t.FailNow()
+		}
+		told = append(told, time.Since(since))
+	}
+	return told
 }
 
 // wantLive fails the test if ctx has ended.
@@ -234,6 +247,22 @@ func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
 			return nil
 		}
 		failure := errors.New("fn's error")
+		withConn := func(want string, opts ...advisory.Option) func(context.Context) error {
+			return func(ctx context.Context) error {
+				return advisory.WithConnLock(ctx, db, key, func(_ context.Context, conn *sql.Conn) error {
+					wantSetting(t, conn, "idle_session_timeout", want)
+					return nil
+				}, opts...)
+			}
+		}
+		withTx := func(want string, opts ...advisory.Option) func(context.Context) error {
+			return func(ctx context.Context) error {
+				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
+					wantSetting(t, tx, "idle_in_transaction_session_timeout", want)
+					return nil
+				}, opts...)
+			}
+		}
 
 		for name, path := range map[string]func(ctx context.Context) error{
 			"WithLock": func(ctx context.Context) error {
@@ -295,42 +324,17 @@ func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
 				}()
 				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, opts...)
 			},
-			"WithConnLock": func(ctx context.Context) error {
-				return advisory.WithConnLock(ctx, db, key, func(_ context.Context, conn *sql.Conn) error {
-					wantSetting(t, conn, "idle_session_timeout", "10000")
-					return nil
-				}, opts[1])
-			},
-			"WithConnLock, not given": func(ctx context.Context) error {
-				return advisory.WithConnLock(ctx, db, key, func(_ context.Context, conn *sql.Conn) error {
-					wantSetting(t, conn, "idle_session_timeout", "77000")
-					return nil
-				})
-			},
-			"WithTxLock": func(ctx context.Context) error {
-				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
-					wantSetting(t, tx, "idle_in_transaction_session_timeout", "10000")
-					return nil
-				}, opts[1])
-			},
-			"WithTxLock, REPEATABLE READ": func(ctx context.Context) error {
-				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
-					wantSetting(t, tx, "idle_in_transaction_session_timeout", "10000")
-					return nil
-				}, opts[1], advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelRepeatableRead}))
-			},
+			"WithConnLock":                withConn("10000", opts[1]),
+			"WithConnLock, not given":     withConn("77000"),
+			"WithTxLock":                  withTx("10000", opts[1]),
+			"WithTxLock, REPEATABLE READ": withTx("10000", opts[1], advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelRepeatableRead})),
+			"WithTxLock, not given":       withTx("0"),
 			"WithTxLock, rolled back": func(ctx context.Context) error {
 				err := advisory.WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error { return failure }, opts[1])
 				if !errors.Is(err, failure) {
 					t.Errorf("%v, want fn's error", err)
 				}
 				return nil
-			},
-			"WithTxLock, not given": func(ctx context.Context) error {
-				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
-					wantSetting(t, tx, "idle_in_transaction_session_timeout", "0")
-					return nil
-				})
 			},
 		} {
 			if err := path(soon(t)); err != nil {
@@ -448,26 +452,13 @@ func newWire(t testing.TB) *wire { return newWireTo(t, server, 0) }
 
 func newWireTo(t testing.TB, server *pgtest.Server, delay time.Duration) *wire {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	w := &wire{server: server, delay: delay, dsn: withParams(t, server.DSN(), "host", "127.0.0.1", "port", strconv.Itoa(l.Addr().(*net.TCPAddr).Port), "sslmode", "disable")}
-	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go w.serve(client)
-		}
-	}()
+	w := &wire{server: server, delay: delay}
+	_, port, _ := net.SplitHostPort(testkit.Serve(t, w.serve).String())
+	w.dsn = withParams(t, server.DSN(), "host", "127.0.0.1", "port", port, "sslmode", "disable")
 	return w
 }
 
 func (w *wire) serve(client net.Conn) {
-	defer client.Close()
 	backend, err := net.Dial("tcp", net.JoinHostPort(w.server.Host(), strconv.Itoa(w.server.Port())))
 	if err != nil {
 		return

@@ -7,20 +7,18 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
-	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib"
 	_ "github.com/lib/pq"
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // server is the PostgreSQL that all tests share, but for those that restart or kill
@@ -32,17 +30,10 @@ func TestMain(m *testing.M) {
 	if child := os.Getenv(childEnv); child != "" {
 		os.Exit(childMain(child))
 	}
-	var err error
-	if server, err = pgtest.Start(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	code := m.Run()
-	if err := server.Stop(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(testkit.Main(func(s *pgtest.Server) (int, error) {
+		server = s
+		return m.Run(), nil
+	}))
 }
 
 // childEnv names, in the environment of a child process, the function that it runs.
@@ -117,24 +108,19 @@ func (d driver) openDB(dsn string) (*sql.DB, error) {
 // that other tests' transactions would hold up, or the other way round.
 func inDatabase(t testing.TB) string {
 	t.Helper()
-	name := fmt.Sprintf("advisory_%d_%d", os.Getpid(), databases.Add(1))
-	if _, err := adminDB(t).Exec("CREATE DATABASE " + name); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if _, err := adminDB(t).Exec("DROP DATABASE " + name + " WITH (FORCE)"); err != nil {
-			t.Error(err)
-		}
-	})
-	u, err := url.Parse(server.DSN())
-	if err != nil || u.Scheme == "" {
-		return withParams(t, server.DSN(), "dbname", name)
-	}
-	u.Path = "/" + name // lib/pq does not look for it among the parameters
-	return u.String()
+	return testkit.Database(t, server)
 }
 
-var databases atomic.Int64
+// ownServer starts a server for the test alone.
+func ownServer(t testing.TB, opts ...pgtest.Option) *pgtest.Server {
+	t.Helper()
+	s, err := pgtest.Start(context.Background(), append(opts, pgtest.Local())...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Stop() })
+	return s
+}
 
 // withParams returns dsn with connection parameters set: key, value, key, value...
 func withParams(t testing.TB, dsn string, params ...string) string {
@@ -179,21 +165,10 @@ func adminDB(t testing.TB) *sql.DB {
 	return db
 }
 
-// waitFor waits until condition holds, and fails the test if that takes too long.
-func waitFor(t testing.TB, what string, condition func() (bool, error)) {
-	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for {
-		ok, err := condition()
-		if ok && err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain until %s: %v", what, err)
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
-}
+var (
+	hold    = testkit.Hold
+	waitFor = testkit.WaitFor
+)
 
 // locks counts the rows of pg_locks for key.
 func locks(ctx context.Context, db *sql.DB, key advisory.Key, granted bool) (n int, err error) {

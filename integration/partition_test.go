@@ -124,11 +124,7 @@ func sweepNamespaces() {
 // socket, which no cut concerns.
 func (n *network) startServer() *pgtest.Server {
 	n.t.Helper()
-	s, err := pgtest.Start(n.t.Context(), pgtest.Prefix("ip", "netns", "exec", n.server), pgtest.Listen(serverAddr))
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	n.t.Cleanup(func() { s.Stop() })
+	s := ownServer(n.t, pgtest.Prefix("ip", "netns", "exec", n.server), pgtest.Listen(serverAddr))
 	if s.SocketDSN() == "" {
 		n.t.Skip("the server has no socket")
 	}

@@ -321,11 +321,7 @@ func TestNoSettingIsLeftByReleasesThatGoTogether(t *testing.T) {
 // The server keeps its locks in shared memory, which can be full.
 func TestLockTableIsFull(t *testing.T) {
 	t.Parallel()
-	s, err := pgtest.Start(t.Context(), pgtest.Local(), pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Stop() })
+	s := ownServer(t, pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
 	eachDriver(t, func(t *testing.T, d driver) {
 		const before, room, asked = 20, 100, 300
 		admin := d.open(t, s.DSN())
@@ -423,11 +419,7 @@ func TestLockTableIsFull(t *testing.T) {
 // Requests that fail one by one take their time, and holders have their heartbeats in it.
 func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
 	t.Parallel()
-	s, err := pgtest.Start(t.Context(), pgtest.Local(), pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Stop() })
+	s := ownServer(t, pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
 	bothDrivers(t, func(t *testing.T, d driver) {
 		const asked = 400
 		admin := d.open(t, s.DSN())
@@ -500,11 +492,7 @@ func TestLossOfTheSharedSession(t *testing.T) {
 		if n := terminateHolders(t, appName(t)); n != 1 {
 			t.Errorf("%d sessions held the locks, want 1", n)
 		}
-		for _, lock := range held {
-			if !awaitLoss(t, lock.Context()) {
-				return
-			}
-		}
+		awaitLosses(t, held, time.Now())
 		release()
 		if err := g.Wait(); err != nil {
 			t.Error(err)

@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/internal/pgtest"
 )
 
 func TestTokenGrowsFromHolderToHolder(t *testing.T) {
@@ -107,11 +106,7 @@ func TestTokenFencesOffAStaleWrite(t *testing.T) {
 // down. It must not forget a token that it has given out.
 func TestTokenGrowsOverACrash(t *testing.T) {
 	t.Parallel()
-	s, err := pgtest.Start(t.Context(), pgtest.Local())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Stop() })
+	s := ownServer(t)
 	bothDrivers(t, func(t *testing.T, d driver) {
 		key := testKey(t)
 		for range 3 {

@@ -7,29 +7,14 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // echo listens for connections and sends back what comes over them.
 func echo(t *testing.T) (addr string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				_, _ = io.Copy(c, c)
-			}()
-		}
-	}()
-	return l.Addr().String()
+	return testkit.Serve(t, func(c net.Conn) { _, _ = io.Copy(c, c) }).String()
 }
 
 // delayed connects with an echo behind a delay.

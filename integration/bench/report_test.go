@@ -34,11 +34,20 @@ func sampleReport() *report {
 	return r
 }
 
-func TestMarkdown(t *testing.T) {
+// wantLines fails the test unless write's output of the sample has the lines.
+func wantLines(t *testing.T, write func(*report, io.Writer), lines ...string) {
+	t.Helper()
 	var b strings.Builder
-	sampleReport().markdown(&b)
-	got := b.String()
-	for _, want := range []string{
+	write(sampleReport(), &b)
+	for _, want := range lines {
+		if got := b.String(); !strings.Contains(got, want) {
+			t.Errorf("lacks %q:\n%s", want, got)
+		}
+	}
+}
+
+func TestMarkdown(t *testing.T) {
+	wantLines(t, (*report).markdown,
 		"here. Made by `make bench` in 60 s.\n",
 		"| workload | measure | against | pgx | lib/pq | must reach | reached |\n|---|---|---|---|---|---|---|\n",
 		"| 1 goroutine | locks/s | two statements | 0.90 | 0.80 | ≥ 0.9 | not on lib/pq |\n",
@@ -46,28 +55,17 @@ func TestMarkdown(t *testing.T) {
 		"| 1 goroutine | advisory | pgx | 9,000 | 5,000 | 10,000 | 100 | 10 |\n",
 		"| 1 goroutine | redislock | | 10,000 | 10,000 | 10,000 | 100 | 10 |\n",
 		"- **Did not run:** broken\n- noted\n",
-	} {
-		if !strings.Contains(got, want) {
-			t.Errorf("lacks %q:\n%s", want, got)
-		}
-	}
+	)
 }
 
 func TestBenchstat(t *testing.T) {
-	var b strings.Builder
-	sampleReport().benchstat(&b)
-	got := b.String()
-	for _, want := range []string{
+	wantLines(t, (*report).benchstat,
 		"\npkg: github.com/pgadvisory/advisory/integration/bench\n",
 		"\nBenchmarkOneGoroutine/impl=advisory/driver=pgx\t5000\t200000 ns/op\t100 B/op\t10.0 allocs/op\n",
 		"\nBenchmarkOneGoroutine/impl=two-statements/driver=lib-pq\t25000\t40000 ns/op\t100 B/op\t10.0 allocs/op\n",
 		"\nBenchmarkOneGoroutine/impl=redislock\t10000\t100000 ns/op\t100 B/op\t10.0 allocs/op\n",
 		"\nBenchmarkHandOff/impl=advisory/driver=pgx\t3\t2000 ns/op\n",
-	} {
-		if !strings.Contains(got, want) {
-			t.Errorf("lacks %q:\n%s", want, got)
-		}
-	}
+	)
 }
 
 func TestPrint(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"github.com/pressly/goose/v3"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 	"github.com/pgadvisory/advisory/integration/neighbours"
 )
 
@@ -27,7 +28,7 @@ var (
 
 // openExamples opens a database for the examples.
 func openExamples() (close func() error, err error) {
-	dsn, drop, err := createDatabase()
+	dsn, drop, err := testkit.CreateDatabase(server)
 	if err != nil {
 		return nil, err
 	}

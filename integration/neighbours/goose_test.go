@@ -15,6 +15,7 @@ import (
 	"github.com/pressly/goose/v3/lock"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 var _ lock.SessionLocker = advisory.NewSessionLocker(advisory.Key{})
@@ -48,22 +49,10 @@ func init() {
 // CONCURRENTLY.
 func TestGooseProcesses(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := inDatabase(t)
+		dsn := testkit.Database(t, server)
 		db := d.open(t, dsn)
-		release := hold(t, db, gooseKey)
-		var processes []*process
-		for range 4 {
-			processes = append(processes, startProcess(t, "goose", "TEST_DRIVER="+d.sql, "TEST_DSN="+dsn))
-		}
-		waitForWaiters(t, db, gooseKey, len(processes))
-		release()
-
 		applied := map[string]int{} // number of migrations: processes
-		for _, p := range processes {
-			n, err := p.wait()
-			if err != nil {
-				t.Error(err)
-			}
+		for _, n := range fourProcesses(t, db, gooseKey, childEnv+"=goose", "TEST_DRIVER="+d.sql, "TEST_DSN="+dsn) {
 			applied[n]++
 		}
 		if applied["3"] != 1 || applied["0"] != 3 {
@@ -81,24 +70,14 @@ func TestGooseProcesses(t *testing.T) {
 // The session that migrates dies in the middle of a migration.
 func TestGooseSessionDies(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := inDatabase(t)
+		dsn := testkit.Database(t, server)
 		db := d.open(t, dsn)
-		if _, err := db.Exec("CREATE TABLE gate (n int)"); err != nil {
-			t.Fatal(err)
-		}
+		openGate := shutGate(t, db)
 		provider, err := newGoose(db, fstest.MapFS{
 			"1_first.sql": {Data: []byte("-- +goose Up\nCREATE TABLE first (n int);")},
 			"2_gate.sql":  {Data: []byte("-- +goose NO TRANSACTION\n-- +goose Up\nINSERT INTO gate VALUES (1);")},
 		})
 		if err != nil {
-			t.Fatal(err)
-		}
-		gate, err := db.Begin()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer gate.Rollback()
-		if _, err := gate.Exec("LOCK TABLE gate"); err != nil {
 			t.Fatal(err)
 		}
 		up := make(chan error, 1)
@@ -121,9 +100,7 @@ func TestGooseSessionDies(t *testing.T) {
 			t.Errorf("want ErrLost, got %v", err)
 		}
 
-		if err := gate.Rollback(); err != nil {
-			t.Fatal(err)
-		}
+		openGate()
 		wantApplied(t, provider, 1)
 		waitUntilFree(t, db, gooseKey)
 	})
@@ -132,7 +109,7 @@ func TestGooseSessionDies(t *testing.T) {
 // The session that waits for its turn dies.
 func TestGooseWaiterDies(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := inDatabase(t)
+		dsn := testkit.Database(t, server)
 		db := d.open(t, dsn)
 		provider, err := newGoose(db, sub("testdata/goose"))
 		if err != nil {

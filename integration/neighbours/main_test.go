@@ -8,53 +8,37 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/url"
+	"log"
 	"os"
 	"os/exec"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
-	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib"
 	_ "github.com/lib/pq"
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 var server *pgtest.Server
 
 func TestMain(m *testing.M) {
-	run := func() error { return runTests(m) }
 	if child := children[os.Getenv(childEnv)]; child != nil {
-		run = child
+		if err := child(); err != nil {
+			log.Fatal(err)
+		}
+		return
 	}
-	if err := run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
-
-func runTests(m *testing.M) (err error) {
-	if server, err = pgtest.Start(context.Background()); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, server.Stop()) }()
-	if admin, err = sql.Open("pgx", server.DSN()); err != nil {
-		return err
-	}
-	defer admin.Close()
-	closeExamples, err := openExamples()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, closeExamples()) }()
-	if code := m.Run(); code != 0 {
-		return fmt.Errorf("exit status %d", code)
-	}
-	return nil
+	os.Exit(testkit.Main(func(s *pgtest.Server) (int, error) {
+		server = s
+		dropExamples, err := openExamples()
+		if err != nil {
+			return 1, err
+		}
+		return m.Run(), dropExamples()
+	}))
 }
 
 // childEnv names, in the environment of a process that a test starts, what it does.
@@ -95,21 +79,6 @@ func bothDrivers(t *testing.T, body func(t *testing.T, d driver)) {
 	}
 }
 
-// inDatabase creates a database for the test alone and returns a DSN for it.
-func inDatabase(t *testing.T) (dsn string) {
-	t.Helper()
-	dsn, drop, err := createDatabase()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := drop(); err != nil {
-			t.Error(err)
-		}
-	})
-	return dsn
-}
-
 // open opens a pool, which stands for one process. It is closed with the test.
 func (d driver) open(t testing.TB, dsn string) *sql.DB {
 	t.Helper()
@@ -121,90 +90,61 @@ func (d driver) open(t testing.TB, dsn string) *sql.DB {
 	return db
 }
 
-// admin is for creating databases.
-var admin *sql.DB
+var (
+	hold    = testkit.Hold
+	waitFor = testkit.WaitFor
+)
 
-var databases atomic.Int64
-
-func createDatabase() (dsn string, drop func() error, err error) {
-	name := fmt.Sprintf("neighbours_%d_%d", os.Getpid(), databases.Add(1))
-	if _, err := admin.Exec("CREATE DATABASE " + name); err != nil {
-		return "", nil, err
-	}
-	drop = func() error {
-		_, err := admin.Exec("DROP DATABASE " + name + " WITH (FORCE)")
-		return err
-	}
-	// In the path of a URL: lib/pq, given one there and another as a parameter, takes the
-	// one that comes last in the alphabet.
-	if u, err := url.Parse(server.DSN()); err == nil && u.Scheme != "" {
-		u.Path = "/" + name
-		return u.String(), drop, nil
-	}
-	dsn, err = pgtest.WithParam(server.DSN(), "dbname", name)
-	return dsn, drop, err
-}
-
-// A process runs this binary's child function for the test.
-type process struct {
-	cmd            *exec.Cmd
-	stdout, stderr bytes.Buffer
-}
-
-func startProcess(t *testing.T, child string, env ...string) *process {
+// fourProcesses starts four processes of this binary with env added to their environments,
+// holds them up until all of them wait for key, and returns what they printed.
+func fourProcesses(t *testing.T, db *sql.DB, key advisory.Key, env ...string) (printed []string) {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{cmd: exec.Command(exe)}
-	p.cmd.Env = append(os.Environ(), append(env, childEnv+"="+child)...)
-	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
-	if err := p.cmd.Start(); err != nil {
+	release := hold(t, db, key)
+	var processes [4]*exec.Cmd
+	var stdout, stderr [4]bytes.Buffer
+	for i := range processes {
+		p := exec.Command(exe)
+		p.Env = append(os.Environ(), env...)
+		p.Stdout, p.Stderr = &stdout[i], &stderr[i]
+		if err := p.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = p.Process.Kill() }) // of no effect once it has been waited for
+		processes[i] = p
+	}
+	waitForWaiters(t, db, key, len(processes))
+	release()
+	for i, p := range processes {
+		if err := p.Wait(); err != nil {
+			t.Errorf("%v: %s", err, &stderr[i])
+		}
+		printed = append(printed, strings.TrimSpace(stdout[i].String()))
+	}
+	return printed
+}
+
+// shutGate creates a table, gate, that nobody can write to before open is called.
+func shutGate(t *testing.T, db *sql.DB) (open func()) {
+	t.Helper()
+	if _, err := db.Exec("CREATE TABLE gate (n int)"); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = p.cmd.Process.Kill() }) // of no effect once it has been waited for
-	return p
-}
-
-// wait waits for the process and returns what it printed.
-func (p *process) wait() (string, error) {
-	if err := p.cmd.Wait(); err != nil {
-		return "", fmt.Errorf("%w: %s", err, &p.stderr)
-	}
-	return strings.TrimSpace(p.stdout.String()), nil
-}
-
-// hold holds key without the package under test, until release is called.
-func hold(t *testing.T, db *sql.DB, key advisory.Key) (release func()) {
-	t.Helper()
-	conn, err := db.Conn(t.Context())
+	tx, err := db.Begin()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := conn.ExecContext(t.Context(), "SELECT pg_advisory_lock("+key.SQL()+")"); err != nil {
+	t.Cleanup(func() { _ = tx.Rollback() })
+	if _, err := tx.Exec("LOCK TABLE gate"); err != nil {
 		t.Fatal(err)
 	}
-	release = sync.OnceFunc(func() {
-		if _, err := conn.ExecContext(context.Background(), "SELECT pg_advisory_unlock("+key.SQL()+")"); err != nil {
-			t.Error(err)
-		}
-		conn.Close()
-	})
-	t.Cleanup(release)
-	return release
-}
-
-// waitFor waits until condition holds, and fails the test if that takes too long.
-func waitFor(t testing.TB, what string, condition func() (bool, error)) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		ok, err := condition()
-		if ok && err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain until %s: %v", what, err)
+	return func() {
+		t.Helper()
+		if err := tx.Rollback(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

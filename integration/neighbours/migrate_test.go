@@ -16,6 +16,7 @@ import (
 	"github.com/golang-migrate/migrate/v4/source/iofs"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 	"github.com/pgadvisory/advisory/integration/neighbours"
 )
 
@@ -46,21 +47,10 @@ func init() {
 // Four processes migrate at a time, with CREATE INDEX CONCURRENTLY among the migrations.
 func TestMigrateProcesses(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := inDatabase(t)
+		dsn := testkit.Database(t, server)
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
-		release := hold(t, db, migrateKey)
-		var processes []*process
-		for range 4 {
-			processes = append(processes, startProcess(t, "migrate", "TEST_DRIVER="+d.sql, "TEST_DSN="+dsn, "TEST_URL="+dbURL))
-		}
-		waitForWaiters(t, db, migrateKey, len(processes))
-		release()
-		for _, p := range processes {
-			if _, err := p.wait(); err != nil {
-				t.Error(err)
-			}
-		}
+		fourProcesses(t, db, migrateKey, childEnv+"=migrate", "TEST_DRIVER="+d.sql, "TEST_DSN="+dsn, "TEST_URL="+dbURL)
 		var version int
 		var dirty bool
 		if err := db.QueryRow("SELECT version, dirty FROM schema_migrations").Scan(&version, &dirty); err != nil || version != 3 || dirty {
@@ -76,10 +66,10 @@ func TestMigrateProcesses(t *testing.T) {
 // test above would see one.
 func TestMigrateAloneDeadlocks(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := inDatabase(t)
+		dsn := testkit.Database(t, server)
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
-		if _, err := db.Exec("CREATE TABLE account (email text); CREATE TABLE gate (n int)"); err != nil {
+		if _, err := db.Exec("CREATE TABLE account (email text)"); err != nil {
 			t.Fatal(err)
 		}
 		migrations := fstest.MapFS{
@@ -87,14 +77,7 @@ func TestMigrateAloneDeadlocks(t *testing.T) {
 			"2_index.up.sql": {Data: []byte("CREATE INDEX CONCURRENTLY account_email ON account (email);")},
 		}
 		// The first migration waits until the other process waits.
-		gate, err := db.Begin()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer gate.Rollback()
-		if _, err := gate.Exec("LOCK TABLE gate"); err != nil {
-			t.Fatal(err)
-		}
+		openGate := shutGate(t, db)
 		done := make(chan error, 2)
 		for range cap(done) {
 			go func() { done <- migrateAlone(dbURL, migrations) }()
@@ -105,9 +88,7 @@ func TestMigrateAloneDeadlocks(t *testing.T) {
 					AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&ok)
 			return ok, err
 		})
-		if err := gate.Rollback(); err != nil {
-			t.Fatal(err)
-		}
+		openGate()
 		// The server picks which of the two it ends.
 		if err := errors.Join(<-done, <-done); err == nil || !strings.Contains(err.Error(), "deadlock detected") {
 			t.Errorf("want a deadlock, got %v", err)
@@ -131,7 +112,7 @@ func migrateAlone(dbURL string, migrations fstest.MapFS) error {
 // A second run finds nothing to do, and an error of migrate is the caller's.
 func TestMigrateErrors(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := inDatabase(t)
+		dsn := testkit.Database(t, server)
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
 		for range 2 {

@@ -23,6 +23,7 @@ import (
 	"github.com/pgadvisory/advisory/integration/examples/jobs"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
 	"github.com/pgadvisory/advisory/integration/internal/proctest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 var server *pgtest.Server
@@ -31,17 +32,10 @@ func TestMain(m *testing.M) {
 	if brief := os.Getenv(replicaEnv); brief != "" {
 		os.Exit(replica(brief))
 	}
-	var err error
-	if server, err = pgtest.Start(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	code := m.Run()
-	if err := server.Stop(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(testkit.Main(func(s *pgtest.Server) (int, error) {
+		server = s
+		return m.Run(), nil
+	}))
 }
 
 // replicaEnv makes a process of this binary a replica of a service with one job.
@@ -133,7 +127,7 @@ func each(t *testing.T, name string, n int, body func(t *testing.T, s *service, 
 		t.Run(d.name, func(t *testing.T) {
 			t.Parallel()
 			ctx := context.Background()
-			schema := fmt.Sprintf("advisory_jobs_%d_%d", os.Getpid(), schemas.Add(1))
+			schema := testkit.Unique("advisory_jobs")
 			dsn, err := pgtest.WithParam(server.DSN(), "search_path", schema)
 			if err != nil {
 				t.Fatal(err)
@@ -167,8 +161,6 @@ func each(t *testing.T, name string, n int, body func(t *testing.T, s *service, 
 	}
 }
 
-var schemas atomic.Int64
-
 func (s *service) start(b brief) {
 	s.t.Helper()
 	text, err := json.Marshal(b)
@@ -195,24 +187,10 @@ func (s *service) start(b brief) {
 	}
 }
 
-// waitFor waits until condition holds.
-func (s *service) waitFor(what string, condition func() (bool, error)) {
-	s.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		ok, err := condition()
-		if ok && err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			s.t.Fatalf("waited in vain until %s: %v", what, err)
-		}
-	}
-}
-
 // waitForLeaders waits until n replicas have led, one after the other.
 func (s *service) waitForLeaders(n int) {
 	s.t.Helper()
-	s.waitFor(fmt.Sprintf("%d have led", n), func() (bool, error) {
+	testkit.WaitFor(s.t, fmt.Sprintf("%d have led", n), func() (bool, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		return len(s.leaders) >= n, nil
@@ -237,7 +215,7 @@ func (s *service) killLeader() {
 func (s *service) killLeaderInTheMiddle(name string, n int) {
 	s.t.Helper()
 	s.waitForLeaders(1)
-	s.waitFor("half of the work is done", func() (bool, error) {
+	testkit.WaitFor(s.t, "half of the work is done", func() (bool, error) {
 		left, err := job(name).Left(context.Background(), s.db)
 		if left == 0 && err == nil {
 			s.t.Fatal("all of the work is done already")
@@ -249,7 +227,7 @@ func (s *service) killLeaderInTheMiddle(name string, n int) {
 
 func (s *service) waitUntilDone(name string) {
 	s.t.Helper()
-	s.waitFor("all of the work is done", func() (bool, error) {
+	testkit.WaitFor(s.t, "all of the work is done", func() (bool, error) {
 		left, err := job(name).Left(context.Background(), s.db)
 		return left == 0, err
 	})
@@ -307,7 +285,7 @@ func TestCachesOfAllReplicasFollowTheStockThoughTheLeaderIsKilled(t *testing.T) 
 			default:
 				alive++
 			}
-			s.waitFor(fmt.Sprintf("replica %d knows the stock", i), func() (bool, error) {
+			testkit.WaitFor(s.t, fmt.Sprintf("replica %d knows the stock", i), func() (bool, error) {
 				s.mu.Lock()
 				defer s.mu.Unlock()
 				var last report
