@@ -272,11 +272,12 @@ func (l *Lock) Release() error {
 func abandoned(h *hold) {
 	// Not on the goroutine that runs all cleanups.
 	go func() {
-		err := h.release()
+		defer func() {
+			if err := h.release(); err != nil {
+				h.cfg.logger.Warn("advisory: abandoned Lock", "error", err)
+			}
+		}()
 		h.cfg.logger.Warn("advisory: Lock was garbage-collected without Release", "key", keyList(h.keys))
-		if err != nil {
-			h.cfg.logger.Warn("advisory: abandoned Lock", "error", err)
-		}
 	}()
 }
 

@@ -935,10 +935,11 @@ func (h *hub) tidy(q *queue) {
 // a time, and not on a session that carries locks, which a slow answer would cost.
 func (a *acquisition) who(k Key) string {
 	h := a.hub
+	idle := a.db.Stats().Idle > 0
 	h.mu.Lock()
 	q := h.queues[k.lockID()]
 	ours := q != nil && (q.on != nil || q.apart > 0)
-	ask := !h.asking && a.db.Stats().Idle > 0
+	ask := !h.asking && idle
 	h.asking = h.asking || ask
 	h.mu.Unlock()
 	var who string

@@ -283,6 +283,7 @@ func TestLockerSessionDies(t *testing.T) {
 		if err := lock.Unlock(t.Context()); !errors.Is(err, advisory.ErrLost) {
 			t.Errorf("want ErrLost, got %v", err)
 		}
+		waitUntilFree(t, db, jobKey(t)) // the session ends in its own time
 		if lock, err = locker.Lock(t.Context(), "job"); err != nil {
 			t.Fatal(err)
 		}
