@@ -2,11 +2,13 @@ package advisory
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"io"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -454,5 +456,228 @@ func TestALockHeldTwiceWhoseUnlockFails(t *testing.T) {
 		wantError(t, second.Release())
 		wantIdle(t, dbs[0])
 		p.clean()
+	})
+}
+
+// atOnce takes n locks, each on its own, holds them for d, and releases them, all at once.
+func atOnce(t *testing.T, db *sql.DB, n int, d time.Duration, opts ...Option) {
+	t.Helper()
+	var all, wg sync.WaitGroup
+	all.Add(n)
+	for _, k := range ids(n) {
+		wg.Go(func() {
+			wantError(t, WithLock(t.Context(), db, k, func(context.Context) error {
+				all.Done()
+				all.Wait()
+				time.Sleep(d)
+				return nil
+			}, opts...))
+		})
+	}
+	wg.Wait()
+	time.Sleep(time.Second) // the session is handed back behind the last one's back
+	synctest.Wait()
+}
+
+// A server that does not know the statement for many, as some that call themselves compatible, is
+// asked one by one, and the Logger told once for the session.
+func TestAServerWithoutTheStatementForMany(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		p.takes(millisecond)
+		p.fail = func(_ int, query string) error {
+			if query == "prepare" {
+				return pgError("42883")
+			}
+			return nil
+		}
+		var log logBuffer
+		atOnce(t, dbs[0], 100, 0, log.option())
+		lines := srvs[0].lines()
+		if count(lines, "prepare") != 1 || count(lines, "batch ") > 0 || strings.Count(log.String(), "taken one by one") != 1 {
+			t.Errorf("log: %s%q", log.String(), lines)
+		}
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
+// A session that dies while the statement for many is prepared is replaced.
+func TestASessionThatDiesWhileItPrepares(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		p.takes(millisecond)
+		p.fail = func(conn int, query string) error {
+			if query == "prepare" && conn == 1 {
+				return io.ErrUnexpectedEOF
+			}
+			return nil
+		}
+		var wg sync.WaitGroup
+		var granted atomic.Int32
+		for _, k := range ids(100) {
+			wg.Go(func() {
+				// Those that were held on it are lost.
+				if l, err := Acquire(t.Context(), dbs[0], k); err != nil {
+					t.Error(err)
+				} else if l.Release() == nil {
+					granted.Add(1)
+				}
+			})
+		}
+		wg.Wait()
+		time.Sleep(time.Second)
+		if n := granted.Load(); n < 90 || srvs[0].opened != 2 {
+			t.Errorf("%d of 100 granted, %d connections", n, srvs[0].opened)
+		}
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
+// A session that cannot be cleaned is closed, and the Logger told.
+func TestASessionThatCannotBeCleaned(t *testing.T) {
+	t.Parallel()
+	for _, dirty := range []string{"deallocate", disarmStatement} {
+		synctest.Test(t, func(t *testing.T) {
+			p, dbs, srvs := newTable(t, 1)
+			p.takes(millisecond)
+			p.fail = func(_ int, query string) error {
+				if query == dirty {
+					return pgError("57014")
+				}
+				return nil
+			}
+			var log logBuffer
+			atOnce(t, dbs[0], 100, 2*defaultHeartbeat, log.option())
+			if lines := srvs[0].lines(); lines[len(lines)-1] != "1 close" || !strings.Contains(log.String(), "could not be cleaned") {
+				t.Errorf("after a failed %q: %q; log: %s", dirty, lines[len(lines)-1], log.String())
+			}
+			wantIdle(t, dbs[0])
+		})
+	}
+}
+
+// The server's error is an answer, too: to the question whether the session lives, and, when it
+// comes from pg_cancel_backend, to a heartbeat, which is asked again.
+func TestAServersErrorIsAnAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		p.takes(millisecond)
+		cancelled := map[string]bool{}
+		p.fail = func(_ int, query string) error {
+			kind := ""
+			switch {
+			case query == "SELECT":
+				kind = "alive"
+			case strings.Contains(query, "pg_locks"):
+				kind = "heartbeat"
+			}
+			if kind == "" || cancelled[kind] {
+				return nil
+			}
+			cancelled[kind] = true
+			return pgError("57014")
+		}
+		l := take(t, dbs[0], ID(43))
+		var wg sync.WaitGroup
+		for range 2 { // one hands it on
+			wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[0], key, nothing)) })
+		}
+		wg.Wait()
+		time.Sleep(3 * defaultHeartbeat)
+		wantError(t, l.Release())
+		if len(cancelled) != 2 || srvs[0].opened != 1 {
+			t.Errorf("cancelled: %v; %d connections", cancelled, srvs[0].opened)
+		}
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
+// Several looks, on a session that has the statement for many, which does not look.
+func TestSeveralLooksAtOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		p.takes(millisecond)
+		var locks []*Lock
+		for _, k := range ids(20) {
+			locks = append(locks, take(t, dbs[0], k, Shared()))
+		}
+		var wg sync.WaitGroup
+		for i := range 20 {
+			wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[0], ID(int64(i)), nothing)) })
+		}
+		wg.Wait()
+		time.Sleep(2 * handOffFor)
+		atOnce(t, dbs[0], 20, 0, Shared())
+		if n := count(srvs[0].lines(), "NOT granted"); n != 20 || count(srvs[0].lines(), "batch ") == 0 {
+			t.Errorf("%d looks", n)
+		}
+		for _, l := range locks {
+			wantError(t, l.Release())
+		}
+		time.Sleep(time.Second)
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
+// A grant that was so long on its way that the server, told to, may have ended the session since,
+// is asked for again.
+func TestAGrantThatWasLongOnItsWayIsConfirmed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		answer := srvs[0].script
+		srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+			n, err := answer(ctx, conn, query)
+			if strings.Contains(query, "try_advisory_lock(43)") {
+				sleep(ctx, 1200*millisecond)
+			}
+			return n, err
+		}
+		l := take(t, dbs[0], key)
+		time.Sleep(defaultHeartbeat + 100*millisecond) // armed
+		before := count(srvs[0].lines(), "pg_locks")
+		wantError(t, WithLock(t.Context(), dbs[0], ID(43), func(ctx context.Context) error {
+			if count(srvs[0].lines(), "pg_locks") == before {
+				t.Error("nobody has asked")
+			}
+			return ctx.Err()
+		}))
+		wantError(t, l.Release())
+		wantIdle(t, dbs[0])
+		p.clean()
+	})
+}
+
+// A lock that came after its caller had gone, and cannot be given back, costs the session.
+func TestALateGrantThatCannotBeUndone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 1)
+		p.takes(time.Second)
+		p.fail = func(_ int, query string) error {
+			if strings.Contains(query, "unlock(43)") {
+				return pgError("57014")
+			}
+			return nil
+		}
+		l := take(t, dbs[0], key, Heartbeat(time.Minute), HolderTimeout(time.Hour))
+		ctx, cancel := context.WithTimeout(t.Context(), 100*millisecond)
+		defer cancel()
+		wantError(t, WithLock(ctx, dbs[0], ID(43), nothing), ErrNotAcquired, context.DeadlineExceeded)
+		time.Sleep(10 * time.Second)
+		wantError(t, context.Cause(l.Context()), ErrLost, pgError("57014"))
+		wantError(t, l.Release(), ErrLost, pgError("57014"))
+		wantIdle(t, dbs[0])
+		if n := p.holders(ID(43)); n != 0 || srvs[0].open() != 0 {
+			t.Errorf("%d holders, %d connections", n, srvs[0].open())
+		}
 	})
 }
