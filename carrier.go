@@ -683,15 +683,17 @@ func (e sessionLost) Unwrap() error { return e.cause }
 // finish hands back the connection of a session on which nothing is held or asked, if that can
 // be cleaned: then c can be used for another.
 func (c *carrier) finish() (clean bool, err error) {
+	defer func() {
+		if clean = clean && !c.gone.Load() && !c.abandoned.Load(); clean {
+			c.handBack()
+		} else { // also if the driver panics
+			c.discard()
+		}
+	}()
 	if c.batch != nil || c.armed {
 		err = c.clean()
 	}
-	if err != nil || c.gone.Load() || c.abandoned.Load() {
-		c.discard()
-		return false, err
-	}
-	c.handBack()
-	return true, nil
+	return err == nil, err
 }
 
 func (c *carrier) clean() error {

@@ -372,7 +372,7 @@ var errOverdue = errors.New("overdue")
 func (r *runner) runAside(ctx context.Context, bound time.Duration, f func(context.Context) error) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	r.guard.begin(bound, func() { cancel(r.guard.cause) })
+	r.guard.begin(bound, cancel)
 	defer r.guard.end()
 	const (
 		returned = iota + 1
@@ -475,8 +475,7 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 // openConn borrows a connection. It returns when ctx ends, even if a driver that is
 // making a connection does not (unless one lay ready that others have taken in that moment); a
 // connection that comes later goes to the pool.
-func openConn(outer context.Context, db *sql.DB) (*sql.Conn, error) {
-	ctx := outer
+func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 	stats := db.Stats()
 	// One that lies ready may have to be asked whether it lives; one that must be made
 	// takes longer. But if others have all of a limited pool, the wait is for them.
@@ -515,9 +514,6 @@ func openConn(outer context.Context, db *sql.DB) (*sql.Conn, error) {
 		}
 	}
 	if r.err != nil && ctx.Err() != nil {
-		if outer.Err() == nil && exhausted(db) { // it has become a wait for others
-			return openConn(outer, db)
-		}
 		r.err = context.Cause(ctx)
 	}
 	return r.conn, r.err
@@ -775,13 +771,13 @@ func (s *session) release() error {
 	return nil
 }
 
-// reclaim closes the driver's connection after fn has closed the Conn: it lies in the pool, with
-// the lock on it. That ends with the session that it was on.
+// reclaim closes the driver's connection if fn has closed the Conn, and it lies in the pool, with
+// the lock on it. (database/sql also closes the Conn, together with that, if it finds it dead.)
 func (s *session) reclaim() {
-	ctx, cancel := context.WithTimeout(context.Background(), releaseBound)
+	ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
 	defer cancel()
 	found := false
-	for range s.db.Stats().Idle {
+	for n := s.db.Stats().Idle; n > 0 && s.db.Stats().Idle > 0; n-- {
 		conn, err := openConn(ctx, s.db)
 		if err != nil {
 			break
@@ -798,7 +794,8 @@ func (s *session) reclaim() {
 		}
 		defer conn.Close() // when all have been looked at
 	}
-	s.log.Warn("advisory: fn closed its conn; if it is in the pool, it still has the lock", "key", keyList(s.held))
+	s.log.Warn("advisory: conn was closed while fn ran, by fn or because its session died; if by fn, the pool still has the lock",
+		"key", keyList(s.held))
 }
 
 // errLostBeforeUse is for keepTrying: another session may do.
@@ -997,7 +994,7 @@ func (a *attempts) again(err error, opened, own bool) error {
 		return err
 	case isClosed(err), !gone && !(a.waited && !opened && transient(err)):
 		return err
-	case early && a.lives == 0:
+	case early && a.lives == 0 && (a.stale <= 0 || a.waited || errors.Is(err, errLostBeforeUse)):
 		return err
 	case a.waited:
 		if early {
@@ -1015,7 +1012,11 @@ func (a *attempts) again(err error, opened, own bool) error {
 		sleep(ctx, 50*time.Millisecond+rand.N(100*time.Millisecond))
 		return nil
 	case opened && !own:
-		a.lives--
+		if a.lives > 0 {
+			a.lives--
+		} else {
+			a.stale--
+		}
 		return nil
 	case a.stale > 0 && (opened || errors.As(err, new(noAnswer))):
 		a.stale--

@@ -646,7 +646,7 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 	}, log.option())
 	wantError(t, err, ErrLost, sql.ErrConnDone)
 	wantError(t, other.Close())
-	if !strings.Contains(log.String(), "fn closed its conn") {
+	if !strings.Contains(log.String(), "conn was closed while fn ran") {
 		t.Errorf("log: %s", log.String())
 	}
 }
@@ -1300,4 +1300,58 @@ func TestAWaitEndsWithItsPool(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An answer that comes when the statement is broken off, and the next statement behind it.
+func TestAnAnswerInTheMomentOfTheBound(t *testing.T) {
+	t.Parallel()
+	r := &runner{busy: make(chan struct{}, 1)}
+	for i := range 500 {
+		_ = r.do(t.Context(), 200*time.Microsecond, func(context.Context) error {
+			time.Sleep(time.Duration(200+i%40) * time.Microsecond)
+			return nil
+		})
+	}
+}
+
+// fn's conn is closed with its session, which dies under fn's own statement: the release does not
+// look for it for long.
+func TestWithConnLocksSessionDiesUnderFnsStatement(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		db.SetMaxIdleConns(5)
+		down := false
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if down = query == "mine"; down {
+				return 0, driver.ErrBadConn
+			}
+			return 1, nil
+		}
+		srv.reset = func(context.Context, int) error {
+			if down {
+				return driver.ErrBadConn
+			}
+			return nil
+		}
+		srv.dial = func(ctx context.Context) error {
+			if down {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		}
+		start := time.Now()
+		wantError(t, WithConnLock(t.Context(), db, key, func(ctx context.Context, conn *sql.Conn) error {
+			for range 4 {
+				other, err := db.Conn(ctx)
+				wantError(t, err)
+				defer other.Close()
+			}
+			_, err := conn.ExecContext(ctx, "mine")
+			return err
+		}), ErrLost, driver.ErrBadConn)
+		if d := time.Since(start); d > abandonAfter {
+			t.Errorf("after %v", d)
+		}
+	})
 }

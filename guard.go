@@ -24,12 +24,12 @@ type guard struct {
 
 	mu     sync.Mutex // guards the rest
 	timer  *time.Timer
-	fires  time.Time // when the timer does; zero: it does not
-	no     uint64    // of the statement
-	under  bool      // it is under way
-	until  time.Time // zero: it is not bounded
-	cancel func()    // breaks it off; nil: that is for breaks
-	cause  error     // why it was broken off
+	fires  time.Time   // when the timer does; zero: it does not
+	no     uint64      // of the statement
+	under  bool        // it is under way
+	until  time.Time   // zero: it is not bounded
+	cancel func(error) // breaks it off; nil: that is for breaks
+	cause  error       // why it was broken off
 }
 
 // A breaker is how the statement under way on a driver's connection is broken off.
@@ -43,7 +43,7 @@ type breaker struct {
 }
 
 // begin begins to guard a statement. A bound of 0 is none.
-func (g *guard) begin(bound time.Duration, cancel func()) (no uint64) {
+func (g *guard) begin(bound time.Duration, cancel func(error)) (no uint64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.no++
@@ -96,13 +96,13 @@ func (g *guard) interrupt(no uint64, cause error) {
 		return
 	}
 	g.cause = cause // nothing more is sent over the connection
-	off := g.cancel
-	if off == nil {
-		breaks, dc := g.breaks, g.dc
-		off = func() { breaks(dc) }
-	}
+	cancel, breaks, dc := g.cancel, g.breaks, g.dc
 	g.mu.Unlock()
-	off() // the driver's: no lock is held
+	if cancel != nil {
+		cancel(cause)
+	} else {
+		breaks(dc) // the driver's: no lock is held
+	}
 }
 
 // hurry leaves no more than d to the statement under way.

@@ -530,9 +530,9 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		return nil, time.Time{}, errYield
 	}
 	began := time.Now()
-	returned := false
+	carries := false
 	defer func() {
-		if !returned { // the driver panicked
+		if !carries { // also if the driver panics
 			h.mu.Lock()
 			defer h.mu.Unlock()
 			h.sessions--
@@ -552,26 +552,25 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		}
 		return s.confirm(a.ctx, a.cfg.heartbeat, false)
 	})
-	returned = true
+	if err != nil {
+		return nil, time.Time{}, err
+	}
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if err == nil && instead && h.sessions > 1 {
+	if instead && h.sessions > 1 {
 		// The shared session has been opened meanwhile, and the pool cannot spare a second
 		// one for as long as the lock may be held.
 		h.mu.Unlock()
 		s.giveUp(errYield)
-		err = errYield
-		h.mu.Lock()
+		return nil, time.Time{}, errYield
 	}
-	if err != nil {
-		h.sessions--
-		return nil, time.Time{}, err
-	}
+	defer h.mu.Unlock()
+	carries = true
 	c := newCarrier(h, s)
 	c.users = 1
 	c.locks[lock{k.lockID(), a.cfg.shared}] = struct{}{}
 	if h.shared == nil || len(h.shared.locks) == 0 {
 		h.shared = c
+		h.tellOpened(nil) // somebody may be about to open another
 	}
 	return c, time.Now(), nil // it was asked for long before it was granted
 }
@@ -624,9 +623,8 @@ func (h *hub) poll(n int) {
 	h.polling += n
 }
 
-// isOpened tells those who wait for the shared session that it has been opened, or has not.
-func (h *hub) isOpened(err error) {
-	h.opening = false
+// tellOpened tells those who wait for the shared session that it has been opened, or has not.
+func (h *hub) tellOpened(err error) {
 	if h.opened != nil {
 		h.opened.err = err
 		close(h.opened.done)
@@ -638,6 +636,11 @@ func (h *hub) isOpened(err error) {
 // If there is none, it opens one, which own tells, or waits for who does.
 func (a *acquisition) session() (c *carrier, own bool, err error) {
 	h := a.hub
+	idle := -1
+	if a.stale < 0 {
+		idle = a.db.Stats().Idle
+		a.stale = idle
+	}
 	h.mu.Lock()
 	for h.shared == nil && h.opening {
 		if h.opened == nil {
@@ -673,31 +676,34 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 	defer func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
+		h.opening = false
 		if a.ctx.Err() != nil || a.over() {
-			h.isOpened(nil) // that is no news for others
+			h.tellOpened(nil) // that is no news for others
 		} else {
-			h.isOpened(err)
+			h.tellOpened(err)
 		}
 	}()
-	idle := a.db.Stats().Idle
-	if a.stale < 0 {
-		a.stale = idle
+	if idle < 0 {
+		idle = a.db.Stats().Idle
 	}
 	ctx, cancel := a.untilDeadline()
 	defer cancel()
 	s, err := h.open(ctx, a, idle > 0)
-	if err != nil {
-		return nil, true, err
+	if err == nil {
+		s.watchOver()
 	}
-	s.watchOver()
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if c := h.shared; c != nil { // one that waited has been granted its lock meanwhile
+	if c := h.shared; c != nil && !isClosed(err) { // one that waited has been granted its lock meanwhile
 		c.users++
 		h.mu.Unlock()
-		s.handBack()
-		h.mu.Lock()
+		if err == nil {
+			s.handBack()
+		}
 		return c, false, nil
+	}
+	defer h.mu.Unlock()
+	if err != nil {
+		return nil, true, err
 	}
 	c = newCarrier(h, s)
 	c.users = 1
@@ -736,7 +742,7 @@ func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
 	if p == nil {
 		p = new(patience)
 		ctx, cancel := context.WithCancelCause(context.Background())
-		p.ctx, p.end = ctx, func() { cancel(errOverdue) }
+		p.ctx, p.end = ctx, cancel
 	}
 	p.guard.begin(answerBound, p.end)
 	conn, err := db.Conn(p.ctx)
@@ -755,7 +761,7 @@ func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
 // A patience is a context that ends when its guard has waited for too long.
 type patience struct {
 	ctx   context.Context
-	end   func()
+	end   func(error)
 	guard guard
 }
 
@@ -791,16 +797,24 @@ func (h *hub) leave(c *carrier) {
 	}
 	h.mu.Unlock()
 	log := c.log
-	clean, err := c.finish()
-	h.mu.Lock()
-	h.sessions--
-	if clean {
-		h.spare(c)
-	}
-	h.mu.Unlock()
-	if err != nil {
+	if err := h.finish(c); err != nil {
 		log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
 	}
+}
+
+// finish ends c, which nobody has use for, and keeps what it is made of if it is clean.
+func (h *hub) finish(c *carrier) (err error) {
+	clean := false
+	defer func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.sessions--
+		if clean {
+			h.spare(c)
+		}
+	}()
+	clean, err = c.finish()
+	return err
 }
 
 // spare keeps what c is made of for the next one.

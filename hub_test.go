@@ -750,7 +750,12 @@ func TestWaitsTakeHalfOfThePool(t *testing.T) {
 			}
 			for range 100 {
 				time.Sleep(100 * time.Millisecond)
-				if n := dbs[0].Stats().InUse; n > test.most {
+				n := dbs[0].Stats().InUse
+				if n > test.most { // those that try again open the shared session for a moment
+					time.Sleep(20 * millisecond)
+					n = dbs[0].Stats().InUse
+				}
+				if n > test.most {
 					t.Fatalf("%d connections of %d are in use", n, test.limit)
 				}
 			}
@@ -953,6 +958,103 @@ func TestADriversPanicWhileASessionIsOpened(t *testing.T) {
 	})
 }
 
+// A driver's panic while a session is cleaned, behind its last use, is not the pool's trouble.
+func TestADriversPanicWhileASessionIsCleaned(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.direct = true
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if query == disarmStatement {
+				panic("driver")
+			}
+			return 1, nil
+		}
+		a := newAcquisition(t, db)
+		c, _, err := a.session()
+		wantError(t, err)
+		c.armed = true
+		func() {
+			defer func() {
+				if recover() != "driver" {
+					t.Error("no panic")
+				}
+			}()
+			a.hub.leave(c)
+		}()
+		synctest.Wait()
+		wantIdle(t, db)
+		srv.want(t, on(1, "open", disarmStatement, "close")...)
+	})
+}
+
+// newAcquisition returns the way of a WithLock of key.
+func newAcquisition(t *testing.T, db *sql.DB) *acquisition {
+	cfg, err := newConfig("WithLock", sessionOptions, nil)
+	wantError(t, err)
+	return &acquisition{attempts: newAttempts(t.Context(), db, []Key{key}, &cfg), hub: hubOf(db), hold: &hold{cfg: cfg}}
+}
+
+// Dead connections in the pool, as many as there may be, are no reason to fail: neither for who
+// opens the shared session nor for those who share it.
+func TestDeadConnectionsInThePool(t *testing.T) {
+	t.Parallel()
+	for _, dead := range []int{1, 3, 4, 12} {
+		synctest.Test(t, func(t *testing.T) {
+			p, dbs, srvs := newTable(t, 1)
+			db := dbs[0]
+			db.SetMaxIdleConns(dead)
+			var conns []*sql.Conn
+			for range dead {
+				conn, err := db.Conn(t.Context())
+				wantError(t, err)
+				conns = append(conns, conn)
+			}
+			for i, conn := range conns {
+				wantError(t, conn.Close())
+				p.kill(backendID{srvs[0], i + 1})
+			}
+			answer := srvs[0].script
+			srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+				sleep(ctx, millisecond) // also to find out that it is dead
+				return answer(ctx, conn, query)
+			}
+			var wg sync.WaitGroup
+			for _, k := range ids(20) {
+				wg.Go(func() { wantError(t, WithLock(t.Context(), db, k, nothing)) })
+			}
+			wg.Wait()
+			time.Sleep(time.Second)
+			wantIdle(t, db)
+			p.clean()
+		})
+	}
+}
+
+// A connection that is not made in time is an error, also if it would be the pool's last.
+func TestAConnectionIsNotMadeInTime(t *testing.T) {
+	t.Parallel()
+	for _, honours := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			db.SetMaxOpenConns(1)
+			srv.dial = func(ctx context.Context) error {
+				if !honours {
+					ctx = context.WithoutCancel(ctx)
+				}
+				sleep(ctx, time.Hour)
+				return errors.New("connection timed out")
+			}
+			start := time.Now()
+			wantError(t, WithLock(context.Background(), db, key, nothing), "no answer from the server within 30s")
+			if d := time.Since(start); d > dialBound+time.Second {
+				t.Errorf("after %v", d)
+			}
+			time.Sleep(2 * time.Hour)
+		})
+	}
+}
+
 // Who has opened the shared session does not fail because another's request was its end.
 func TestTheOpenersSessionIsLostToAnother(t *testing.T) {
 	t.Parallel()
@@ -968,9 +1070,7 @@ func TestTheOpenersSessionIsLostToAnother(t *testing.T) {
 			}
 			return 1, nil
 		}
-		cfg, err := newConfig("WithLock", sessionOptions, nil)
-		wantError(t, err)
-		a := &acquisition{attempts: newAttempts(t.Context(), db, []Key{key}, &cfg), hub: hubOf(db), hold: &hold{cfg: cfg}}
+		a := newAcquisition(t, db)
 		c, own, err := a.session()
 		wantError(t, err)
 		// Before it has asked, another does, and goes away.
@@ -979,7 +1079,7 @@ func TestTheOpenersSessionIsLostToAnother(t *testing.T) {
 		var wg sync.WaitGroup
 		wg.Go(func() { wantError(t, WithLock(ctx, db, ID(43), nothing), ErrNotAcquired, context.DeadlineExceeded) })
 		time.Sleep(100 * millisecond)
-		r := &request{op: opTry, keys: a.keys, every: cfg.heartbeat}
+		r := &request{op: opTry, keys: a.keys, every: a.cfg.heartbeat}
 		err = c.ask(a.ctx, r, answerWithin(0, a.deadline))
 		wantError(t, err, "no answer from the server")
 		a.hub.leave(c)
@@ -1232,6 +1332,16 @@ func TestADriversPanicLeavesNothingBehind(t *testing.T) {
 				wantError(t, err)
 				defer func() { wantError(t, l.Release(), ErrLost, errPanicked) }()
 				return l.Release()
+			},
+		},
+		{
+			// The shared session is opened while the lock is granted that was waited for.
+			name: "yield", on: "pg_advisory_unlock_all",
+			setUp: func(t *testing.T, p *lockTable, here, there *sql.DB) {
+				here.SetMaxOpenConns(2)
+				p.takes(10 * millisecond)
+				holdFor(t, there, key, 110*millisecond)
+				time.AfterFunc(105*millisecond, func() { wantError(t, WithLock(t.Context(), here, second, nothing)) })
 			},
 		},
 		{
