@@ -120,8 +120,8 @@
 // The rest is for the work. So a program with a pool of 2 can hold a thousand locks, have a
 // thousand callers wait, and still has a connection. With a pool of 2 or 3, those who
 // call the first four functions wait in the server's queue only while the process holds no
-// other lock through it. A pool of 1 is enough if fn
-// does not use it; a fn that does waits for a connection that is not free before it returns.
+// other lock through it, and asks for none. A pool of 1 is enough if fn does not use it; a fn that
+// does waits for a connection that is not free before it returns.
 //
 // # Drivers
 //
