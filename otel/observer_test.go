@@ -697,6 +697,9 @@ func (refusingMeter) Int64Counter(string, ...metric.Int64CounterOption) (metric.
 
 // An Observer that is not set costs no allocation: no more than another option that is nil.
 func TestUnsetObserverAllocatesNothing(t *testing.T) {
+	if raceDetector {
+		t.Skip("without the race detector")
+	}
 	db := newServer().pool(t)
 	allocs := func(opt advisory.Option) float64 {
 		opts := []advisory.Option{opt}

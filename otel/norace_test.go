@@ -1,0 +1,5 @@
+//go:build !race
+
+package advisoryotel_test
+
+const raceDetector = false
