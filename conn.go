@@ -983,7 +983,7 @@ func (a *attempts) again(err error, opened, own bool) error {
 		err = errors.Join(errTimeout, err)
 	}
 	own = own && !errors.As(err, new(sessionLost)) // by a request of another's
-	early := errors.Is(err, errLostBeforeUse) || opened && !own && !a.waited
+	early := errors.Is(err, errLostBeforeUse)
 	// database/sql closes a Conn that it has found dead.
 	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone)
 	switch {
@@ -994,7 +994,7 @@ func (a *attempts) again(err error, opened, own bool) error {
 		return err
 	case isClosed(err), !gone && !(a.waited && !opened && transient(err)):
 		return err
-	case early && a.lives == 0 && (a.stale <= 0 || a.waited || errors.Is(err, errLostBeforeUse)):
+	case early && a.lives == 0:
 		return err
 	case a.waited:
 		if early {
@@ -1011,12 +1011,8 @@ func (a *attempts) again(err error, opened, own bool) error {
 		defer cancel()
 		sleep(ctx, 50*time.Millisecond+rand.N(100*time.Millisecond))
 		return nil
-	case opened && !own:
-		if a.lives > 0 {
-			a.lives--
-		} else {
-			a.stale--
-		}
+	case opened && !own && a.lives > 0:
+		a.lives--
 		return nil
 	case a.stale > 0 && (opened || errors.As(err, new(noAnswer))):
 		a.stale--
