@@ -2,6 +2,7 @@ package advisory
 
 import (
 	"context"
+	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"io"
@@ -31,7 +32,7 @@ func TestHoldersAsksForTheKeyAsPgLocksSpreadsIt(t *testing.T) {
 	} {
 		db, mock := newMock(t)
 		mock.ExpectQuery(holdersQuery).WithArgs(test.classid, test.objid, test.subid).WillReturnRows(sqlmock.NewRows(holdersColumns))
-		holders, err := Holders(t.Context(), db, test.key)
+		holders, err := Holders(t.Context(), struct{ *sql.DB }{db}, test.key) // a Querier of another's
 		wantError(t, err)
 		if len(holders) != 0 {
 			t.Errorf("holders: %v", holders)
