@@ -190,6 +190,7 @@ func (e unanswered) Unwrap() error { return e.cause }
 // meanwhile to another.
 func (c *carrier) serveOne(ctx context.Context, r *request, bound time.Duration) error {
 	h := c.hub
+	outer := ctx
 	if ctx.Done() != nil {
 		// An answer is on its way, and comes in a moment. If it does not, and nobody
 		// else has locks on the session, that is not waited for.
@@ -197,7 +198,7 @@ func (c *carrier) serveOne(ctx context.Context, r *request, bound time.Duration)
 			h.mu.Lock()
 			defer h.mu.Unlock()
 			if c.serving == r && len(c.holds) == 0 {
-				c.guard.hurry(answerGrace)
+				c.guard.hurryAll(answerGrace) // it may not even have gone out
 			}
 		})
 		defer stop()
@@ -214,6 +215,9 @@ func (c *carrier) serveOne(ctx context.Context, r *request, bound time.Duration)
 	returned = true
 	h.mu.Lock()
 	c.serving = nil
+	if outer.Err() != nil {
+		c.guard.calm()
+	}
 	c.working = len(c.pending) > 0
 	if c.working {
 		c.users++

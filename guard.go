@@ -24,12 +24,13 @@ type guard struct {
 
 	mu     sync.Mutex // guards the rest
 	timer  *time.Timer
-	fires  time.Time   // when the timer does; zero: it does not
-	no     uint64      // of the statement
-	under  bool        // it is under way
-	until  time.Time   // zero: it is not bounded
-	cancel func(error) // breaks it off; nil: that is for breaks
-	cause  error       // why it was broken off
+	fires  time.Time     // when the timer does; zero: it does not
+	no     uint64        // of the statement
+	under  bool          // it is under way
+	until  time.Time     // zero: it is not bounded
+	next   time.Duration // bounds the next ones; zero: it does not
+	cancel func(error)   // breaks it off; nil: that is for breaks
+	cause  error         // why it was broken off
 }
 
 // A breaker is how the statement under way on a driver's connection is broken off.
@@ -48,6 +49,9 @@ func (g *guard) begin(bound time.Duration, cancel func(error)) (no uint64) {
 	defer g.mu.Unlock()
 	g.no++
 	g.under, g.until, g.cancel, g.cause = true, time.Time{}, cancel, nil
+	if g.next > 0 && (bound == 0 || bound > g.next) {
+		bound = g.next
+	}
 	if bound > 0 {
 		g.bound(bound)
 	}
@@ -112,6 +116,20 @@ func (g *guard) hurry(d time.Duration) {
 	if g.under && (g.until.IsZero() || time.Until(g.until) > d) {
 		g.bound(d)
 	}
+}
+
+// hurryAll is hurry for the next ones, too, until calm is called.
+func (g *guard) hurryAll(d time.Duration) {
+	g.mu.Lock()
+	g.next = d
+	g.mu.Unlock()
+	g.hurry(d)
+}
+
+func (g *guard) calm() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.next = 0
 }
 
 // end ends the statement. It returns why it was broken off, if it was.

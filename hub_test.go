@@ -1088,6 +1088,56 @@ func TestTheOpenersSessionIsLostToAnother(t *testing.T) {
 	})
 }
 
+// A ctx that ends before the statement has gone out, because it is long, say, ends the wait for
+// the answer all the same; and the next one's has its own time.
+func TestACtxEndsBeforeTheStatementGoesOut(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.direct = true
+		srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+			switch {
+			case strings.Contains(query, "try_advisory_lock(42)"):
+				<-ctx.Done()
+				return 0, errSessionEnded
+			case strings.Contains(query, "try_advisory_lock(43)"):
+				sleep(ctx, time.Second)
+			}
+			return 1, ctx.Err()
+		}
+		a := newAcquisition(t, db)
+		c, _, err := a.session()
+		wantError(t, err)
+		wantError(t, c.take(t.Context(), 0))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		start := time.Now()
+		time.AfterFunc(2*time.Second, c.give)
+		wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+		if d := time.Since(start); d > 3*time.Second {
+			t.Errorf("after %v", d)
+		}
+		a.hub.leave(c)
+		wantError(t, WithLock(t.Context(), db, ID(43), nothing))
+
+		// It ends, and the answer comes in time.
+		c, _, err = a.session()
+		wantError(t, err)
+		wantError(t, c.take(t.Context(), 0))
+		ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		time.AfterFunc(2*time.Second, c.give)
+		wantError(t, WithLock(ctx, db, ID(44), nothing), ErrNotAcquired, context.DeadlineExceeded)
+		opened := srv.opened
+		wantError(t, WithLock(t.Context(), db, ID(43), nothing))
+		a.hub.leave(c)
+		if srv.opened != opened {
+			t.Error("the session was lost")
+		}
+		wantIdle(t, db)
+	})
+}
+
 // A look ends with its ctx and its Timeout, whatever the holders' Heartbeat is.
 func TestALookThatIsNotAnswered(t *testing.T) {
 	t.Parallel()

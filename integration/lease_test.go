@@ -234,7 +234,7 @@ func serverTime(t testing.TB, db *sql.DB) (now time.Time) {
 
 // A release resets what the first heartbeat has set, however the lock is released.
 func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
-	const heartbeat, silence = 100 * time.Millisecond, 10 * time.Second
+	const heartbeat, silence = 200 * time.Millisecond, 10 * time.Second
 	bothDrivers(t, func(t *testing.T, d driver) {
 		// The session's own setting is what a reset goes back to.
 		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t), "idle_session_timeout", "77000"))
@@ -341,7 +341,11 @@ func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 			wantFree(t, adminDB(t), key)
-			for _, s := range pooledSettings(t, db) {
+			settings := pooledSettings(t, db)
+			if len(settings) == 0 {
+				t.Errorf("%s: no pooled connection", name)
+			}
+			for _, s := range settings {
 				if s != "77000 0 0" {
 					t.Errorf("%s: a pooled connection has the timeouts %q", name, s)
 				}
@@ -358,11 +362,7 @@ func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
 func pooledSettings(t testing.TB, db *sql.DB) (settings []string) {
 	t.Helper()
 	waitFor(t, "no connection is in use", func() (bool, error) { return db.Stats().InUse == 0, nil })
-	n := db.Stats().Idle
-	if n == 0 {
-		t.Error("no pooled connection")
-	}
-	for range n {
+	for range db.Stats().Idle {
 		conn, err := db.Conn(t.Context())
 		if err != nil {
 			t.Fatal(err)
