@@ -483,7 +483,7 @@ func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 	if stats.Idle == 0 {
 		bound = dialBound
 	}
-	if stats.MaxOpenConnections == 0 || stats.InUse < stats.MaxOpenConnections {
+	if !exhausted(stats) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
 		defer cancel()
@@ -1032,15 +1032,14 @@ func (a *attempts) error(err error) error {
 
 // poolHint says that the pool's limit is why no connection was to be had, if it is.
 func poolHint(db *sql.DB) string {
-	if exhausted(db) {
-		return "all " + plural(db.Stats().MaxOpenConnections, "connection") + " of the pool are in use"
+	if stats := db.Stats(); exhausted(stats) {
+		return "all " + plural(stats.MaxOpenConnections, "connection") + " of the pool are in use"
 	}
 	return ""
 }
 
 // exhausted tells whether all connections of a limited pool are in use.
-func exhausted(db *sql.DB) bool {
-	stats := db.Stats()
+func exhausted(stats sql.DBStats) bool {
 	return stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections
 }
 

@@ -581,11 +581,11 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
 	stats := db.Stats()
 	limit := 1 + maxWaits
+	if exhausted(stats) {
+		return false, false
+	}
 	if stats.MaxOpenConnections > 0 {
 		limit = min(limit, stats.MaxOpenConnections/2)
-		if stats.InUse >= stats.MaxOpenConnections {
-			return false, false
-		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -750,7 +750,7 @@ func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
 	case p.guard.end() == nil:
 		h.patience = p
 	case err == nil:
-	case exhausted(db): // others have taken what lay ready
+	case exhausted(db.Stats()): // others have taken what lay ready
 		return openConn(context.Background(), db)
 	default:
 		err = noAnswer{answerBound}
