@@ -12,6 +12,7 @@ import (
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // checkRuns is how often Check must be right in a row.
@@ -43,6 +44,8 @@ func wantCheck(t *testing.T, open func() *sql.DB, want string) {
 }
 
 func mustOpen(t *testing.T, d driver, dsn string) func() *sql.DB {
+	t.Helper()
+	dsn = watchLog(t, dsn)
 	return func() *sql.DB {
 		db, err := d.openDB(dsn)
 		if err != nil {
@@ -97,6 +100,7 @@ func TestCheckPassesOverDeadConnections(t *testing.T) {
 		if open := db.Stats().OpenConnections; open != 4 {
 			t.Errorf("%d connections open after Check, want its 4", open)
 		}
+		allowLog(t, terminated)
 		if _, err := d.open(t, s.DSN()).Exec(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'`); err != nil {
 			t.Fatal(err)
@@ -108,12 +112,7 @@ func TestCheckPassesOverDeadConnections(t *testing.T) {
 }
 
 func TestCheckFindsAHotStandby(t *testing.T) {
-	ctx := context.Background()
-	primary := ownServer(t)
-	standby, err := primary.Standby(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	standby := testkit.Standby(t, ownServer(t))
 	bothDrivers(t, func(t *testing.T, d driver) {
 		wantCheck(t, mustOpen(t, d, standby.DSN()), "hot standby")
 	})
@@ -175,8 +174,9 @@ func TestCheckFindsSeveralServers(t *testing.T) {
 	one, two := ownServer(t), ownServer(t)
 	bothDrivers(t, func(t *testing.T, d driver) {
 		some := d.open(t, one.DSN())
+		dsns := []string{watchLog(t, one.DSN()), watchLog(t, two.DSN())}
 		wantCheck(t, func() *sql.DB {
-			return sql.OpenDB(&inTurn{driver: some.Driver(), dsns: []string{one.DSN(), two.DSN()}})
+			return sql.OpenDB(&inTurn{driver: some.Driver(), dsns: dsns})
 		}, "different servers or databases")
 	})
 	wantNoLocks(t, one)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // bothHosts is a DSN that names two servers, and means the one that takes writes. Both
@@ -68,10 +69,7 @@ func TestFailover(t *testing.T) {
 	t.Parallel()
 	bothDrivers(t, func(t *testing.T, d driver) {
 		primary := ownServer(t)
-		standby, err := primary.Standby(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		standby := testkit.Standby(t, primary)
 		// What a failover loses is lost to the tokens, too. A standby whose word the
 		// commits wait for loses nothing.
 		setUp(t, d.open(t, primary.DSN()), "ALTER SYSTEM SET synchronous_standby_names = 'standby'", "SELECT pg_reload_conf()")

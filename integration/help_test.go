@@ -32,6 +32,14 @@ func setUp(t testing.TB, db *sql.DB, statements ...string) {
 	}
 }
 
+// What the server says in its log of a session that it ends because the test wants it to.
+const (
+	terminated = "FATAL:  terminating connection due to administrator command"
+	silent     = "FATAL:  terminating connection due to idle-session timeout"
+	silentInTx = "FATAL:  terminating connection due to idle-in-transaction timeout"
+	clientGone = "FATAL:  connection to client lost"
+)
+
 // appName is an application_name that no other test's pools have.
 func appName(t testing.TB) string { return "test " + testKey(t).SQL() }
 

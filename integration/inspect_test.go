@@ -18,7 +18,8 @@ import (
 	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
-// A session is one session, with a name, that takes locks without the package under test.
+// A session is one session, with a name, that takes locks without the package under test. What it
+// has in the server's log is its own affair.
 type session struct {
 	conn *sql.Conn
 	pid  int
@@ -28,7 +29,12 @@ type session struct {
 
 func newSession(t testing.TB, d driver, dsn, name string) session {
 	t.Helper()
-	conn, err := d.open(t, withParams(t, dsn, "application_name", name)).Conn(t.Context())
+	db, err := d.openDB(withParams(t, dsn, "application_name", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	conn, err := db.Conn(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,7 +203,7 @@ func TestHoldersForAnUnprivilegedRole(t *testing.T) {
 		holder.take(t, key, "")
 		waiter.wait(t, key, "")
 
-		nobody := newSession(t, d, dsn, "nobody")
+		nobody := newSession(t, d, watchLog(t, withParams(t, dsn, "application_name", "nobody")), "nobody")
 		if _, err := nobody.conn.ExecContext(t.Context(), "SET ROLE "+role); err != nil {
 			t.Fatal(err)
 		}

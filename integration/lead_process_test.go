@@ -181,11 +181,12 @@ func TestKilledAndFrozenLeadersNeverWorkBesideAnother(t *testing.T) {
 		setUp(t, adminDB(t), "CREATE TABLE "+table+" (id bigint GENERATED ALWAYS AS IDENTITY, token bigint)",
 			"CREATE TABLE "+table+"_fence (token bigint)", "INSERT INTO "+table+"_fence VALUES (0)")
 		t.Cleanup(func() { setUp(t, adminDB(t), "DROP TABLE "+table+", "+table+"_fence") })
-		args, err := json.Marshal(map[string]string{"Driver": d.sql, "DSN": server.DSN(), "Key": t.Name(), "Table": table})
+		args, err := json.Marshal(map[string]string{"Driver": d.sql, "DSN": watchLog(t, server.DSN()), "Key": t.Name(), "Table": table})
 		if err != nil {
 			t.Fatal(err)
 		}
 
+		allowLog(t, silent, clientGone) // of those that are frozen, and killed
 		all := &terms{t: t, of: map[int64]*term{}}
 		start := func() {
 			var p *proctest.Process

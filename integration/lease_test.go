@@ -45,6 +45,7 @@ func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Mi
 // terminateHolders ends the sessions of an application that hold an advisory lock.
 func terminateHolders(t testing.TB, application string) (n int) {
 	t.Helper()
+	allowLog(t, terminated)
 	if err := adminDB(t).QueryRow(`
 		SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 		WHERE application_name = $1 AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted)`,
@@ -394,12 +395,12 @@ func wantSetting(t testing.TB, q querier, name, want string) {
 func TestReleaseAtTheMomentOfAHeartbeatLeavesNoSetting(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		const heartbeat = 2 * time.Millisecond
-		ctx := soon(t)
+		ctx, dsn := soon(t), watchLog(t, server.DSN())
 		deadline := time.Now().Add(1500 * time.Millisecond)
 		var mu sync.Mutex
 		rounds, armed := 0, 0
 		if err := concurrently(8, 1, func(g int) error {
-			db, err := d.openDB(server.DSN())
+			db, err := d.openDB(dsn)
 			if err != nil {
 				return err
 			}
@@ -578,6 +579,7 @@ func TestHolderTimeoutWhereTheCallerDrivesTheSession(t *testing.T) {
 	const silence = 300 * time.Millisecond
 	given := advisory.HolderTimeout(silence)
 	bothDrivers(t, func(t *testing.T, d driver) {
+		allowLog(t, silent, silentInTx)
 		holders, others := d.open(t, server.DSN()), d.open(t, server.DSN())
 		for name, withLock := range map[string]func(advisory.Key, func()) error{
 			"WithTxLock": func(key advisory.Key, fn func()) error {

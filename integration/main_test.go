@@ -83,10 +83,11 @@ func bothDrivers(t *testing.T, body func(t *testing.T, d driver)) {
 	}
 }
 
-// open opens a pool on dsn, which stands for one process. It is closed with the test.
+// open opens a pool on dsn, which stands for one process. It is closed with the test, and must
+// not have complained in the server's log by then.
 func (d driver) open(t testing.TB, dsn string) *sql.DB {
 	t.Helper()
-	db, err := d.openDB(dsn)
+	db, err := d.openDB(watchLog(t, dsn))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,17 +110,6 @@ func (d driver) openDB(dsn string) (*sql.DB, error) {
 func inDatabase(t testing.TB) string {
 	t.Helper()
 	return testkit.Database(t, server)
-}
-
-// ownServer starts a server for the test alone.
-func ownServer(t testing.TB, opts ...pgtest.Option) *pgtest.Server {
-	t.Helper()
-	s, err := pgtest.Start(context.Background(), append(opts, pgtest.Local())...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Stop() })
-	return s
 }
 
 // withParams returns dsn with connection parameters set: key, value, key, value...
@@ -166,8 +156,11 @@ func adminDB(t testing.TB) *sql.DB {
 }
 
 var (
-	hold    = testkit.Hold
-	waitFor = testkit.WaitFor
+	hold      = testkit.Hold
+	waitFor   = testkit.WaitFor
+	watchLog  = testkit.WatchLog
+	allowLog  = testkit.AllowLog
+	ownServer = testkit.OwnServer
 )
 
 // locks counts the rows of pg_locks for key.

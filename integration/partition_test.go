@@ -148,8 +148,9 @@ func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 	t.Cleanup(func() { admin.Close() })
 
 	bothDrivers(t, func(t *testing.T, d driver) {
+		allowLog(t, silent)
 		a := holderArgs{
-			Driver: d.name, DSN: withParams(t, s.DSN(), "application_name", appName(t)), Sessions: each,
+			Driver: d.name, DSN: watchLog(t, withParams(t, s.DSN(), "application_name", appName(t))), Sessions: each,
 			Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond, Stagger: 53 * time.Millisecond,
 		}
 		t.Cleanup(n.heal)
@@ -218,7 +219,7 @@ func TestReleaseIsBoundedInAPartition(t *testing.T) {
 	for _, d := range drivers[:2] {
 		key = keysOf(t, 1)
 		a := holderArgs{
-			Driver: d.name, DSN: s.DSN(), Keys: []string{key[0] + d.name},
+			Driver: d.name, DSN: watchLog(t, s.DSN()), Keys: []string{key[0] + d.name},
 			Heartbeat: time.Minute, HolderTimeout: time.Hour, // the release alone notices
 		}
 		holders[d.name] = startChild(t, "holder", a, "ip", "netns", "exec", n.client)

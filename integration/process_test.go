@@ -75,6 +75,7 @@ func startChild(t testing.TB, name string, args any, prefix ...string) *child {
 	if err != nil {
 		t.Fatal(err)
 	}
+	allowLog(t, clientGone) // it is killed, whatever it has asked the server
 	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -324,7 +325,7 @@ func (s *succession) end() {
 func startHolder(t testing.TB, d driver, n, sessions int) (*child, holderArgs, *succession) {
 	t.Helper()
 	a := holderArgs{
-		Driver: d.name, DSN: withParams(t, server.DSN(), "application_name", appName(t)),
+		Driver: d.name, DSN: watchLog(t, withParams(t, server.DSN(), "application_name", appName(t))),
 		Keys: keysOf(t, n), Sessions: sessions, Stagger: 31 * time.Millisecond,
 		Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond,
 	}
@@ -356,6 +357,7 @@ func TestKilledHolderIsSucceededAtOnce(t *testing.T) {
 
 func TestFrozenHolderIsSucceededAfterHolderTimeout(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
+		allowLog(t, silent)
 		c, a, s := startHolder(t, d, 9, 6)
 		s.wantNone()
 		frozen := history.Now()
@@ -418,19 +420,21 @@ func TestFrozenHolderIsSucceededAfterHolderTimeout(t *testing.T) {
 func TestFrozenWaiterIsSucceededAfterHolderTimeout(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		const silence = time.Second
+		allowLog(t, silent)
+		successor := d.open(t, server.DSN())
 		var took []time.Duration
 		for i := range 2 {
 			name := fmt.Sprint(t.Name(), i)
 			key := advisory.Name(name)
 			release := hold(t, adminDB(t), key)
 			c := startChild(t, "holder", holderArgs{
-				Driver: d.name, DSN: server.DSN(), Keys: []string{name}, Heartbeat: 300 * time.Millisecond, HolderTimeout: silence,
+				Driver: d.name, DSN: watchLog(t, server.DSN()), Keys: []string{name}, Heartbeat: 300 * time.Millisecond, HolderTimeout: silence,
 			})
 			waitForWaiters(t, adminDB(t), key, 1)
 			c.freeze()
 			release()
 			released := history.Now()
-			if err := advisory.WithLock(soon(t), adminDB(t), key, func(context.Context) error { return nil }); err != nil {
+			if err := advisory.WithLock(soon(t), successor, key, func(context.Context) error { return nil }); err != nil {
 				t.Fatal(err)
 			}
 			took = append(took, history.Now()-released)

@@ -246,7 +246,7 @@ func (m *monkey) start(i int) {
 	a := m.args
 	a.Driver = drivers[i%2].name
 	a.Process = fmt.Sprintf("p%d.%d", i, m.started)
-	a.DSN = withParams(m.t, a.DSN, "application_name", a.Process)
+	a.DSN = watchLog(m.t, withParams(m.t, a.DSN, "application_name", a.Process))
 	m.victims[i], m.names[i] = startChild(m.t, "torture", a), a.Process
 }
 
@@ -362,6 +362,11 @@ func TestTorture(t *testing.T) {
 		victims: make([]*child, tortureProcesses), names: make([]string, tortureProcesses),
 		faults: map[history.Kind]int{},
 	}
+	allowLog(t,
+		terminated, "WARNING:  PID ", // a session that is cut, or has ended already
+		silent, silentInTx, // those of a process that is frozen
+		// A transaction's work ends with its ctx.
+		"STATEMENT:  SELECT n FROM torture ", "STATEMENT:  INSERT INTO torture_log ", "STATEMENT:  UPDATE torture ")
 	for i := range tortureProcesses {
 		m.start(i)
 	}

@@ -243,6 +243,7 @@ func TestTransactionsUnderTheLockDoNotFailToSerialize(t *testing.T) {
 // in the transaction, and the transaction reads what was there before the wait.
 func TestNaiveTransactionUnderTheLockFailsToSerialize(t *testing.T) {
 	t.Parallel()
+	allowLog(t, "ERROR:  could not serialize access")
 	db := drivers[0].open(t, withParams(t, server.DSN(), "default_transaction_isolation", "repeatable read"))
 	key, c := testKey(t), newCounter(t, db)
 	naive := func(then func()) error {

@@ -15,7 +15,6 @@ import (
 	"github.com/pressly/goose/v3/lock"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 var _ lock.SessionLocker = advisory.NewSessionLocker(advisory.Key{})
@@ -49,7 +48,7 @@ func init() {
 // CONCURRENTLY.
 func TestGooseProcesses(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := testkit.Database(t, server)
+		dsn := database(t)
 		db := d.open(t, dsn)
 		applied := map[string]int{} // number of migrations: processes
 		for _, n := range fourProcesses(t, db, gooseKey, childEnv+"=goose", "TEST_DRIVER="+d.sql, "TEST_DSN="+dsn) {
@@ -70,7 +69,7 @@ func TestGooseProcesses(t *testing.T) {
 // The session that migrates dies in the middle of a migration.
 func TestGooseSessionDies(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := testkit.Database(t, server)
+		dsn := database(t)
 		db := d.open(t, dsn)
 		openGate := shutGate(t, db)
 		provider, err := newGoose(db, fstest.MapFS{
@@ -109,7 +108,7 @@ func TestGooseSessionDies(t *testing.T) {
 // The session that waits for its turn dies.
 func TestGooseWaiterDies(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := testkit.Database(t, server)
+		dsn := database(t)
 		db := d.open(t, dsn)
 		provider, err := newGoose(db, sub("testdata/goose"))
 		if err != nil {

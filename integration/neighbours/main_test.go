@@ -79,10 +79,11 @@ func bothDrivers(t *testing.T, body func(t *testing.T, d driver)) {
 	}
 }
 
-// open opens a pool, which stands for one process. It is closed with the test.
+// open opens a pool, which stands for one process. It is closed with the test, and must not have
+// complained in the server's log by then.
 func (d driver) open(t testing.TB, dsn string) *sql.DB {
 	t.Helper()
-	db, err := sql.Open(d.sql, dsn)
+	db, err := sql.Open(d.sql, testkit.WatchLog(t, dsn))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,9 +91,17 @@ func (d driver) open(t testing.TB, dsn string) *sql.DB {
 	return db
 }
 
+// database creates a database for the test alone and returns a DSN for it. What the processes do
+// that the test starts with this DSN is for the test to answer for.
+func database(t testing.TB) (dsn string) {
+	t.Helper()
+	return testkit.WatchLog(t, testkit.Database(t, server))
+}
+
 var (
-	hold    = testkit.Hold
-	waitFor = testkit.WaitFor
+	allowLog = testkit.AllowLog
+	hold     = testkit.Hold
+	waitFor  = testkit.WaitFor
 )
 
 // fourProcesses starts four processes of this binary with env added to their environments,
@@ -189,6 +198,7 @@ func holder(t testing.TB, db *sql.DB, key advisory.Key) int {
 
 func terminate(t testing.TB, db *sql.DB, pid int) {
 	t.Helper()
+	allowLog(t, "FATAL:  terminating connection due to administrator command")
 	var ok bool
 	if err := db.QueryRowContext(t.Context(), "SELECT pg_terminate_backend($1)", pid).Scan(&ok); err != nil || !ok {
 		t.Fatalf("terminate session %d: %t, %v", pid, ok, err)

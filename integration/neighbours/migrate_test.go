@@ -16,7 +16,6 @@ import (
 	"github.com/golang-migrate/migrate/v4/source/iofs"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/internal/testkit"
 	"github.com/pgadvisory/advisory/integration/neighbours"
 )
 
@@ -47,7 +46,7 @@ func init() {
 // Four processes migrate at a time, with CREATE INDEX CONCURRENTLY among the migrations.
 func TestMigrateProcesses(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := testkit.Database(t, server)
+		dsn := database(t)
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
 		fourProcesses(t, db, migrateKey, childEnv+"=migrate", "TEST_DRIVER="+d.sql, "TEST_DSN="+dsn, "TEST_URL="+dbURL)
@@ -66,7 +65,8 @@ func TestMigrateProcesses(t *testing.T) {
 // test above would see one.
 func TestMigrateAloneDeadlocks(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := testkit.Database(t, server)
+		allowLog(t, "ERROR:  deadlock detected")
+		dsn := database(t)
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
 		if _, err := db.Exec("CREATE TABLE account (email text)"); err != nil {
@@ -112,7 +112,7 @@ func migrateAlone(dbURL string, migrations fstest.MapFS) error {
 // A second run finds nothing to do, and an error of migrate is the caller's.
 func TestMigrateErrors(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		dsn := testkit.Database(t, server)
+		dsn := database(t)
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
 		for range 2 {

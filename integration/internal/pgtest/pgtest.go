@@ -237,6 +237,8 @@ func (s *Server) configure(extra []setting) error {
 		// Enough for a standby to catch up from its copy.
 		{"wal_keep_size", "128MB"},
 		{"log_line_prefix", "%m [%p] %a "},
+		// A warning is only half of a message without the statement that it is about.
+		{"log_min_error_statement", "warning"},
 	}
 	settings = append(settings, extra...)
 	settings = append(settings, s.cfg.settings...)
@@ -256,9 +258,9 @@ func (s *Server) launch(ctx context.Context) (err error) {
 	defer cancel()
 
 	s.launches++
-	log := s.logfile()
+	logged, _ := s.logSize() // 0 at the first start
 	before := s.postmaster()
-	proc, err := s.box.start(fmt.Sprintf("postgres-%d", s.launches), log, s.cfg.prefix,
+	proc, err := s.box.start(fmt.Sprintf("postgres-%d", s.launches), s.logfile(), s.cfg.prefix,
 		filepath.Join(s.bindir, "postgres"), "-D", s.datadir())
 	if err != nil {
 		return err
@@ -274,9 +276,9 @@ func (s *Server) launch(ctx context.Context) (err error) {
 	for !s.ready(before) {
 		select {
 		case <-proc.done:
-			return s.startError(errors.New("postgres exited: "+proc.state()), log)
+			return s.startError(errors.New("postgres exited: "+proc.state()), logged)
 		case <-ctx.Done():
-			return s.startError(context.Cause(ctx), log)
+			return s.startError(context.Cause(ctx), logged)
 		case <-time.After(pollInterval):
 		}
 	}
@@ -285,14 +287,19 @@ func (s *Server) launch(ctx context.Context) (err error) {
 		dsn = socket // the prefix may have put the server into a network of its own
 	}
 	if err := poll(ctx, func() error { return ping(ctx, dsn) }); err != nil {
-		return s.startError(err, log)
+		return s.startError(err, logged)
 	}
 	s.proc = proc
 	return nil
 }
 
-func (s *Server) startError(err error, log string) error {
-	tail := tailOf(log)
+// startError adds the end of the log to err, of what is after the first logged bytes.
+func (s *Server) startError(err error, logged int64) error {
+	log, logErr := s.logSince(logged)
+	if logErr != nil {
+		log = logErr.Error()
+	}
+	tail := lastLines(log)
 	if strings.Contains(tail, "could not bind") {
 		err = fmt.Errorf("%w: %w", errPortTaken, err)
 	}
@@ -321,9 +328,6 @@ func (s *Server) postmaster() []string {
 }
 
 func (s *Server) datadir() string { return filepath.Join(s.box.dir, "data") }
-func (s *Server) logfile() string {
-	return filepath.Join(s.box.dir, fmt.Sprintf("postgres-%d.log", s.launches))
-}
 
 // DSN returns the server's connection string, which both pgx and lib/pq
 // understand: a URL for a server of our own, else ADVISORY_TEST_DSN as given.
@@ -545,7 +549,11 @@ func tailOf(name string) string {
 	if err != nil {
 		return err.Error()
 	}
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return lastLines(string(b))
+}
+
+func lastLines(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
 	return strings.Join(lines[max(0, len(lines)-20):], "\n")
 }
 

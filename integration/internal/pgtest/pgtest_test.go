@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -426,6 +427,90 @@ func TestStandby(t *testing.T) {
 	}
 }
 
+func TestLog(t *testing.T) {
+	s := start(t)
+	standby, err := s.Standby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// fail has an application write an error to the server's log.
+	fail := func(s *Server, application string) {
+		t.Helper()
+		dsn, err := WithParam(s.DSN(), "application_name", application)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := pgx.Connect(t.Context(), dsn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(context.Background())
+		if _, err := conn.Exec(t.Context(), "select 1 /\n 0"); err == nil {
+			t.Error("no error")
+		}
+	}
+	size := func() int64 {
+		t.Helper()
+		n, err := s.LogSize()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	// wantLog compares the log without the times, and without what is not a session's.
+	prefix := regexp.MustCompile(`(?m)^[\d-]+ [\d:.]+ \w+ \[\d+\] `)
+	wantLog := func(s *Server, offset int64, want string) {
+		t.Helper()
+		log, err := s.LogSince(offset)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got strings.Builder
+		for line := range strings.Lines(prefix.ReplaceAllString(log, "")) {
+			if strings.HasPrefix(line, "app ") || strings.HasPrefix(line, "\t") {
+				got.WriteString(line)
+			}
+		}
+		if got.String() != want {
+			t.Errorf("the log is\n%s\nwant of it\n%s", log, want)
+		}
+	}
+
+	fail(s, "app 1")
+	between := size()
+	fail(s, "app 2")
+	fail(standby, "app 3")
+	message := func(n string) string {
+		return "app " + n + " ERROR:  division by zero\napp " + n + " STATEMENT:  select 1 /\n\t 0\n"
+	}
+	wantLog(s, 0, message("1")+message("2"))
+	wantLog(s, between, message("2"))
+	wantLog(s, size(), "")
+	wantLog(standby, 0, message("3"))
+
+	// It is one log, however often the server starts, and there when it does not run.
+	before := size()
+	for range 2 {
+		if err := s.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		wantLog(s, between, message("2"))
+		if err := s.Restart(t.Context(), "fast"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fail(s, "app 4")
+	wantLog(s, between, message("2")+message("4"))
+	wantLog(s, before, message("4"))
+
+	if err := s.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.LogSince(0); !errors.Is(err, ErrStopped) {
+		t.Errorf("of a stopped server: %v", err)
+	}
+}
+
 func TestPooler(t *testing.T) {
 	s := start(t)
 	for _, mode := range []PoolMode{Session, Transaction, Statement} {
@@ -514,7 +599,9 @@ func TestGivenDSN(t *testing.T) {
 		wantQuery(t, named, "show application_name", `it's a \ test`)
 		_, errStandby := s.Standby(ctx)
 		_, errPooler := s.Pooler(ctx, Session)
-		for _, err := range []error{s.Restart(ctx, "fast"), s.Kill(), s.Promote(ctx), errStandby, errPooler} {
+		_, errLogSize := s.LogSize()
+		_, errLogSince := s.LogSince(0)
+		for _, err := range []error{s.Restart(ctx, "fast"), s.Kill(), s.Promote(ctx), errStandby, errPooler, errLogSize, errLogSince} {
 			if !errors.Is(err, ErrNotOwn) {
 				t.Errorf("%v, want ErrNotOwn", err)
 			}

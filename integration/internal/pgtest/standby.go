@@ -61,7 +61,7 @@ func (s *Server) follow(ctx context.Context, primary *Server) error {
 	if err := poll(ctx, func() error {
 		return mustBeTrue(ctx, conn, "select exists (select from pg_stat_wal_receiver where status = 'streaming')")
 	}); err != nil {
-		return s.startError(err, s.logfile())
+		return s.startError(err, 0)
 	}
 	return nil
 }

@@ -24,6 +24,7 @@ import (
 func Main(run func(*pgtest.Server) (status int, err error)) (status int) {
 	server, err := pgtest.Start(context.Background())
 	if err == nil {
+		keepLog("", server)
 		status, err = run(server)
 		err = errors.Join(err, server.Stop())
 	}
@@ -32,6 +33,29 @@ func Main(run func(*pgtest.Server) (status int, err error)) (status int) {
 		status = 1
 	}
 	return status
+}
+
+// OwnServer starts a server for the test alone.
+func OwnServer(t testing.TB, opts ...pgtest.Option) *pgtest.Server {
+	t.Helper()
+	s, err := pgtest.Start(context.Background(), append(opts, pgtest.Local())...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Stop() })
+	keepLogFor(t, s)
+	return s
+}
+
+// Standby starts a standby of a server of the test's own. It ends with that server.
+func Standby(t testing.TB, primary *pgtest.Server) *pgtest.Server {
+	t.Helper()
+	s, err := primary.Standby(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	keepLogFor(t, s)
+	return s
 }
 
 var names atomic.Int64
