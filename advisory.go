@@ -62,22 +62,26 @@
 // the server whether the session has lived until then. WithTxLock and WithConnLock wait in the same
 // queue before they take a connection. AcquireConn and AcquireTx do not.
 //
-// A wait for another process is in the server's queue, so that a released lock is handed
-// on at once, but for at most 400 ms in one statement, again and again: a waiting
-// statement holds a snapshot, and if the holder runs CREATE INDEX CONCURRENTLY, which waits
-// for all snapshots, the two would deadlock (golang-migrate/migrate#960, flyway/flyway#1654).
-// That needs a deadlock_timeout of the server above 400 ms; its default is 1 s. Such a wait
-// takes a connection, and there are not more than "How large a pool" says. Further ones try
-// again and again instead, after pauses that grow from 5 to 250 ms.
+// A wait for another process is in the server's queue, so that a released lock is handed on
+// at once. One statement waits for 100 ms at first, for up to 400 ms as the wait grows older, and
+// for half of the server's deadlock_timeout at most; then the next one does. A statement that waits holds a
+// snapshot, and if the holder runs CREATE INDEX CONCURRENTLY, which waits for all snapshots, the
+// two would deadlock (golang-migrate/migrate#960, flyway/flyway#1654). The server logs nothing of it.
+// Because older waits stay longer, they are at the head of the queue.
+//
+// Such a wait takes a connection, and there are not more than "How large a pool" says. Further
+// ones try again and again instead, after pauses that grow from 5 to 250 ms. So do all waits where
+// the server has no PL/pgSQL, or this role may not use it; the [Logger] is told.
 //
 // Waits outlive a restart and a failover of the server, if it is back within 30 s. They end
-// with ctx, with [Timeout], or, with [NoWait], before they begin. Taking a key again with the
+// with ctx, at once and without costing the connection, with [Timeout], or, with [NoWait], before they
+// begin. Taking a key again with the
 // ctx that fn was given is an error at once, [ErrReentrant], and not a wait for oneself.
 //
 // # A lock is a lease
 //
 // A session can die without its holder's doing. The session of held locks is checked
-// every [Heartbeat]; if it does not answer, or does not hold the locks, the contexts that
+// every [Heartbeat]; if it does not answer, is another session, or is on a standby, the contexts that
 // their functions were given end, with a cause that matches [ErrLost], within two heartbeats,
 // and the functions of this package return ErrLost whatever fn returns. In the other
 // direction, a holder that falls silent (power loss, partition, SIGSTOP) is ended by the
@@ -98,7 +102,7 @@
 //   - A function whose lock is lost is not stopped. Its ctx ends.
 //   - A process that is frozen together with its clock does not know, when it goes on, that
 //     it has lost its lock; and a write of its may be under way in the network. [Token] is for that.
-//   - The order in which processes get a lock is not that in which they asked.
+//   - The order in which processes get a lock is not exactly that in which they asked.
 //   - A deadlock of several waits of this package is not found: take several keys with
 //     WithLocks, or in one order, or with a Timeout.
 //   - A caller that takes a key again without the ctx that it was given waits for itself.
@@ -118,25 +122,28 @@
 //     works on.
 //
 // The rest is for the work. So a program with a pool of 2 can hold a thousand locks, have a
-// thousand callers wait, and still has a connection. With a pool of 2 or 3, those who
-// call the first four functions wait in the server's queue only while the process holds no
-// other lock through it, and asks for none. A pool of 1 is enough if fn does not use it; a fn that
-// does waits for a connection that is not free before it returns.
+// thousand callers wait, and still has a connection. A pool of fewer than 4 has none to spare for
+// the server's queue: those who call the first four functions try again and again. A pool of 1 is
+// enough if fn does not use it; a fn that does waits for a connection that is not free before it returns.
 //
 // # Drivers
 //
 // Any driver for database/sql will do. The statements on the sessions of WithLock, WithLocks,
 // Acquire and Lead run on the caller's goroutine where the driver is lib/pq or pgx's stdlib, and
 // one that is not answered in time is broken off at the network connection. With
-// any other driver, or one wrapped in another, as for tracing, each statement has a
-// goroutine of its own: slower, and otherwise the same. The sessions that fn uses, of WithTxLock and
-// WithConnLock, are always treated like that.
+// any other driver, each statement has a goroutine of its own: slower, and otherwise the same. The
+// sessions that fn uses, of WithTxLock and WithConnLock, are always treated like that.
+//
+// A driver may be wrapped, as for tracing. Where the wrapper hands out what it wraps (otelsql by
+// Raw, dd-trace-go by WrappedConn), waits and heartbeats go past it; others (sqlmw) see them.
 //
 // # Poolers and standbys
 //
 // Session-level locks mean nothing behind a pooler in transaction or statement mode, and exclude
-// nobody on the primary if they are taken on a standby. [Check] finds that out. WithTxLock at
-// READ COMMITTED and AcquireTx work behind a transaction pooler.
+// nobody on the primary if they are taken on a standby. [Check] finds that out. A standby is also found by
+// waits, by heartbeats, and by Lead before fn runs: an endpoint may lead to one for a while
+// after a switch-over. The drivers' own setting against that is target_session_attrs=read-write.
+// WithTxLock at READ COMMITTED and AcquireTx work behind a transaction pooler.
 //
 // # Looking at locks
 //
@@ -184,8 +191,7 @@ import (
 // NoWait, Timeout, Heartbeat, HolderTimeout, Logger and Observe. WithLock is safe to
 // call from several goroutines.
 func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
-	h := &hold{key: [1]Key{key}}
-	return h.with(ctx, "WithLock", db, h.key[:], fn, opts)
+	return new(hold).with(ctx, "WithLock", db, []Key{key}, fn, opts)
 }
 
 // WithLocks is [WithLock] for several keys: fn runs while all of them are held.
@@ -217,13 +223,13 @@ func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key
 // A Lock that is garbage-collected unreleased is released, with a warning to the
 // Logger. That is a safety net: it may be minutes late.
 func Acquire(ctx context.Context, db *sql.DB, key Key, opts ...Option) (*Lock, error) {
-	h := &hold{key: [1]Key{key}}
+	h, keys := new(hold), []Key{key}
 	c := call{function: "Acquire", options: sessionOptions, db: db, missing: missing("db", db == nil, "", false), detached: true}
 	var err error
-	if h.cfg, err = c.prepare(ctx, h.key[:], opts); err != nil {
+	if h.cfg, err = c.prepare(ctx, keys, opts); err != nil {
 		return nil, err
 	}
-	if err := h.acquire(ctx, c, h.key[:]); err != nil {
+	if err := h.acquire(ctx, c, keys); err != nil {
 		return nil, err
 	}
 	l := &Lock{hold: h}
@@ -291,7 +297,7 @@ type hold struct {
 	hub     *hub     // the hub's
 	grants  []grant
 
-	soon bool // the first heartbeat does not wait: the lock is held for long
+	leads bool // for Lead: the first heartbeat is before fn
 
 	// Guarded by hub.mu.
 	begun  bool  // it has its context
@@ -301,22 +307,15 @@ type hold struct {
 
 	once sync.Once // the release
 	err  error     // its result
-
-	// What a lone lock needs, so that it is made at once.
-	way     acquisition
-	key     [1]Key
-	grant   [1]grant
-	unlocks [1]Key
-	asks    request // of the release
 }
 
 // acquire acquires keys, and has them watched.
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
 	h.hub = hubOf(c.db)
-	h.way = acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub, hold: h}
-	h.grants, err = h.way.acquire(keys, h.grant[:0])
-	err = h.way.error(err)
+	a := &acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub, hold: h}
+	h.grants, err = a.acquire(keys)
+	err = a.error(err)
 	if c.detached {
 		ctx = context.WithoutCancel(ctx)
 	}

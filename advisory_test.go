@@ -20,25 +20,19 @@ import (
 // The statements for key, as they must go out.
 const (
 	tryQuery        = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42)"
-	waitQuery       = "SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock(42)"
-	waitAgainQuery  = waitQuery + " WHERE NOT EXISTS (" + heldQuery + ")"
-	armedWaitQuery  = "SET idle_session_timeout = 15000; " + waitQuery
 	unlockQuery     = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
-	unlockAllQuery  = "SELECT pg_catalog.pg_advisory_unlock_all() WHERE pg_catalog.pg_advisory_unlock(42)"
 	unlockLentQuery = "SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock(42)) THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
 	freeQuery       = "SELECT pg_catalog.pg_advisory_unlock_all()"
-	clearQuery      = "ROLLBACK; SELECT pg_catalog.pg_advisory_unlock_all()"
-	clearArmedQuery = "ROLLBACK; RESET idle_session_timeout; SELECT pg_catalog.pg_advisory_unlock_all()"
 	heldPrefix      = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
 	heldRow         = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
-	heldQuery       = heldPrefix + "'ExclusiveLock' AND (" + heldRow + ")"
-	heldShared      = heldPrefix + "'ShareLock' AND (" + heldRow + ")"
-	armQuery        = "SET idle_session_timeout = 15000; " + heldQuery
-	disarmQuery     = "RESET idle_session_timeout; " + unlockQuery
-	disarmAllQuery  = "RESET idle_session_timeout; " + unlockAllQuery
+	heldQuery       = heldPrefix + "'ExclusiveLock' AND " + heldRow
+	beatQuery       = "/* advisory: 42 */ SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
+	setQuery        = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '15000', false); "
+	resetQuery      = "RESET advisory.session; RESET idle_session_timeout; "
+	armQuery        = setQuery + beatQuery
+	disarmQuery     = resetQuery + unlockQuery
 	tryTxQuery      = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock(42)"
 	tryFirstQuery   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
-	waitTxQuery     = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_xact_lock(42), pg_catalog.set_config('lock_timeout', old.lock_timeout, true) FROM old"
 	savepointQuery  = "SAVEPOINT advisory"
 	rollbackToQuery = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 	deadlockQuery   = "SELECT FROM pg_catalog.pg_locks WHERE " + heldRow + " AND granted AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
@@ -55,11 +49,16 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 var key = ID(42)
 
-// statement time-out and lock time-out
+// The statements that wait for key: TestStatementsThatWait has them verbatim.
 var (
-	err55P03 = pgError("55P03")
-	err57014 = pgError("57014")
+	armedWaitQuery  = waitStatement(onOwn, "", key, false, sliceMin, sessionSettings{silence: 15 * time.Second, nonce: "N"})
+	ownWaitQuery    = waitStatement(onOwn, "", key, false, sliceMin, sessionSettings{})
+	calledWaitQuery = waitStatement(onCalled, "", key, false, sliceMin, sessionSettings{})
+	waitTxQuery     = waitStatement(inTx, restartStatement, key, false, sliceMin, sessionSettings{})
 )
+
+// statement_timeout, or pg_cancel_backend
+var err57014 = pgError("57014")
 
 // The functions that hold a lock around fn, and what they send for key.
 var closures = []struct {
@@ -112,10 +111,12 @@ var closures = []struct {
 
 func nothing(context.Context) error { return nil }
 
-// newMock is for statements verbatim and in order, and none but those.
+// newMock is for statements verbatim, but for nonces and bounds, and in order, and none but those.
 func newMock(t *testing.T) (*sql.DB, sqlmock.Sqlmock) {
 	t.Helper()
-	db, mock, err := sqlmock.New(sqlmock.QueryMatcherOption(sqlmock.QueryMatcherEqual))
+	db, mock, err := sqlmock.New(sqlmock.QueryMatcherOption(sqlmock.QueryMatcherFunc(func(want, got string) error {
+		return sqlmock.QueryMatcherEqual.Match(plainly(want), plainly(got))
+	})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,11 +156,11 @@ func TestStatementsOfWithLock(t *testing.T) {
 		{"contended", key, nil, []string{"0: " + tryQuery, armedWaitQuery, disarmQuery}},
 		{"contended, shared", key, []Option{Shared()}, []string{
 			"0: SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
-			"SET idle_session_timeout = 15000; SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42)",
-			"RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)",
+			strings.Replace(armedWaitQuery, "pg_advisory_lock(", "pg_advisory_lock_shared(", 1),
+			resetQuery + "SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)",
 		}},
 		{"contended, HolderTimeout", key, []Option{HolderTimeout(time.Minute)}, []string{
-			"0: " + tryQuery, "SET idle_session_timeout = 60000; " + waitQuery, disarmQuery,
+			"0: " + tryQuery, strings.Replace(armedWaitQuery, "'15000'", "'60000'", 1), disarmQuery,
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -180,16 +181,22 @@ func TestStatementsOfWithLock(t *testing.T) {
 func TestWithLocksSortsAndDropsRepeats(t *testing.T) {
 	t.Parallel()
 	const (
-		keys = "%s(-5) AND %s(3) AND %s(7440995589958059143) AND %s(-1, 9) AND %s(1, 0)"
-		try  = "pg_catalog.pg_try_advisory_lock"
-		open = "pg_catalog.pg_advisory_unlock"
+		try = "SELECT FROM pg_catalog.generate_series(1, CASE" +
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(-5) THEN 0" +
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(3) THEN 1" +
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(7440995589958059143) THEN 2" +
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(-1, 9) THEN 3" +
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(1, 0) THEN 4" +
+			" ELSE 5 END)"
+		unlock = "SELECT WHERE pg_catalog.pg_advisory_unlock(-5) AND pg_catalog.pg_advisory_unlock(3)" +
+			" AND pg_catalog.pg_advisory_unlock(7440995589958059143) AND pg_catalog.pg_advisory_unlock(-1, 9) AND pg_catalog.pg_advisory_unlock(1, 0)"
 	)
 	given := []Key{Pair(1, 0), ID(3), Name("nightly-report"), Pair(-1, 9), ID(-5), ID(3), ID(7440995589958059143), Pair(1, 0)}
 	before := slices.Clone(given)
 	for range 2 {
 		db, mock := newMock(t)
-		mock.ExpectExec("SELECT WHERE " + strings.ReplaceAll(keys, "%s", try)).WillReturnResult(sqlmock.NewResult(0, 1))
-		mock.ExpectExec("SELECT WHERE " + strings.ReplaceAll(keys, "%s", open)).WillReturnResult(sqlmock.NewResult(0, 1))
+		mock.ExpectExec(try).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, 5))
+		mock.ExpectExec(unlock).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, 1))
 		wantError(t, WithLocks(t.Context(), db, given, nothing))
 		if diff := cmp.Diff(before, given, cmp.Comparer(func(a, b Key) bool { return a == b })); diff != "" {
 			t.Errorf("the caller's keys were changed:\n%s", diff)
@@ -199,14 +206,18 @@ func TestWithLocksSortsAndDropsRepeats(t *testing.T) {
 	}
 }
 
+// Several locks are tried together, and if they are not to be had, exactly those that were granted
+// are unlocked.
 func TestWithLocksContended(t *testing.T) {
 	t.Parallel()
 	const (
-		tries    = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42) AND pg_catalog.pg_try_advisory_lock(43)"
-		unlocks  = "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43)"
-		freeKeys = "SELECT pg_catalog.pg_advisory_unlock(42), pg_catalog.pg_advisory_unlock(43)"
+		tries   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN NOT pg_catalog.pg_try_advisory_lock(42) THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock(43) THEN 1 WHEN NOT pg_catalog.pg_try_advisory_lock(44) THEN 2 ELSE 3 END)"
+		unlocks = "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43) AND pg_catalog.pg_advisory_unlock(44)"
+		first   = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
+		two     = "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43)"
 	)
-	second := func(query string) string { return strings.ReplaceAll(query, "42", "43") }
+	of43 := func(query string) string { return strings.ReplaceAll(query, "42", "43") }
+	of44 := func(query string) string { return strings.ReplaceAll(query, "42", "44") }
 	for _, test := range []struct {
 		name    string
 		replies []reply
@@ -215,76 +226,95 @@ func TestWithLocksContended(t *testing.T) {
 		wants   []any
 	}{
 		{
-			"frees what the try took, and takes them in order", []reply{refused}, nil,
-			on(1, "open", tries, freeKeys, tryQuery, second(tryQuery), unlocks), nil,
+			"the first is taken: there is nothing to unlock, and they are taken in order", []reply{refused}, nil,
+			on(1, "open", tries, tryQuery, of43(tryQuery), of44(tryQuery), unlocks), nil,
 		},
 		{
-			"waits for the first on a session that then carries both", []reply{refused, done, refused}, nil,
-			on(1, "open", tries, freeKeys, tryQuery, armedWaitQuery, second(tryQuery), "RESET idle_session_timeout; "+unlocks), nil,
+			"the second is taken", []reply{{rows: 1}}, nil,
+			on(1, "open", tries, first, tryQuery, of43(tryQuery), of44(tryQuery), unlocks), nil,
 		},
 		{
-			"waits for the second on a session of its own", []reply{refused, done, granted, refused}, nil,
+			"the third is taken", []reply{{rows: 2}}, nil,
+			on(1, "open", tries, two, tryQuery, of43(tryQuery), of44(tryQuery), unlocks), nil,
+		},
+		{
+			"waits for the first on a session that then carries all", []reply{refused, refused}, nil,
+			on(1, "open", tries, tryQuery, armedWaitQuery, of43(tryQuery), of44(tryQuery), resetQuery+unlocks), nil,
+		},
+		{
+			"waits for the second on a session of its own", []reply{{rows: 1}, done, granted, refused}, nil,
 			slices.Concat(
-				on(1, "open", tries, freeKeys, tryQuery, second(tryQuery)), on(2, "open", second(armedWaitQuery)),
-				on(1, unlockQuery), on(2, second(disarmQuery)),
+				on(1, "open", tries, first, tryQuery, of43(tryQuery)), on(2, "open", of43(armedWaitQuery)),
+				on(1, of44(tryQuery), "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(44)"), on(2, of43(disarmQuery)),
 			), nil,
 		},
 		{
-			"a wait that failed may have been granted", []reply{refused, done, granted, refused, fails(err55P03)}, nil,
+			"waits for the second twice", []reply{{rows: 1}, done, granted, refused, refused}, nil,
 			slices.Concat(
-				on(1, "open", tries, freeKeys, tryQuery, second(tryQuery)), on(2, "open", second(armedWaitQuery), second(armedWaitQuery)),
-				on(1, unlockQuery), on(2, second(disarmAllQuery)),
+				on(1, "open", tries, first, tryQuery, of43(tryQuery)), on(2, "open", of43(armedWaitQuery), of43(armedWaitQuery)),
+				on(1, of44(tryQuery), "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(44)"), on(2, of43(disarmQuery)),
 			), nil,
 		},
 		{
-			"NoWait frees what the try took", []reply{refused}, []Option{NoWait()},
-			on(1, "open", tries, freeKeys), []any{ErrNotAcquired},
+			"NoWait, and the first is taken", []reply{refused}, []Option{NoWait()},
+			on(1, "open", tries), []any{ErrNotAcquired},
 		},
 		{
-			"what cannot be freed is discarded", []reply{refused, fails(io.ErrUnexpectedEOF)}, nil,
-			slices.Concat(on(1, "open", tries, freeKeys, "close"), on(2, "open", tries, unlocks)), nil,
+			"NoWait, and the third is taken", []reply{{rows: 2}}, []Option{NoWait()},
+			on(1, "open", tries, two), []any{ErrNotAcquired},
 		},
 		{
-			"a deadlock", []reply{refused, done, granted, refused, fails(pgError("40P01"))}, nil,
+			"what cannot be unlocked costs the session", []reply{{rows: 2}, fails(io.ErrUnexpectedEOF), {rows: 3}}, nil,
+			slices.Concat(on(1, "open", tries, two, "close"), on(2, "open", tries, unlocks)), nil,
+		},
+		{
+			"so does what was not held any more", []reply{{rows: 2}, refused, done, {rows: 3}}, []Option{NoWait()},
+			slices.Concat(on(1, "open", tries, two, freeQuery, "close"), on(2, "open", tries, unlocks)), nil,
+		},
+		{
+			"a deadlock", []reply{refused, granted, refused, fails(pgError("40P01"))}, nil,
 			slices.Concat(
-				on(1, "open", tries, freeKeys, tryQuery, second(tryQuery)), on(2, "open", second(armedWaitQuery), clearQuery, "close"),
+				on(1, "open", tries, tryQuery, of43(tryQuery)), on(2, "open", of43(armedWaitQuery), resetQuery+freeQuery, "close"),
 				on(1, unlockQuery),
 			), []any{ErrDeadlock},
 		},
 		{
-			"one of them was not held any more", []reply{granted, refused}, nil,
-			on(1, "open", tries, unlocks, clearQuery, "close"), []any{ErrLost, "bigint 42, bigint 43"},
+			"one of them was not held any more", []reply{{rows: 3}, refused}, nil,
+			on(1, "open", tries, unlocks, freeQuery, "close"), []any{ErrLost, "bigint 42, bigint 43, bigint 44"},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			db, srv := newServer(t, test.replies...)
-			wantError(t, WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, test.opts...), test.wants...)
-			srv.want(t, test.want...)
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t, test.replies...)
+				wantError(t, WithLocks(t.Context(), db, []Key{ID(44), ID(43), key}, nothing, test.opts...), test.wants...)
+				synctest.Wait()
+				srv.want(t, test.want...)
+				if n := db.Stats().InUse; n != 0 {
+					t.Errorf("%d connections not handed back", n)
+				}
+			})
 		})
 	}
 }
 
-func TestTimeoutOfSeveralKeysFreesThoseAlreadyHeld(t *testing.T) {
+func TestTimeoutOfSeveralKeysUnlocksThoseAlreadyHeld(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
-		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			switch {
-			case strings.Contains(query, "try"):
-				return 0, nil
-			case strings.Contains(query, "_advisory_lock(43)"):
-				time.Sleep(300 * time.Millisecond)
-				return 0, err55P03
+		waits := taken(t)
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if waitKey(query) == key {
+				return 1, nil
 			}
-			return 1, nil
+			return waits(ctx, conn, query)
 		}
 		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(300*time.Millisecond))
 		wantError(t, err, ErrNotAcquired, "bigint 42, bigint 43: not acquired within 300ms")
 		lines := srv.lines()
-		if want := slices.Concat(on(2, freeQuery), on(1, disarmQuery)); !slices.Equal(lines[len(lines)-2:], want) {
+		if want := append(on(2, holdersQuery), on(1, disarmQuery)...); !slices.Equal(lines[len(lines)-2:], want) {
 			t.Errorf("log: %q", lines)
 		}
+		wantIdle(t, db)
 	})
 }
 
@@ -393,7 +423,7 @@ func TestAPanicOnALostLockDiscardsAndSaysSoToTheLogger(t *testing.T) {
 		}()
 		_ = WithLock(t.Context(), db, key, func(context.Context) error { panic("mine") }, log.option())
 	}()
-	srv.want(t, on(1, "open", tryQuery, unlockQuery, clearQuery, "close")...)
+	srv.want(t, on(1, "open", tryQuery, unlockQuery, freeQuery, "close")...)
 	if !strings.Contains(log.String(), "lock lost") {
 		t.Errorf("log: %q", log.String())
 	}
@@ -449,90 +479,13 @@ func TestAnUnlockThatIsRefusedOrFailsMakesTheErrorErrLostAndDiscards(t *testing.
 				wantError(t, err, test.wants...)
 				want := append(slices.Clip(c.acquires), c.releases...)
 				if !sessionGone(test.reply.err) {
-					want = append(want, clearQuery)
+					want = append(want, freeQuery)
 				}
 				srv.want(t, on(1, append(want, "close")...)...)
 				if n := db.Stats().OpenConnections; n != 0 {
 					t.Errorf("%d connections in the pool", n)
 				}
 			})
-		}
-	}
-}
-
-// Of a contended acquisition, each statement in turn is the one in which the
-// context ends, and drivers differ in what they make of it.
-func TestTheEndOfCtxAtEachStepDiscardsTheConnection(t *testing.T) {
-	t.Parallel()
-	cause := errors.New("cause")
-	session := []reply{refused, fails(err55P03), granted}
-	acquireConn := func(ctx context.Context, db *sql.DB, _ Key, _ func(context.Context) error, _ ...Option) error {
-		conn, err := db.Conn(context.Background())
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		return AcquireConn(ctx, conn, key)
-	}
-	for _, c := range []struct {
-		name    string
-		run     func(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error
-		replies []reply
-		many    bool // the try is on a session of many: its answer is waited for a moment
-	}{
-		{"WithLock", closures[0].run, session, true},
-		{"Acquire", closures[2].run, session, true},
-		{"WithConnLock", closures[3].run, session, false},
-		{"AcquireConn", acquireConn, session, false},
-		{"WithTxLock", closures[4].run, []reply{done, refused, fails(err55P03), done, done, granted}, false},
-		{"WithTxLock at REPEATABLE READ", closures[5].run, append(slices.Clip(session), done), false},
-	} {
-		for step := range c.replies {
-			for manner, answer := range map[string]func(context.Context, reply) reply{
-				"context error":   func(ctx context.Context, _ reply) reply { return fails(ctx.Err()) },
-				"server's cancel": func(context.Context, reply) reply { return fails(err57014) },
-				"as if nothing":   func(_ context.Context, r reply) reply { return r },
-			} {
-				t.Run(c.name+" "+manner, func(t *testing.T) {
-					synctest.Test(t, func(t *testing.T) {
-						ctx, cancel := context.WithCancelCause(t.Context())
-						replies := slices.Clone(c.replies)
-						db, srv := newServer(t)
-						answers := inOrder(replies...)
-						var sent int
-						srv.script = func(stmtCtx context.Context, conn int, query string) (int64, error) {
-							rows, err := answers(stmtCtx, conn, query)
-							if sent++; sent == step+1 {
-								cancel(cause)
-								if query == "ROLLBACK" {
-									return rows, err
-								}
-								r := answer(ctx, reply{rows, err})
-								return r.rows, r.err
-							}
-							return rows, err
-						}
-						err := c.run(ctx, db, key, func(context.Context) error {
-							t.Errorf("step %d: fn runs", step)
-							return nil
-						})
-						wantError(t, err, ErrNotAcquired, context.Canceled, cause, "acquire bigint 42", "cause")
-						synctest.Wait()
-						left := 0
-						if c.many && step == 0 && manner == "as if nothing" {
-							left = 1 // it has been refused: the session holds nothing
-						}
-						if srv.opened != 1 || srv.open() != left || db.Stats().Idle != left {
-							t.Errorf("step %d: %d of %d connections still open; log: %q", step, srv.open(), srv.opened, srv.lines())
-						}
-						for _, line := range srv.lines()[step+2:] {
-							if line != "1 ROLLBACK" && line != "1 "+clearQuery && line != "1 "+clearArmedQuery && line != "1 close" {
-								t.Errorf("step %d: sent afterwards: %s", step, line)
-							}
-						}
-					})
-				})
-			}
 		}
 	}
 }
@@ -683,7 +636,7 @@ func TestReleaseTwiceIsReleaseOnce(t *testing.T) {
 		wants []any
 	}{
 		{"held", granted, on(1, "open", tryQuery, unlockQuery), nil},
-		{"lost", refused, on(1, "open", tryQuery, unlockQuery, clearQuery, "close"), []any{ErrLost}},
+		{"lost", refused, on(1, "open", tryQuery, unlockQuery, freeQuery, "close"), []any{ErrLost}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

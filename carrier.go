@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -24,19 +23,18 @@ type carrier struct {
 
 	// Guarded by hub.mu.
 
-	users   int        // those who have use for it: requests, and the goroutine of work
-	serving *request   // by its caller
-	working bool       // somebody serves requests, and will look for pending ones
-	pending []*request // wait to be served
-	lost    error      // why the session is lost; nothing more is asked of it
-	locks   map[lock]struct{}
+	users   int                // those who have use for it: requests, and the goroutine of work
+	serving *request           // by its caller
+	working bool               // somebody serves requests, and will look for pending ones
+	pending []*request         // wait to be served
+	lost    error              // why the session is lost; nothing more is asked of it
+	locks   map[lock]string    // with the names of their keys
 	holds   map[*hold]struct{} // to be told if the session is lost
 	watch   watch
 
 	// Belong to who serves requests, on whose turn it is on the session.
 
-	turn   bool // it has the turn
-	lone   [1]*request
+	turn   bool      // it has the turn
 	batch  *sql.Stmt // prepared when it has paid
 	alone  int       // requests that were served one by one though there were several; negative: for good
 	reqs   []*request
@@ -89,39 +87,6 @@ const (
 	// serves them together is prepared, which costs two round trips.
 	prepareAfter = 8
 )
-
-// batchStatement does for each of two arrays' elements, in order, what the first asks for
-// (the op, with 16 for a shared lock and 32 for a Pair) to the key in the second. Its answer
-// is a string of ones and zeros. The arrays are text, which every driver can send.
-const batchStatement = "SELECT pg_catalog.array_to_string(ARRAY(SELECT CASE" +
-	" WHEN op OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_try_advisory_lock(key)::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(key)::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 17 THEN pg_catalog.pg_try_advisory_lock_shared(key)::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 18 THEN pg_catalog.pg_advisory_unlock_shared(key)::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 33 THEN pg_catalog.pg_try_advisory_lock(" + batchPair + ")::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 34 THEN pg_catalog.pg_advisory_unlock(" + batchPair + ")::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 49 THEN pg_catalog.pg_try_advisory_lock_shared(" + batchPair + ")::pg_catalog.int4" +
-	" WHEN op OPERATOR(pg_catalog.=) 50 THEN pg_catalog.pg_advisory_unlock_shared(" + batchPair + ")::pg_catalog.int4" +
-	" ELSE 0 END FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text::pg_catalog.int4[])," +
-	" pg_catalog.unnest($2::pg_catalog.text::pg_catalog.int8[])) AS asked (op, key)), '')"
-
-const batchPair = "(key OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4," +
-	" ((key OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4"
-
-// lookStatement: one row if somebody waits for the lock.
-func lookStatement(k Key) string {
-	return "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND NOT granted" + inThisDatabase + ")"
-}
-
-// freeKeysStatement unlocks whichever of the locks the session holds.
-func freeKeysStatement(keys []Key, shared bool) string {
-	var b strings.Builder
-	for i, k := range keys {
-		b.WriteString([]string{"SELECT ", ", "}[min(i, 1)])
-		b.WriteString(statement("", "pg_advisory_unlock", []Key{k}, shared))
-	}
-	return b.String()
-}
 
 // ask has r served. If the answer takes longer than bound, or ctx ends before, the error is
 // an unanswered: r may then still be under way, until it is done.
@@ -204,14 +169,13 @@ func (c *carrier) serveOne(ctx context.Context, r *request, bound time.Duration)
 		defer stop()
 		ctx = context.WithoutCancel(ctx)
 	}
-	c.lone[0] = r
 	returned := false
 	defer func() {
 		if !returned { // the driver panicked
 			c.lose(errPanicked)
 		}
 	}()
-	lost := c.serve(ctx, c.lone[:], bound)
+	lost := c.serve(ctx, []*request{r}, bound)
 	returned = true
 	h.mu.Lock()
 	c.serving = nil
@@ -364,15 +328,8 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 		query = tryStatement(r.keys, r.shared)
 	case opUnlock:
 		query = unlockStatement(r.keys, r.shared)
-		if c.doubtful { // one of its locks is held twice, perhaps
-			if c.only(r.keys) {
-				query = unlockAllStatement(r.keys, r.shared)
-			} else {
-				query = unlockTwiceStatement(r.keys, r.shared)
-			}
-		}
 		if disarms = c.armed && c.only(r.keys); disarms {
-			query = disarmStatement + query
+			query = c.disarm() + query
 		}
 	case opLook:
 		query = lookStatement(r.keys[0])
@@ -382,8 +339,9 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 	switch {
 	case err == nil:
 		r.ok = rows > 0
-		if r.op == opTry && !r.ok && len(r.keys) > 1 {
-			if err := c.free(ctx, r); err != nil { // some of them may be held
+		if r.op == opTry && rows < int64(len(r.keys)) {
+			r.ok = false
+			if err := c.undo(ctx, r.keys[:rows], r.shared); err != nil {
 				return err
 			}
 		}
@@ -418,7 +376,7 @@ func (c *carrier) answerAlone(ctx context.Context, r *request, bound time.Durati
 
 // answerAll answers several requests, in one statement if that pays.
 func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Duration) error {
-	if c.doubtful || c.batch == nil && c.alone+len(reqs) <= prepareAfter {
+	if c.batch == nil && c.alone+len(reqs) <= prepareAfter {
 		if c.alone >= 0 {
 			c.alone += len(reqs)
 		}
@@ -475,22 +433,26 @@ func (c *carrier) answerAll(ctx context.Context, reqs []*request, bound time.Dur
 			}
 			continue
 		}
-		n := len(r.keys)
-		if len(answer) < n {
+		if len(answer) < len(r.keys) {
 			return fmt.Errorf("an answer of the wrong length: %q", answer)
 		}
-		yes := strings.Count(answer[:n], "1")
-		answer = answer[n:]
+		var yes []Key
+		for i, k := range r.keys {
+			if answer[i] == '1' {
+				yes = append(yes, k)
+			}
+		}
+		answer = answer[len(r.keys):]
 		r.sent = sent
-		r.ok = yes == n
+		r.ok = len(yes) == len(r.keys)
 		switch {
 		case r.ok:
 			c.note(r)
 		case r.op == opUnlock:
 			r.err = errNotHeld
 			err = errNotHeld
-		case yes > 0:
-			if err := c.free(ctx, r); err != nil {
+		default:
+			if err := c.undo(ctx, yes, r.shared); err != nil {
 				return err
 			}
 		}
@@ -549,13 +511,21 @@ func (c *carrier) unlockAgain(ctx context.Context, r *request) error {
 	return nil
 }
 
-// free unlocks what the session may have got of r's keys.
+// free unlocks whichever of r's keys the session holds, after a statement that failed.
 func (c *carrier) free(ctx context.Context, r *request) error {
-	keys := r.keys
-	if c.doubtful { // it may have one of them twice
-		keys = slices.Concat(keys, keys)
+	_, err := c.execNow(ctx, releaseBound, unlockHeldStatement(r.keys, r.shared))
+	return err
+}
+
+// undo unlocks the locks of keys, which the session has got with others that it has not.
+func (c *carrier) undo(ctx context.Context, keys []Key, shared bool) error {
+	if len(keys) == 0 {
+		return nil
 	}
-	_, err := c.execNow(ctx, releaseBound, freeKeysStatement(keys, r.shared))
+	rows, err := c.execNow(ctx, releaseBound, unlockStatement(keys, shared))
+	if err == nil && rows == 0 {
+		err = errNotHeld
+	}
 	return err
 }
 
@@ -587,7 +557,7 @@ func (c *carrier) note(r *request) {
 	for _, k := range r.keys {
 		switch l := (lock{k.lockID(), r.shared}); {
 		case r.op == opTry && r.ok:
-			c.locks[l] = struct{}{}
+			c.locks[l] = k.name
 		case r.op == opUnlock:
 			delete(c.locks, l)
 		}
@@ -685,10 +655,11 @@ func (e sessionLost) Error() string { return e.cause.Error() }
 func (e sessionLost) Unwrap() error { return e.cause }
 
 // finish hands back the connection of a session on which nothing is held or asked, if that can
-// be cleaned: then c can be used for another.
-func (c *carrier) finish() (clean bool, err error) {
+// be cleaned.
+func (c *carrier) finish() (err error) {
+	clean := false
 	defer func() {
-		if clean = clean && !c.gone.Load() && !c.abandoned.Load(); clean {
+		if clean && !c.gone.Load() && !c.abandoned.Load() {
 			c.handBack()
 		} else { // also if the driver panics
 			c.discard()
@@ -697,7 +668,8 @@ func (c *carrier) finish() (clean bool, err error) {
 	if c.batch != nil || c.armed {
 		err = c.clean()
 	}
-	return err == nil, err
+	clean = err == nil
+	return err
 }
 
 func (c *carrier) clean() error {
@@ -711,7 +683,7 @@ func (c *carrier) clean() error {
 		}
 	}
 	if c.armed {
-		if _, err := c.execNow(context.Background(), releaseBound, disarmStatement); err != nil {
+		if _, err := c.execNow(context.Background(), releaseBound, c.disarm()); err != nil {
 			return err
 		}
 		c.disarmed()

@@ -267,7 +267,7 @@ func TestALoneRequestThatFailsDisturbsNobody(t *testing.T) {
 	t.Parallel()
 	full := pgError("53200")
 	second := func(query string) string { return strings.ReplaceAll(query, "42", "43") }
-	const free = "SELECT pg_catalog.pg_advisory_unlock(43)"
+	free := "SELECT pg_catalog.pg_advisory_unlock(43) FROM (" + strings.Replace(heldQuery, "'42'", "'43'", 1) + " OFFSET 0) AS held"
 	for _, test := range []struct {
 		name    string
 		failing string
@@ -336,33 +336,39 @@ func TestAStatementThatNeverReturnsIsBrokenOff(t *testing.T) {
 }
 
 // The end of ctx leaves a moment to the answer of a try, if nobody else has locks on the
-// session, and breaks off a wait at once.
-func TestTheEndOfCtxBreaksOff(t *testing.T) {
+// session, and breaks off the network's connection then. A wait is left to end by itself, unless it
+// does not in time.
+func TestTheEndOfCtxAndAStatementThatNeverReturns(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		stuck string
-		after time.Duration
-		sent  []string
+		stuck         string
+		after, closed time.Duration // the end of ctx
+		sent          []string
 	}{
-		{tryQuery, time.Second + answerGrace, []string{tryQuery}},
-		{armedWaitQuery, time.Second, []string{tryQuery, armedWaitQuery}},
+		{tryQuery, answerGrace, answerGrace, []string{tryQuery}},
+		{armedWaitQuery, 0, answerBound, []string{tryQuery, armedWaitQuery}},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			db, srv := newServer(t)
 			srv.direct = true
 			srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
-				if query == test.stuck {
+				if plainly(query) == test.stuck {
 					<-ctx.Done()
 					return 0, io.ErrUnexpectedEOF
 				}
 				return 0, nil
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			start := time.Now()
-			wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
-			if d := time.Since(start); d != test.after {
-				t.Errorf("%s: after %v", test.stuck, d)
+			var end time.Time
+			closed := make(chan time.Time, 1)
+			srv.ended = func(int) { closed <- time.Now() }
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(50*time.Millisecond, func() { end = time.Now(); cancel() })
+			wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.Canceled)
+			if d := time.Since(end); d != test.after {
+				t.Errorf("%s: after %v, want %v", test.stuck, d, test.after)
+			}
+			if d := (<-closed).Sub(end); d < test.closed || d > test.closed+2*abandonAfter {
+				t.Errorf("%s: closed after %v, want %v", test.stuck, d, test.closed)
 			}
 			synctest.Wait()
 			srv.want(t, on(1, append(append([]string{"open"}, test.sent...), "close")...)...)
@@ -420,43 +426,6 @@ func releaseOnTwoSessions(t *testing.T, first time.Duration) {
 	time.Sleep(time.Minute)
 	wantIdle(t, dbs[0])
 	p.clean()
-}
-
-// A lock that a session of several has twice, and whose unlock is refused by the server, is
-// unlocked nevertheless.
-func TestALockHeldTwiceWhoseUnlockFails(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		p, dbs, srvs := newTable(t, 2)
-		there := take(t, dbs[1], key)
-		answer := srvs[0].script
-		hides, fails := true, true
-		srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
-			if fails && strings.Contains(query, "IS NOT NULL") {
-				fails = false
-				return 0, pgError("57014")
-			}
-			n, err := answer(ctx, conn, query)
-			if hides && err == nil && strings.Contains(query, "lock_timeout") {
-				hides = false
-				return 0, err55P03
-			}
-			return n, err
-		}
-		time.AfterFunc(100*millisecond, func() { wantError(t, there.Release()) })
-		first := take(t, dbs[0], key)
-		second := take(t, dbs[0], ID(43))
-		if n := p.holders(key); n != 2 {
-			t.Errorf("held %d times", n)
-		}
-		wantError(t, first.Release())
-		if n := p.holders(key); n != 0 || fails {
-			t.Errorf("after the release, it is held %d times; the unlock has failed: %v", n, !fails)
-		}
-		wantError(t, second.Release())
-		wantIdle(t, dbs[0])
-		p.clean()
-	})
 }
 
 // atOnce takes n locks, each on its own, holds them for d, and releases them, all at once.
@@ -540,7 +509,7 @@ func TestASessionThatDiesWhileItPrepares(t *testing.T) {
 // A session that cannot be cleaned is closed, and the Logger told.
 func TestASessionThatCannotBeCleaned(t *testing.T) {
 	t.Parallel()
-	for _, dirty := range []string{"deallocate", disarmStatement} {
+	for _, dirty := range []string{"deallocate", resetQuery} {
 		synctest.Test(t, func(t *testing.T) {
 			p, dbs, srvs := newTable(t, 1)
 			p.takes(millisecond)
@@ -573,7 +542,7 @@ func TestAServersErrorIsAnAnswer(t *testing.T) {
 			switch {
 			case query == "SELECT":
 				kind = "alive"
-			case strings.Contains(query, "pg_locks"):
+			case isBeat(query):
 				kind = "heartbeat"
 			}
 			if kind == "" || cancelled[kind] {
@@ -643,9 +612,9 @@ func TestAGrantThatWasLongOnItsWayIsConfirmed(t *testing.T) {
 		}
 		l := take(t, dbs[0], key)
 		time.Sleep(defaultHeartbeat + 100*millisecond) // armed
-		before := count(srvs[0].lines(), "pg_locks")
+		before := count(srvs[0].lines(), "'advisory.session', true)")
 		wantError(t, WithLock(t.Context(), dbs[0], ID(43), func(ctx context.Context) error {
-			if count(srvs[0].lines(), "pg_locks") == before {
+			if count(srvs[0].lines(), "'advisory.session', true)") == before {
 				t.Error("nobody has asked")
 			}
 			return ctx.Err()

@@ -8,17 +8,6 @@ import (
 	"math/rand/v2"
 )
 
-// The statements of Check. Like all of this package they have no arguments, so that
-// they work behind any pooler with any driver, and answer with a number of rows,
-// even where the answer is an integer.
-const (
-	inRecoveryStatement = "SELECT WHERE pg_catalog.pg_is_in_recovery()"
-
-	// A process ID in two digits to the base of 4096.
-	pidLowStatement  = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.%) 4096)"
-	pidHighStatement = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog./) 4096)"
-)
-
 const (
 	// checkConns is how many connections Check compares, if the pool has as many.
 	// Two would do, but for a balancer that picks servers at random.
@@ -102,7 +91,7 @@ func openChecked(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 			return s, nil
 		case err == nil:
 			s.handBack()
-			return nil, errors.New("the server is a hot standby: its locks exclude nobody on the primary; connect to the primary (target_session_attrs=read-write)")
+			return nil, errStandby
 		}
 		s.discard()
 		if stale <= 0 || ctx.Err() != nil || !sessionGone(err) {
@@ -159,7 +148,7 @@ func checkExclusion(ctx context.Context, sessions []*session) error {
 	if err := step(holder, tryStatement(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work"); err != nil {
 		return err
 	}
-	if err := step(holder, heldStatement(keys, false), 1, "the server grants a lock and does not hold it: its advisory lock functions do nothing, or "+pooled); err != nil {
+	if err := step(holder, heldStatement(keys[0], false), 1, "the server grants a lock and does not hold it: its advisory lock functions do nothing, or "+pooled); err != nil {
 		return err
 	}
 	for i, s := range sessions[1:] {

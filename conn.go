@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -11,19 +12,11 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 )
 
 const (
-	// waitBound is the longest that one statement waits in the server's queue. A
-	// waiting statement holds a snapshot, which CREATE INDEX CONCURRENTLY waits
-	// for: if the holder runs one, the two wait for each other. Ending the wait
-	// before deadlock_timeout (default 1 s) lets the index build pass before the
-	// server calls it a deadlock (golang-migrate/migrate#960).
-	waitBound = 400 * time.Millisecond
-
 	// answerBound is how long past its own wait a statement may go unanswered
 	// before its session is given up.
 	answerBound = 10 * time.Second
@@ -52,144 +45,14 @@ const (
 	reconnectFor = 30 * time.Second
 )
 
-// The session-level statements. They go out without arguments: both drivers then
-// use the simple protocol, one round trip that leaves no prepared statement behind,
-// and the answer is the number of rows in the command tag. Integers are the only
-// text ever put in, and every function and operator is PostgreSQL's own, whatever
-// the search path says.
-
-// tryStatement: one row if all the locks were granted. If not, some may have been.
-func tryStatement(keys []Key, shared bool) string {
-	return statement("SELECT WHERE ", "pg_try_advisory_lock", keys, shared)
-}
-
-// waitStatement: one row, when the lock is granted. lock_timeout is set for this
-// statement alone.
-func waitStatement(bound time.Duration, k Key, shared bool) string {
-	return statement("SELECT pg_catalog.set_config('lock_timeout', '"+milliseconds(bound)+"', true), ",
-		"pg_advisory_lock", []Key{k}, shared)
-}
-
-// waitAgainStatement: like waitStatement, and no row if the session holds the lock
-// already.
-func waitAgainStatement(bound time.Duration, k Key, shared bool) string {
-	return waitStatement(bound, k, shared) + " WHERE NOT EXISTS (" + heldStatement([]Key{k}, shared) + ")"
-}
-
-// unlockStatement: one row if all the locks were held.
-func unlockStatement(keys []Key, shared bool) string {
-	return statement("SELECT WHERE ", "pg_advisory_unlock", keys, shared)
-}
-
-// unlockAllStatement: the same, and frees whatever else the session holds.
-func unlockAllStatement(keys []Key, shared bool) string {
-	return statement("SELECT pg_catalog.pg_advisory_unlock_all() WHERE ", "pg_advisory_unlock", keys, shared)
-}
-
-// unlockTwiceStatement: one row if all the locks were held. If one was held twice, it is not
-// held any more either.
-func unlockTwiceStatement(keys []Key, shared bool) string {
-	query := unlockStatement(keys, shared)
-	for _, k := range keys {
-		query += " AND " + statement("", "pg_advisory_unlock", []Key{k}, shared) + " IS NOT NULL"
-	}
-	return query
-}
-
-// armStatement goes before another statement, and has the server end the session
-// once it has heard nothing for d.
-func armStatement(d time.Duration) string {
-	return "SET idle_session_timeout = " + milliseconds(d) + "; "
-}
-
-// unlockLentStatement: one row if the lock was held, and two if a transaction is open on
-// the session besides: the clock of a transaction stands still. It frees whatever else
-// the session holds.
-func unlockLentStatement(keys []Key, shared bool) string {
-	return statement("SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (",
-		"pg_advisory_unlock", keys, shared) +
-		") THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
-}
-
-const (
-	freeStatement   = "SELECT pg_catalog.pg_advisory_unlock_all()"
-	disarmStatement = "RESET idle_session_timeout; "
-
-	// A transaction is not idle in the sense of idle_session_timeout.
-	disarmLentStatement = "RESET idle_session_timeout; RESET idle_in_transaction_session_timeout; "
-)
-
-func armLentStatement(d time.Duration) string {
-	return armStatement(d) + "SET idle_in_transaction_session_timeout = " + milliseconds(d) + "; "
-}
-
-// heldStatement: one row for each of the locks that this session holds.
-func heldStatement(keys []Key, shared bool) string {
-	mode := "ExclusiveLock"
-	if shared {
-		mode = "ShareLock"
-	}
-	var b strings.Builder
-	b.WriteString(ownLocks + " AND mode OPERATOR(pg_catalog.=) '" + mode + "' AND (")
-	for i, k := range keys {
-		if i > 0 {
-			b.WriteString(" OR ")
-		}
-		b.WriteString(lockRow(k))
-	}
-	b.WriteByte(')')
-	return b.String()
-}
-
-// heldCountStatement: one row for each advisory lock that this session holds.
-const heldCountStatement = ownLocks + " AND locktype OPERATOR(pg_catalog.=) 'advisory'"
-
-// ownLocks begins a statement about what this session holds.
-const ownLocks = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted"
-
-// inThisDatabase goes with a condition on pg_locks that would be true in others, too.
-const inThisDatabase = " AND database OPERATOR(pg_catalog.=)" +
-	" (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())"
-
-// lockRow is the condition on pg_locks that finds the lock of k in any database:
-// the manual's section "pg_locks" tells how a key is spread over the columns.
-func lockRow(k Key) string {
-	subid := "1"
-	if k.space == pairSpace {
-		subid = "2"
-	}
-	return "locktype OPERATOR(pg_catalog.=) 'advisory'" +
-		" AND classid OPERATOR(pg_catalog.=) '" + strconv.FormatUint(uint64(k.id)>>32, 10) +
-		"' AND objid OPERATOR(pg_catalog.=) '" + strconv.FormatUint(uint64(uint32(k.id)), 10) +
-		"' AND objsubid OPERATOR(pg_catalog.=) " + subid
-}
-
-// statement is prefix and the calls of the lock function for keys, joined by AND.
-func statement(prefix, function string, keys []Key, shared bool) string {
-	var few [160]byte
-	b := append(few[:0], prefix...)
-	for i, k := range keys {
-		if i > 0 {
-			b = append(b, " AND "...)
-		}
-		b = append(b, "pg_catalog."...)
-		b = append(b, function...)
-		if shared {
-			b = append(b, "_shared"...)
-		}
-		b = append(b, '(')
-		b = k.appendSQL(b)
-		b = append(b, ')')
-	}
-	return string(b)
-}
+// A sender sends a statement without arguments, and returns the number of rows in its
+// command tag.
+type sender = func(ctx context.Context, query string) (int64, error)
 
 // A runner sends statements over one connection or transaction, one at a time, from
 // any goroutine.
 type runner struct {
-	// send sends a statement without arguments, and returns the number of rows in its
-	// command tag.
-	send func(ctx context.Context, query string) (int64, error)
+	send sender
 
 	// busy is held by whose turn it is on the connection. A channel, because waiting for
 	// it must end with a context: the lock inside database/sql waits for ever.
@@ -207,25 +70,56 @@ type runner struct {
 // rawSend sends over the driver's connection itself. When that is found dead,
 // Conn.ExecContext closes the Conn, and first waits, for ever, for its transactions and
 // rows to be closed, which may be the caller's, or fn's to have left open.
-func (s *session) rawSend(ctx context.Context, query string) (rows int64, err error) {
-	skip := false
+func (s *session) rawSend(ctx context.Context, query string) (int64, error) {
+	return s.sendTo(func(dc any) any { return dc }, ctx, query)
+}
+
+// quietSend is rawSend past the wrappers that trace statements: nobody has asked for this one.
+func (s *session) quietSend(ctx context.Context, query string) (int64, error) {
+	return s.sendTo(unwrap, ctx, query)
+}
+
+func (s *session) sendTo(which func(dc any) any, ctx context.Context, query string) (rows int64, err error) {
 	rawErr := raw(s.conn, func(dc any) error {
-		execer, ok := dc.(driver.ExecerContext)
-		if !ok {
-			skip = true
-			return nil
-		}
-		rows, err = rowsAffected(execer.ExecContext(ctx, query, nil))
-		skip = errors.Is(err, driver.ErrSkip)
+		rows, err = execOn(ctx, which(dc), query)
 		return nil
 	})
-	switch {
-	case rawErr != nil:
-		return 0, rawErr
-	case skip:
-		return rowsAffected(s.conn.ExecContext(ctx, query))
-	default:
-		return rows, err
+	return rows, cmp.Or(rawErr, err)
+}
+
+// execOn executes query on a driver's connection.
+func execOn(ctx context.Context, dc any, query string) (int64, error) {
+	execer, ok := dc.(driver.ExecerContext)
+	if !ok {
+		return 0, noExec(dc)
+	}
+	rows, err := rowsAffected(execer.ExecContext(ctx, query, nil))
+	if err == driver.ErrSkip { // of a wrapper around one that cannot
+		return 0, noExec(dc)
+	}
+	return rows, err
+}
+
+func noExec(dc any) error {
+	return fmt.Errorf("the driver's connection, a %T, does not execute statements without preparing them (driver.ExecerContext)", dc)
+}
+
+// unwrap is the driver's connection inside of those that wrap it to trace statements, if
+// they hand it out, and it executes statements without them: otelsql's do so by Raw, and dd-trace-go's
+// by WrappedConn.
+func unwrap(dc any) any {
+	for {
+		var inner driver.Conn
+		switch c := dc.(type) {
+		case interface{ Raw() driver.Conn }:
+			inner = c.Raw()
+		case interface{ WrappedConn() driver.Conn }:
+			inner = c.WrappedConn()
+		}
+		if _, ok := inner.(driver.ExecerContext); !ok {
+			return dc
+		}
+		dc = inner
 	}
 }
 
@@ -272,32 +166,32 @@ func (r *runner) exec(ctx context.Context, bound time.Duration, query string) (r
 
 // execNow is exec for one whose turn it is.
 func (r *runner) execNow(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	return r.execBy(r.send, ctx, bound, query)
+}
+
+// execBy is execNow by another way of sending.
+func (r *runner) execBy(send sender, ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
 	if r.breakable(len(query)) {
 		err = r.run(ctx, bound, func(ctx context.Context) (err error) {
-			rows, err = r.send(ctx, query)
+			rows, err = send(ctx, query)
 			return err
 		})
 		return rows, err
 	}
-	return r.execAside(ctx, bound, query)
-}
-
-// breakable tells whether the guard can break off a statement of so many bytes.
-func (r *runner) breakable(length int) bool {
-	return r.guard.breaks != nil && length <= r.guard.longest && !r.abandoned.Load()
-}
-
-// execAside is execNow on a goroutine of its own.
-func (r *runner) execAside(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
 	var n int64 // the statement's until runAside returns nil: it may outlive this call
 	err = r.runAside(ctx, bound, func(ctx context.Context) (err error) {
-		n, err = r.send(ctx, query)
+		n, err = send(ctx, query)
 		return err
 	})
 	if err == nil {
 		rows = n
 	}
 	return rows, err
+}
+
+// breakable tells whether the guard can break off a statement of so many bytes.
+func (r *runner) breakable(length int) bool {
+	return r.guard.breaks != nil && length <= r.guard.longest && !r.abandoned.Load()
 }
 
 // do has f, which sends one statement, run when it is its turn, as exec does.
@@ -316,7 +210,7 @@ func (r *runner) take(ctx context.Context, bound time.Duration) error {
 	}
 	select {
 	case r.busy <- struct{}{}:
-		return nil
+		return r.taken()
 	default:
 	}
 	if bound > 0 {
@@ -326,10 +220,19 @@ func (r *runner) take(ctx context.Context, bound time.Duration) error {
 	}
 	select {
 	case r.busy <- struct{}{}:
-		return nil
+		return r.taken()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+}
+
+// taken gives the turn back if the statement that had it before has been abandoned.
+func (r *runner) taken() error {
+	if r.abandoned.Load() {
+		<-r.busy
+		return errAbandoned
+	}
+	return nil
 }
 
 // give ends a turn; not that of a statement that has been abandoned, which lasts until
@@ -379,10 +282,11 @@ func (r *runner) runAside(ctx context.Context, bound time.Duration, f func(conte
 		abandoned
 	)
 	var end atomic.Int32
-	answered := make(chan error, 1)
+	answered, noted := make(chan error, 1), make(chan struct{})
 	go func() {
 		answered <- f(ctx)
 		if !end.CompareAndSwap(0, returned) {
+			<-noted
 			<-r.busy
 		}
 	}()
@@ -397,6 +301,7 @@ func (r *runner) runAside(ctx context.Context, bound time.Duration, f func(conte
 			if end.CompareAndSwap(0, abandoned) {
 				r.abandoned.Store(true)
 				r.gone.Store(true)
+				close(noted)
 				return broken(ctx, bound)
 			}
 			err = <-answered
@@ -433,33 +338,30 @@ var errAbandoned = errors.New("the driver has not returned from the statement be
 // false). Ours ends with exactly one of handBack and discard.
 type session struct {
 	runner
-	sessionState
-}
-
-// A sessionState is what a session does not pass on to the one that is made of it next.
-type sessionState struct {
 	conn *sql.Conn
 	db   *sql.DB // whose pool conn is from; nil: it is not ours
 	ours bool
 	log  *slog.Logger
 
-	// silent is the HolderTimeout that a grant is to be armed with, or 0: the server
-	// then ends the session after such a silence.
-	silent time.Duration
-	lent   bool // fn of WithConnLock is given conn
-	dc     any  // the driver's connection that is lent
+	// settings are those that a grant, or the first heartbeat, makes.
+	settings sessionSettings
+	dc       any // the driver's connection that is lent
 
 	// The rest belongs to the goroutine that acquires or releases, but for armed,
 	// which is the watch's until that has stopped.
 
+	on         place
+	restart    string // begins a new transaction, in one
 	shared     bool
 	held       []Key
 	waited     bool // the server has answered, and the lock was taken
 	waitingFor Key
 	enough     func() bool // whether a wait should yield to others; nil: never
-	armed      bool        // idle_session_timeout may be set on the session
+	armed      bool        // the settings may be made
 	proof      time.Time   // when the last statement of the acquisition went out
-	doubtful   bool        // it may hold a lock twice
+	left       bool        // a statement is under way that its caller has left
+	leftErr    error       // what became of it, for whose turn it is next
+	unwind     func()      // ends what was begun before the lock was asked for; nil: nothing was
 	broken     bool        // its state is unknown, whatever the last error says
 }
 
@@ -523,104 +425,20 @@ func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 // goroutines, if the driver is known.
 func (s *session) watchOver() {
 	_ = raw(s.conn, func(dc any) error {
-		s.guard.watchOver(dc)
+		s.guard.watchOver(unwrap(dc))
 		return nil
 	})
 }
 
 // newSession returns the session of conn, which is db's, or the caller's: db is nil then.
 func newSession(conn *sql.Conn, db *sql.DB, cfg *config) *session {
-	s := new(session)
+	s := &session{conn: conn, db: db, ours: db != nil, log: cfg.logger, shared: cfg.shared}
+	if !s.ours {
+		s.on = onCalled
+	}
 	s.send, s.busy = s.rawSend, make(chan struct{}, 1)
-	s.begin(conn, db, cfg)
+	s.settings.nonce = strconv.FormatUint(rand.Uint64(), 36)
 	return s
-}
-
-func (s *session) begin(conn *sql.Conn, db *sql.DB, cfg *config) {
-	s.sessionState = sessionState{conn: conn, db: db, ours: db != nil, log: cfg.logger, shared: cfg.shared}
-}
-
-// acquire takes the lock of k. deadline is the Timeout's, or zero. After any error but
-// errRefused and errTimeout the state of the session is unknown.
-func (s *session) acquire(ctx context.Context, k Key, noWait bool, deadline time.Time) error {
-	s.proof = time.Now()
-	rows, err := s.exec(ctx, answerWithin(0, deadline), tryStatement([]Key{k}, s.shared))
-	switch {
-	case err != nil:
-		return err
-	case rows > 0:
-	case noWait:
-		return errRefused
-	default:
-		s.waited = true
-		if err := s.wait(ctx, k, deadline); err != nil {
-			return err
-		}
-	}
-	s.held = []Key{k}
-	// A grant that comes too late is not used: the driver may have closed the
-	// connection when ctx ended.
-	return ctx.Err()
-}
-
-// errRefused and errTimeout end an acquisition that leaves the session usable.
-var (
-	errRefused       = errors.New("another holds the lock")
-	errTimeout error = timeoutError{}
-	errYield         = errors.New("others wait who cannot wait in the server's queue")
-)
-
-// A timeoutError can be told from a refusal as context.DeadlineExceeded can be told from
-// context.Canceled.
-type timeoutError struct{}
-
-func (timeoutError) Error() string { return "timeout" }
-func (timeoutError) Timeout() bool { return true }
-
-// wait waits for the lock of k in the server's queue. On the caller's session, a try
-// has just refused it: the session does not hold it.
-func (s *session) wait(ctx context.Context, k Key, deadline time.Time) error {
-	failed := false // a wait has failed: it may nevertheless have been granted
-	s.waitingFor = k
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		bound := within(waitBound, deadline)
-		if bound <= 0 {
-			return s.timedOut(ctx, k, failed)
-		}
-		query := waitStatement(bound, k, s.shared)
-		if failed && !s.ours {
-			query = waitAgainStatement(bound, k, s.shared)
-		}
-		arming := s.silent > 0 && !s.armed
-		if arming {
-			// With the grant, because this process may be out of reach by then. A wait
-			// that fails takes the setting back.
-			query = s.arm() + query
-		}
-		s.proof = time.Now()
-		_, err := s.exec(ctx, answerWithin(bound, deadline), query)
-		if err == nil {
-			s.armed = s.armed || arming
-			return nil // granted now; or, without a row, by the wait that failed
-		}
-		if ctx.Err() != nil || !waitEnded(err) {
-			return err
-		}
-		failed = true
-		s.doubtful = true
-		if err := poolClosed(s.db); err != nil {
-			return err
-		}
-		if s.enough != nil && s.enough() {
-			return errYield
-		}
-		if sqlState(err) == queryCanceled {
-			pause(ctx, s.proof)
-		}
-	}
 }
 
 // poolClosed returns an error if the pool has been closed: a connection in use outlives
@@ -641,44 +459,6 @@ var endedCtx = func() context.Context {
 	cancel()
 	return ctx
 }()
-
-// timedOut is wait's answer at the deadline: errTimeout, unless the last wait was
-// granted in the moment in which it failed.
-func (s *session) timedOut(ctx context.Context, k Key, failed bool) error {
-	if !failed {
-		return errTimeout
-	}
-	if s.ours {
-		return errTimeout // giveUp frees all of it
-	}
-	rows, err := s.exec(ctx, answerBound, heldStatement([]Key{k}, s.shared))
-	switch {
-	case err != nil:
-		return err
-	case rows > 0:
-		return nil
-	default:
-		return errTimeout
-	}
-}
-
-// waitEnded tells whether err ended one bounded wait and not the waiting:
-// lock_timeout, or a statement_timeout that is shorter than our bound. Either may
-// hide a grant (madelson/DistributedLock#147): the server grants a lock to a
-// process that has already decided to give up.
-func waitEnded(err error) bool {
-	state := sqlState(err)
-	return state == lockNotAvailable || state == queryCanceled
-}
-
-// pause keeps a very short statement_timeout from turning bounded waits into a
-// busy loop.
-func pause(ctx context.Context, start time.Time) {
-	const floor = 50 * time.Millisecond
-	if d := floor - time.Since(start); d > 0 {
-		sleep(ctx, d)
-	}
-}
 
 // sleep sleeps for d or until ctx ends.
 func sleep(ctx context.Context, d time.Duration) {
@@ -722,17 +502,19 @@ func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool)
 	if s.armed && fresh {
 		return nil
 	}
-	query := heldStatement(s.held, s.shared)
+	query := beatStatement(s.held, s.settings.nonce)
 	if !s.armed {
-		query = s.arm() + query
+		query = s.settings.setStatement() + query
 		s.armed = true
 	}
 	s.proof = time.Now()
-	rows, err := s.exec(ctx, answerBound, query)
+	rows, err := s.execLeft(ctx, answerBound, query, s.held[0], true)
 	switch {
 	case err != nil:
 		return err
-	case rows < int64(len(s.held)):
+	case rows == standbyRows:
+		return errStandby
+	case rows == 0:
 		return errLostBeforeUse
 	default:
 		return ctx.Err()
@@ -745,23 +527,20 @@ func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool)
 // caller's has ended.
 func (s *session) release() error {
 	query := unlockStatement
-	switch {
-	case s.lent:
+	if s.settings.lent {
 		query = unlockLentStatement
-	case s.doubtful && s.ours:
-		query = unlockAllStatement
 	}
 	rows, err := s.exec(context.Background(), releaseBound, s.disarm()+query(s.held, s.shared))
 	switch {
 	case err == nil && rows == 0:
 		err = errNotHeld
-	case err == nil && rows > 1, s.lent && sqlState(err) == inFailedTransaction:
+	case err == nil && rows > 1, s.settings.lent && sqlState(err) == inFailedTransaction:
 		// Closing it properly would wait for the transaction.
 		s.gone.Store(true)
 		err = errLeftOpen
 	}
 	if err != nil {
-		if s.lent && errors.Is(err, sql.ErrConnDone) {
+		if s.settings.lent && errors.Is(err, sql.ErrConnDone) {
 			s.reclaim()
 		}
 		s.discard()
@@ -806,38 +585,46 @@ var (
 	errLeftOpen = errors.New("fn left a transaction open on its conn, which has been closed")
 )
 
-func (s *session) arm() string {
-	if s.lent {
-		return armLentStatement(s.silent)
-	}
-	return armStatement(s.silent)
-}
-
+// disarm is put before the last statement on the session.
 func (s *session) disarm() string {
-	switch {
-	case !s.armed:
+	if !s.armed {
 		return ""
-	case s.lent:
-		return disarmLentStatement
-	default:
-		return disarmStatement
+	}
+	return s.settings.resetStatement()
+}
+
+// giveUp ends a session of ours on which an acquisition under ctx failed with err: clean if that
+// can be, for good otherwise. If a statement is under way that the caller has left, giveUp returns at once,
+// and then calls ended when the session has ended.
+func (s *session) giveUp(ctx context.Context, err error, ended func()) {
+	end := func() {
+		defer ended()
+		if s.unwind != nil {
+			s.unwind()
+		}
+		if !s.broken && usable(ctx, err) {
+			if len(s.held) == 0 && !s.armed && !s.left {
+				s.handBack()
+				return
+			}
+			if _, err := s.exec(context.Background(), answerBound, s.disarm()+freeStatement); err == nil {
+				s.handBack()
+				return
+			}
+		}
+		s.discard()
+	}
+	if s.left {
+		go end()
+	} else {
+		end()
 	}
 }
 
-// giveUp ends a session of ours on which an acquisition failed with err: clean if
-// the error says that it can be, for good otherwise.
-func (s *session) giveUp(err error) {
-	if !s.broken && (errors.Is(err, errRefused) || errors.Is(err, errTimeout) || errors.Is(err, errYield)) {
-		if len(s.held) == 0 && !s.doubtful && !s.armed {
-			s.handBack()
-			return
-		}
-		if _, err := s.exec(context.Background(), releaseBound, s.disarm()+freeStatement); err == nil {
-			s.handBack()
-			return
-		}
-	}
-	s.discard()
+// usable tells whether an acquisition under ctx that failed with err has left a session that is known.
+func usable(ctx context.Context, err error) bool {
+	return errors.Is(err, errRefused) || errors.Is(err, errTimeout) || errors.Is(err, errYield) || errors.As(err, new(waitRefused)) ||
+		ctx.Err() != nil && errors.Is(err, ctx.Err()) // which statements do not see
 }
 
 // handBack returns the connection to the pool. It is clean.
@@ -880,13 +667,13 @@ func (s *session) discard() {
 }
 
 // clear leaves no lock on the driver's connection. What its Close does is not certain:
-// that of pgx on a pgxpool returns a sound connection to that pool, and database/sql does
-// not call it as long as a transaction or rows are open.
+// that of pgx on a pgxpool returns a sound connection to that pool (one with an open transaction, it
+// closes), and database/sql does not call it as long as a transaction or rows are open.
 func (s *session) clear(dc any) {
 	if execer, ok := dc.(driver.ExecerContext); ok && !s.gone.Load() && !s.abandoned.Load() {
 		ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
 		defer cancel()
-		if _, err := execer.ExecContext(ctx, "ROLLBACK; "+s.disarm()+freeStatement, nil); err == nil {
+		if _, err := execer.ExecContext(ctx, s.disarm()+freeStatement, nil); err == nil {
 			return
 		}
 	}
@@ -908,6 +695,7 @@ type attempts struct {
 	db       *sql.DB
 	keys     []Key
 	cfg      *config
+	began    time.Time
 	deadline time.Time // of a Timeout, or zero
 
 	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
@@ -917,10 +705,12 @@ type attempts struct {
 	hint   string    // why the acquisition failed, beside its error
 
 	turn *apartTurn // what is to be had before a session is; nil: nothing
+
+	ended chan struct{} // closed when the last session that was given up has ended; nil: none was
 }
 
 func newAttempts(ctx context.Context, db *sql.DB, keys []Key, cfg *config) attempts {
-	return attempts{ctx: ctx, db: db, keys: keys, cfg: cfg, deadline: cfg.deadline(), stale: -1, lives: 3}
+	return attempts{ctx: ctx, db: db, keys: keys, cfg: cfg, began: time.Now(), deadline: cfg.deadline(), stale: -1, lives: 3}
 }
 
 // untilDeadline is ctx until the deadline.
@@ -962,8 +752,10 @@ func (a *attempts) keepTrying(attempt func(*session) error) (*session, error) {
 				return s, nil
 			}
 			a.hint = s.heldBy(err)
-			s.giveUp(err)
-			if s.waited {
+			ended := make(chan struct{})
+			a.ended = ended
+			s.giveUp(a.ctx, err, func() { close(ended) })
+			if s.waited && !errors.Is(err, errStandby) {
 				a.waited, a.outage = true, time.Time{}
 			}
 		}
@@ -985,7 +777,9 @@ func (a *attempts) again(err error, opened, own bool) error {
 	own = own && !errors.As(err, new(sessionLost)) // by a request of another's
 	early := errors.Is(err, errLostBeforeUse)
 	// database/sql closes a Conn that it has found dead.
-	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone)
+	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone) ||
+		// After a failover, the way to the new primary may lead to a standby for a while.
+		errors.Is(err, errStandby) && !a.outage.IsZero()
 	switch {
 	case a.ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
 		if !opened && a.hint == "" {
@@ -1099,18 +893,18 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	defer turn.leave()
 	a.turn = turn
 	s, err := a.keepTrying(func(s *session) error {
-		s.lent = true
+		s.settings.lent = true
 		_ = raw(s.conn, func(dc any) error {
 			s.dc = dc
 			return nil
 		})
 		if cfg.given.has(optHolderTimeout) {
-			s.silent = cfg.holderTimeout
+			s.settings.silence = cfg.holderTimeout
 		}
-		if err := s.acquire(ctx, key, cfg.noWait, a.deadline); err != nil {
+		if err := s.acquire(ctx, key, cfg.noWait, a.began, a.deadline); err != nil {
 			return err
 		}
-		return s.confirm(ctx, math.MaxInt64, s.silent > 0)
+		return s.confirm(ctx, math.MaxInt64, s.settings.silence > 0)
 	})
 	ctx, err = o.acquired(ctx, a.error(err), func() { s.discard() })
 	if err != nil {
@@ -1128,9 +922,10 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // returns. It waits in the server's queue.
 //
 // It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that
-// matches [ErrReentrant], or [ErrNotAcquired] by NoWait or Timeout, conn is as it was
-// before. After any other error, the end of ctx during the wait included, the state of the
-// session would be in doubt, and conn has been closed for good.
+// matches [ErrReentrant] or [ErrNotAcquired], conn is as it was before. If ctx ends during the wait,
+// AcquireConn returns at once, and the next statement on conn, or its Close, may have to wait for
+// up to 400 ms, until the server's is over. After any other error, the state of the session would be in
+// doubt, and conn has been closed for good.
 //
 // If ctx carries key already, the result is ErrReentrant even if that was acquired
 // on another database: conn does not tell.
@@ -1151,17 +946,35 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 	if err := ctx.Err(); err != nil {
 		return acquireError(ctx, keys, cfg, err, "") // nothing was sent
 	}
-	deadline := cfg.deadline()
 	s := newSession(conn, nil, cfg)
-	err := s.acquire(ctx, keys[0], cfg.noWait, deadline)
+	err := s.acquire(ctx, keys[0], cfg.noWait, time.Now(), cfg.deadline())
 	if err == nil {
 		return nil
 	}
 	hint := s.heldBy(err)
-	if s.broken || !errors.Is(err, errRefused) && !errors.Is(err, errTimeout) {
-		s.discard()
+	if s.left {
+		go s.leaveCalled(ctx, err)
+	} else {
+		s.leaveCalled(ctx, err)
 	}
 	return acquireError(ctx, keys, cfg, err, hint)
+}
+
+// leaveCalled leaves the caller's session as it was before an acquisition under ctx that failed with err,
+// or ends it.
+func (s *session) leaveCalled(ctx context.Context, err error) {
+	clean := !s.broken && usable(ctx, err)
+	if s.left {
+		clean = s.take(context.Background(), math.MaxInt64) == nil && s.leftErr == nil
+		s.give()
+	}
+	if clean && len(s.held) > 0 {
+		_, err := s.exec(context.Background(), releaseBound, unlockStatement(s.held, s.shared))
+		clean = err == nil
+	}
+	if !clean {
+		s.discard()
+	}
 }
 
 // ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same

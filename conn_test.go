@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/DATA-DOG/go-sqlmock"
+	"github.com/google/go-cmp/cmp"
 )
 
 func withConnLock(ctx context.Context, db *sql.DB, opts ...Option) error {
@@ -40,12 +42,18 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 			on(1, "open", tryQuery, armedWaitQuery, disarmQuery), nil,
 		},
 		{
-			"a lock_timeout may hide a grant: all is unlocked", []reply{refused, fails(err55P03), fails(err55P03), granted}, nil,
-			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery), nil,
+			"granted after three slices", []reply{refused, refused, refused, granted}, nil,
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, armedWaitQuery, disarmQuery), nil,
 		},
 		{
-			"a statement_timeout ends one wait, not the waiting", []reply{refused, fails(err57014), fails(err57014), granted}, nil,
-			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery), nil,
+			"a cancelled slice ends no waiting; what it may have got is freed, and its settings have gone with it",
+			[]reply{refused, fails(err57014), done, fails(err57014), done, granted}, nil,
+			on(1, "open", tryQuery, armedWaitQuery, freeQuery, armedWaitQuery, freeQuery, armedWaitQuery, disarmQuery), nil,
+		},
+		{
+			"a cancelled slice, and what it may have got is not to be freed",
+			[]reply{refused, fails(err57014), fails(pgError("XX000"))}, nil,
+			on(1, "open", tryQuery, armedWaitQuery, freeQuery, freeQuery, "close"), []any{pgError("XX000")},
 		},
 		{
 			"NoWait refused", []reply{refused}, []Option{NoWait()},
@@ -57,19 +65,19 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 		},
 		{
 			"the server refuses the try", []reply{fails(pgError("53200"))}, nil,
-			on(1, "open", tryQuery, clearQuery, "close"), []any{pgError("53200")},
+			on(1, "open", tryQuery, freeQuery, "close"), []any{pgError("53200")},
 		},
 		{
 			"the try is cancelled by an administrator", []reply{fails(err57014)}, nil,
-			on(1, "open", tryQuery, clearQuery, "close"), []any{err57014},
+			on(1, "open", tryQuery, freeQuery, "close"), []any{err57014},
 		},
 		{
-			"the wait is refused", []reply{refused, fails(pgError("53200"))}, nil,
-			on(1, "open", tryQuery, armedWaitQuery, clearQuery, "close"), []any{pgError("53200")},
+			"the wait fails", []reply{refused, fails(pgError("53200"))}, nil,
+			on(1, "open", tryQuery, armedWaitQuery, resetQuery+freeQuery, "close"), []any{pgError("53200")},
 		},
 		{
-			"the wait deadlocks", []reply{refused, fails(err55P03), fails(pgError("40P01"))}, nil,
-			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, clearQuery, "close"), []any{ErrDeadlock, pgError("40P01")},
+			"the wait deadlocks", []reply{refused, refused, fails(pgError("40P01"))}, nil,
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, resetQuery+freeQuery, "close"), []any{ErrDeadlock, pgError("40P01")},
 		},
 		{
 			"the session dies in the wait: the next one waits at once", []reply{refused, fails(died)}, nil,
@@ -80,7 +88,7 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 			slices.Concat(on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", armedWaitQuery, disarmQuery)), nil,
 		},
 		{
-			"three sessions die", []reply{refused, fails(died), fails(err55P03), fails(died), fails(died)}, nil,
+			"three sessions die", []reply{refused, fails(died), refused, fails(died), fails(died)}, nil,
 			slices.Concat(
 				on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", armedWaitQuery, armedWaitQuery, "close"),
 				on(3, "open", armedWaitQuery, "close"), on(4, "open", armedWaitQuery, disarmQuery),
@@ -88,11 +96,11 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 		},
 		{
 			"unlock refused", []reply{granted, refused}, nil,
-			on(1, "open", tryQuery, unlockQuery, clearQuery, "close"), []any{ErrLost},
+			on(1, "open", tryQuery, unlockQuery, freeQuery, "close"), []any{ErrLost},
 		},
 		{
-			"unlock refused after a hidden grant", []reply{refused, fails(err55P03), granted, refused}, nil,
-			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery, clearArmedQuery, "close"), []any{ErrLost},
+			"unlock refused after a wait", []reply{refused, refused, granted, refused}, nil,
+			on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, disarmQuery, resetQuery+freeQuery, "close"), []any{ErrLost},
 		},
 		{
 			"unlock fails", []reply{granted, fails(died)}, nil,
@@ -116,56 +124,63 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 	}
 }
 
-// script55P03 is a server on which another holds the lock for good. Its waits take
-// what they were told to.
-func script55P03(t testing.TB) func(context.Context, int, string) (int64, error) {
+// taken is a server on which another holds the lock for good. Its waits take what they were told to.
+func taken(t testing.TB) func(context.Context, int, string) (int64, error) {
 	return func(_ context.Context, _ int, query string) (int64, error) {
-		_, after, found := strings.Cut(query, "set_config('lock_timeout', '")
-		if !found {
-			if strings.Contains(query, "_try_") || strings.Contains(query, "pg_locks") {
-				return 0, nil
-			}
-			return 1, nil
+		switch {
+		case isWait(query):
+			time.Sleep(boundIn(t, query))
+			return 0, nil
+		case strings.Contains(query, "_try_"):
+			return 0, nil
 		}
-		ms, _, _ := strings.Cut(after, "'")
-		d, err := time.ParseDuration(ms + "ms")
-		if err != nil {
-			t.Error(err)
-		}
-		time.Sleep(d)
-		return 0, err55P03
+		return 1, nil
 	}
+}
+
+// isWait tells whether a statement waits for a lock.
+func isWait(query string) bool { return waitCall.MatchString(query) }
+
+// isBeat tells whether a statement is a heartbeat.
+func isBeat(query string) bool { return beatOf.MatchString(query) }
+
+// boundIn is how long a statement that waits does so at most.
+func boundIn(t testing.TB, query string) time.Duration {
+	t.Helper()
+	ms, err := strconv.Atoi(boundOf.FindStringSubmatch(query)[1])
+	if err != nil {
+		t.Error(err)
+	}
+	return time.Duration(ms) * time.Millisecond
 }
 
 func TestTimeoutIsKeptByTheServerAndCostsNoConnection(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		srv.script = script55P03(t)
-		start := time.Now()
-		err := WithLock(t.Context(), db, key, nothing, Timeout(time.Second))
-		wantError(t, err, ErrNotAcquired, "advisory: acquire bigint 42: not acquired within 1s")
-		if d := time.Since(start); d != time.Second {
-			t.Errorf("after %v", d)
-		}
-		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, strings.Replace(armedWaitQuery, "400", "200", 1), holdersQuery, freeQuery)...)
-	})
-}
-
-func TestTheLastGrantAtTheTimeoutIsFreedOrItsSessionDiscarded(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		waits := script55P03(t)
-		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-			if query == freeQuery {
-				return 0, pgError("XX000")
-			}
-			return waits(ctx, conn, query)
-		}
-		wantError(t, WithLock(t.Context(), db, key, nothing, Timeout(400*time.Millisecond)), ErrNotAcquired)
-		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, holdersQuery, freeQuery, clearQuery, "close")...)
-	})
+	for i, c := range closures {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				srv.script = taken(t)
+				start := time.Now()
+				err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
+				wantError(t, err, ErrNotAcquired, "advisory: acquire bigint 42: not acquired within 1s")
+				if d := time.Since(start); d != time.Second {
+					t.Errorf("after %v", d)
+				}
+				sent := [][]string{
+					0: {"open", tryQuery, armedWaitQuery, holdersQuery},
+					3: {"open", tryQuery, ownWaitQuery, holdersQuery},
+					4: {"open", "BEGIN", tryFirstQuery, waitTxQuery, holdersQuery, "ROLLBACK"},
+				}[[]int{0, 0, 0, 3, 4, 3}[i]]
+				if diff := cmp.Diff(on(1, sent...), slices.Compact(srv.lines())); diff != "" {
+					t.Errorf("log of the server, slices in a row as one (-want +got):\n%s", diff)
+				}
+				if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 1 {
+					t.Errorf("%+v", stats)
+				}
+			})
+		})
+	}
 }
 
 func TestAServerThatDoesNotAnswerEndsATimeoutSoonAfter(t *testing.T) {
@@ -207,7 +222,7 @@ func TestAWaitThatIsNotAnsweredIsGivenUpWithoutATimeoutToo(t *testing.T) {
 			if conn > 1 {
 				return 1, nil
 			}
-			if query == armedWaitQuery {
+			if plainly(query) == armedWaitQuery {
 				<-ctx.Done()
 				return 0, ctx.Err()
 			}
@@ -215,35 +230,11 @@ func TestAWaitThatIsNotAnsweredIsGivenUpWithoutATimeoutToo(t *testing.T) {
 		}
 		start := time.Now()
 		wantError(t, WithLock(t.Context(), db, key, nothing))
-		if d := time.Since(start); d < waitBound+answerBound || d > waitBound+answerBound+time.Second {
+		if d := time.Since(start); d < sliceMin+answerBound || d > sliceMin+answerBound+time.Second {
 			t.Errorf("after %v", d)
 		}
 		srv.want(t, slices.Concat(on(1, "open", tryQuery, armedWaitQuery, "close"), on(2, "open", armedWaitQuery, disarmQuery))...)
 	})
-}
-
-// A statement_timeout of a millisecond must not make a wait a busy loop.
-func TestShortStatementTimeoutsArePaced(t *testing.T) {
-	t.Parallel()
-	for _, c := range closures[3:] { // and AcquireTx, in tx_test.go
-		synctest.Test(t, func(t *testing.T) {
-			db, srv := newServer(t)
-			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-				switch {
-				case strings.Contains(query, "_try_"):
-					return 0, nil
-				case strings.Contains(query, "set_config"):
-					time.Sleep(time.Millisecond)
-					return 0, err57014
-				}
-				return 1, nil
-			}
-			wantError(t, c.run(t.Context(), db, key, nothing, Timeout(time.Second)), ErrNotAcquired)
-			if n := strings.Count(strings.Join(srv.lines(), "\n"), "set_config('lock_timeout', '"); n < 20 || n > 22 {
-				t.Errorf("%s: %d waits in a second, want some 20", c.name, n)
-			}
-		})
-	}
 }
 
 // idle fills db's pool with n idle connections.
@@ -326,7 +317,7 @@ func outage(srv *server, d time.Duration, down error) {
 			return 1, nil
 		case strings.Contains(query, "_try_"):
 			return 0, nil
-		case strings.Contains(query, "set_config"):
+		case isWait(query):
 			back = time.Now().Add(d)
 			return 0, io.ErrUnexpectedEOF
 		}
@@ -450,7 +441,7 @@ func TestAConnectionThatIsNeverMadeIsGivenUp(t *testing.T) {
 func stuck(srv *server, prefix string) (free func()) {
 	back := make(chan struct{})
 	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-		if strings.HasPrefix(query, prefix) {
+		if strings.HasPrefix(plainly(query), prefix) {
 			<-back
 		}
 		if strings.Contains(query, "_try_") {
@@ -463,83 +454,88 @@ func stuck(srv *server, prefix string) (free func()) {
 
 func TestADriverThatDoesNotReturnFromAnAcquisitionIsAbandoned(t *testing.T) {
 	t.Parallel()
-	const try, wait, armedWait = "SELECT WHERE pg_catalog.pg_try", "SELECT pg_catalog.set_config", "SET idle_session_timeout"
 	for _, test := range []struct {
 		closure int
 		stuckIn string
 		opts    []Option
 		sent    []string // until then
 	}{
-		{0, try, []Option{Timeout(time.Minute)}, []string{"open", tryQuery}},
-		{0, try, nil, []string{"open", tryQuery}},
-		{3, try, nil, []string{"open", tryQuery}},
-		{5, try, nil, []string{"open", tryQuery}},
-		{0, armedWait, nil, []string{"open", tryQuery, armedWaitQuery}},
-		{2, armedWait, nil, []string{"open", tryQuery, armedWaitQuery}},
-		{3, wait, nil, []string{"open", tryQuery, waitQuery}},
+		{0, tryQuery, []Option{Timeout(time.Minute)}, []string{"open", tryQuery}},
+		{0, tryQuery, nil, []string{"open", tryQuery}},
+		{3, tryQuery, nil, []string{"open", tryQuery}},
+		{5, tryQuery, nil, []string{"open", tryQuery}},
+		{0, armedWaitQuery, nil, []string{"open", tryQuery, armedWaitQuery}},
+		{2, armedWaitQuery, nil, []string{"open", tryQuery, armedWaitQuery}},
+		{3, ownWaitQuery, nil, []string{"open", tryQuery, ownWaitQuery}},
 		{4, "BEGIN", nil, []string{"open", "BEGIN"}},
-		{5, wait, nil, []string{"open", tryQuery, waitQuery}},
+		{5, ownWaitQuery, nil, []string{"open", tryQuery, ownWaitQuery}},
 	} {
-		c := closures[test.closure]
-		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t)
-				free := stuck(srv, test.stuckIn)
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				start := time.Now()
-				err := c.run(ctx, db, key, func(context.Context) error {
-					t.Error("fn runs")
-					return nil
-				}, test.opts...)
-				wantError(t, err, ErrNotAcquired, context.DeadlineExceeded)
-				limit := 2 * abandonAfter
-				if test.closure < 3 && test.stuckIn == try {
-					limit += answerGrace // a try's answer is worth a moment
-				}
-				if d := time.Since(start) - time.Second; d > limit {
-					t.Errorf("%v after the end of ctx", d)
-				}
-				time.Sleep(time.Hour)
-				srv.want(t, on(1, test.sent...)...)
+		for _, end := range []time.Duration{time.Second, answerBound - time.Second} { // of ctx, before its statement is abandoned
+			c := closures[test.closure]
+			t.Run(c.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					db, srv := newServer(t)
+					free := stuck(srv, test.stuckIn)
+					ctx, cancel := context.WithTimeout(t.Context(), end)
+					defer cancel()
+					start := time.Now()
+					err := c.run(ctx, db, key, func(context.Context) error {
+						t.Error("fn runs")
+						return nil
+					}, test.opts...)
+					wantError(t, err, ErrNotAcquired, context.DeadlineExceeded)
+					limit := time.Duration(0)
+					if test.closure < 3 && test.stuckIn == tryQuery {
+						limit = answerGrace + 2*abandonAfter // a try's answer is worth a moment
+					}
+					if d := time.Since(start) - end; d > limit {
+						t.Errorf("%v after the end of ctx", d)
+					}
+					time.Sleep(time.Hour)
+					sent := slices.Clone(test.sent)
+					srv.want(t, on(1, sent...)...)
 
-				// The driver returns after all: the connection is closed then, and
-				// nothing else is sent on it, but that database/sql may come to undo the
-				// BEGIN first.
-				free()
-				synctest.Wait()
-				if test.stuckIn == "BEGIN" && slices.Contains(srv.lines(), "1 ROLLBACK") {
-					test.sent = append(test.sent, "ROLLBACK")
-				}
-				srv.want(t, on(1, append(test.sent, "close")...)...)
-				if n := db.Stats().OpenConnections; n != 0 {
-					t.Errorf("%d connections in the pool", n)
-				}
+					// The driver returns after all: the connection is closed then, and
+					// nothing else is sent on it, but that database/sql may come to undo the
+					// BEGIN first.
+					free()
+					synctest.Wait()
+					if slices.Contains(srv.lines(), "1 ROLLBACK") && test.closure == 4 {
+						sent = append(sent, "ROLLBACK")
+					}
+					srv.want(t, on(1, append(sent, "close")...)...)
+					if n := db.Stats().OpenConnections; n != 0 {
+						t.Errorf("%d connections in the pool", n)
+					}
+				})
 			})
-		})
+		}
 	}
 }
 
 func TestADriverThatDoesNotReturnFromAWaitOfAcquireConnIsAbandoned(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		free := stuck(srv, "SELECT pg_catalog.set_config")
-		conn, err := db.Conn(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		start := time.Now()
-		wantError(t, AcquireConn(ctx, conn, key), ErrNotAcquired, context.DeadlineExceeded)
-		if d := time.Since(start) - time.Second; d > 2*abandonAfter {
-			t.Errorf("%v after the end of ctx", d)
-		}
-		free()
-		synctest.Wait()
-		srv.want(t, on(1, "open", tryQuery, waitQuery, "close")...)
-	})
+	for _, end := range []time.Duration{time.Second, answerBound - time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			db, srv := newServer(t)
+			free := stuck(srv, calledWaitQuery)
+			conn, err := db.Conn(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), end)
+			defer cancel()
+			start := time.Now()
+			wantError(t, AcquireConn(ctx, conn, key), ErrNotAcquired, context.DeadlineExceeded)
+			if d := time.Since(start) - end; d > 0 {
+				t.Errorf("%v after the end of ctx", d)
+			}
+			time.Sleep(time.Hour)
+			free()
+			synctest.Wait()
+			srv.want(t, on(1, "open", tryQuery, calledWaitQuery, unlockQuery, "close")...)
+		})
+	}
 }
 
 func TestReleaseIsBoundedEvenIfTheDriverDoesNotReturn(t *testing.T) {
@@ -569,8 +565,8 @@ func TestReleaseIsBoundedEvenIfTheDriverDoesNotReturn(t *testing.T) {
 }
 
 const (
-	armLent    = "SET idle_session_timeout = 60000; SET idle_in_transaction_session_timeout = 60000; "
-	disarmLent = "RESET idle_session_timeout; RESET idle_in_transaction_session_timeout; "
+	armLent    = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '60000', false), pg_catalog.set_config('idle_in_transaction_session_timeout', '60000', false); "
+	disarmLent = resetQuery + "RESET idle_in_transaction_session_timeout; "
 )
 
 func TestStatementsOfWithConnLock(t *testing.T) {
@@ -588,7 +584,7 @@ func TestStatementsOfWithConnLock(t *testing.T) {
 		strings.ReplaceAll(unlockLentQuery, "pg_advisory_unlock(", "pg_advisory_unlock_shared("),
 	), Shared()))
 	wantError(t, withConnLock(t.Context(), mock(t,
-		tryQuery, armLent+heldQuery, disarmLent+unlockLentQuery,
+		tryQuery, armLent+beatQuery, disarmLent+unlockLentQuery,
 	), HolderTimeout(time.Minute)))
 	wantError(t, WithConnLock(t.Context(), mock(t, tryQuery, "CREATE TABLE t ()", unlockLentQuery), key,
 		func(ctx context.Context, conn *sql.Conn) error {
@@ -605,7 +601,7 @@ func TestWithConnLockThatCannotBeArmedIsNotAcquired(t *testing.T) {
 		return nil
 	}, HolderTimeout(time.Minute))
 	wantError(t, err, pgError("42704"), "PostgreSQL 14")
-	srv.want(t, on(1, "open", tryQuery, armLent+heldQuery, "ROLLBACK; "+disarmLent+freeQuery, "close")...)
+	srv.want(t, on(1, "open", tryQuery, armLent+beatQuery, disarmLent+freeQuery, "close")...)
 }
 
 func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
@@ -630,7 +626,7 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 		return conn.Close()
 	}, log.option())
 	wantError(t, err, ErrLost, sql.ErrConnDone)
-	srv.want(t, slices.Concat(on(1, "open", tryQuery), on(2, "open"), on(3, "open"), on(1, clearQuery, "close"))...)
+	srv.want(t, slices.Concat(on(1, "open", tryQuery), on(2, "open"), on(3, "open"), on(1, freeQuery, "close"))...)
 	if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 2 || log.String() != "" {
 		t.Errorf("%d connections in use, %d idle; log: %s", stats.InUse, stats.Idle, log.String())
 	}
@@ -651,13 +647,12 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 	}
 }
 
-// On the caller's connection, what it holds is found out exactly, and nothing else
-// on it is touched.
+// On the caller's connection, what it holds is known exactly, and nothing else on it is touched.
 func TestAcquireConn(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
-	lastWait := strings.Replace(waitQuery, "400", "200", 1)
-	lastWaitAgain := strings.Replace(waitAgainQuery, "'400'", "'200'", 1)
+	const sharedTry = "SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)"
+	sharedWait := waitStatement(onCalled, "", key, true, sliceMin, sessionSettings{})
 	for _, test := range []struct {
 		name    string
 		replies []reply
@@ -666,45 +661,24 @@ func TestAcquireConn(t *testing.T) {
 		wants   []any
 	}{
 		{"granted", nil, nil, []string{tryQuery}, nil},
-		{"shared", nil, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)"}, nil},
-		{"granted after waiting", []reply{refused}, nil, []string{tryQuery, waitQuery}, nil},
+		{"shared", nil, []Option{Shared()}, []string{sharedTry}, nil},
+		{"granted after waiting", []reply{refused}, nil, []string{tryQuery, calledWaitQuery}, nil},
+		{"granted after two slices", []reply{refused, refused}, nil, []string{tryQuery, calledWaitQuery, calledWaitQuery}, nil},
+		{"shared, after two slices", []reply{refused, refused}, []Option{Shared()}, []string{sharedTry, sharedWait, sharedWait}, nil},
 		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryQuery}, []any{ErrNotAcquired}},
 		{
-			"a lock_timeout that hid nothing", []reply{refused, fails(err55P03), granted}, nil,
-			[]string{tryQuery, waitQuery, waitAgainQuery}, nil,
-		},
-		{
-			"a lock_timeout that hid a grant", []reply{refused, fails(err55P03), refused}, nil,
-			[]string{tryQuery, waitQuery, waitAgainQuery}, nil,
-		},
-		{
-			"a statement_timeout", []reply{refused, fails(err57014), fails(err57014), granted}, nil,
-			[]string{tryQuery, waitQuery, waitAgainQuery, waitAgainQuery}, nil,
-		},
-		{
-			"shared, a lock_timeout", []reply{refused, fails(err55P03), granted}, []Option{Shared()},
-			[]string{
-				"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
-				"SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42)",
-				"SELECT pg_catalog.set_config('lock_timeout', '400', true), pg_catalog.pg_advisory_lock_shared(42) WHERE NOT EXISTS (" + heldShared + ")",
-			}, nil,
-		},
-		{
-			"Timeout", []reply{refused, fails(err55P03), fails(err55P03), refused}, []Option{Timeout(600 * time.Millisecond)},
-			[]string{tryQuery, waitQuery, lastWaitAgain, heldQuery, holdersQuery}, []any{ErrNotAcquired, "not acquired within 600ms"},
-		},
-		{
-			"Timeout, and the lock_timeout hid a grant", []reply{refused, fails(err55P03), granted}, []Option{Timeout(200 * time.Millisecond)},
-			[]string{tryQuery, lastWait, heldQuery}, nil,
-		},
-		{
-			"Timeout, and it cannot be found out", []reply{refused, fails(err55P03), fails(died)}, []Option{Timeout(200 * time.Millisecond)},
-			[]string{tryQuery, lastWait, heldQuery, "close"}, []any{died},
+			"Timeout", []reply{refused, refused, refused}, []Option{Timeout(150 * time.Millisecond)},
+			[]string{tryQuery, calledWaitQuery, calledWaitQuery, holdersQuery}, []any{ErrNotAcquired, "not acquired within 150ms"},
 		},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryQuery, "close"}, []any{died}},
-		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryQuery, clearQuery, "close"}, []any{pgError("53200")}},
-		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryQuery, waitQuery, "close"}, []any{died}},
-		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, waitQuery, clearQuery, "close"}, []any{ErrDeadlock}},
+		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryQuery, freeQuery, "close"}, []any{pgError("53200")}},
+		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryQuery, calledWaitQuery, "close"}, []any{died}},
+		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{ErrDeadlock}},
+		{
+			"a slice that is cancelled outside of its block: what the session holds is not known", []reply{refused, fails(err57014)}, nil,
+			[]string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{err57014},
+		},
+		{"a standby", []reply{refused, {rows: 2}}, nil, []string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{"hot standby", "primary"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -712,8 +686,8 @@ func TestAcquireConn(t *testing.T) {
 				answers := inOrder(test.replies...)
 				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
 					rows, err := answers(ctx, conn, query)
-					if err == error(err55P03) {
-						_, err = script55P03(t)(ctx, conn, query)
+					if rows == 0 && err == nil {
+						_, err = taken(t)(ctx, conn, query)
 					}
 					return rows, err
 				}
@@ -748,9 +722,9 @@ func TestReleaseConn(t *testing.T) {
 	}{
 		{"held", granted, nil, []string{unlockQuery}, nil},
 		{"held shared", granted, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)"}, nil},
-		{"not held", refused, nil, []string{unlockQuery, clearQuery, "close"}, []any{ErrLost, "release bigint 42"}},
+		{"not held", refused, nil, []string{unlockQuery, freeQuery, "close"}, []any{ErrLost, "release bigint 42"}},
 		{"fails", fails(died), nil, []string{unlockQuery, "close"}, []any{ErrLost, died}},
-		{"refused", fails(pgError("25P02")), nil, []string{unlockQuery, clearQuery, "close"}, []any{ErrLost, pgError("25P02")}},
+		{"refused", fails(pgError("25P02")), nil, []string{unlockQuery, freeQuery, "close"}, []any{ErrLost, pgError("25P02")}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -804,9 +778,9 @@ func TestAcquireConnUnderAnEndedCtxLeavesConnAsItWas(t *testing.T) {
 func TestATimeoutWithoutEndIsOne(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t, refused, fails(err55P03))
+		db, srv := newServer(t, refused, refused)
 		wantError(t, WithLock(t.Context(), db, key, nothing, Timeout(1<<63-1)))
-		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, disarmAllQuery)...)
+		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, disarmQuery)...)
 	})
 }
 
@@ -983,11 +957,11 @@ func TestADiscardedSessionLeavesNoLockEvenIfCloseDoesNotEndIt(t *testing.T) {
 					switch {
 					case strings.Contains(query, "_try_"):
 						held = true
-					case query == clearQuery || query == clearArmedQuery:
+					case query == freeQuery || query == resetQuery+freeQuery:
 						held = false
 					}
-					armed = strings.HasPrefix(query, "SET ") || armed && !strings.Contains(query, "RESET ")
-					return 1, fails[query]
+					armed = setting.MatchString(query) || armed && !resetting.MatchString(query)
+					return 1, fails[plainly(query)]
 				}
 				test.run(t, db, func(query string, err error) { fails[query] = err })
 				synctest.Wait()
@@ -1016,7 +990,7 @@ func TestADiscardThatIsNotAnsweredEndsInAClose(t *testing.T) {
 					switch query {
 					case unlockQuery:
 						return 0, nil
-					case clearQuery:
+					case freeQuery:
 						return 0, answer(ctx)
 					}
 					return 1, nil
@@ -1027,7 +1001,7 @@ func TestADiscardThatIsNotAnsweredEndsInAClose(t *testing.T) {
 					t.Errorf("after %v", d)
 				}
 				synctest.Wait()
-				srv.want(t, on(1, "open", tryQuery, unlockQuery, clearQuery, "close")...)
+				srv.want(t, on(1, "open", tryQuery, unlockQuery, freeQuery, "close")...)
 			})
 		})
 	}
@@ -1109,7 +1083,7 @@ func TestWhatFnLeavesOpenOnItsConnDoesNotHoldUpTheRelease(t *testing.T) {
 // The server counts from a grant that may have been long on its way.
 func TestAnArmedGrantThatTookAHeartbeatIsConfirmed(t *testing.T) {
 	t.Parallel()
-	const wait = "SET idle_session_timeout = 600; " + waitQuery
+	wait := strings.Replace(armedWaitQuery, "'15000'", "'600'", 1)
 	for _, test := range []struct {
 		name  string
 		took  time.Duration
@@ -1118,18 +1092,18 @@ func TestAnArmedGrantThatTookAHeartbeatIsConfirmed(t *testing.T) {
 		wants []any
 	}{
 		{"quick", 199 * time.Millisecond, done, on(1, "open", tryQuery, wait, disarmQuery), nil},
-		{"slow", 200 * time.Millisecond, granted, on(1, "open", tryQuery, wait, heldQuery, disarmQuery), nil},
+		{"slow", 200 * time.Millisecond, granted, on(1, "open", tryQuery, wait, beatQuery, disarmQuery), nil},
 		{
 			"too slow", time.Second, refused,
-			slices.Concat(on(1, "open", tryQuery, wait, heldQuery, clearArmedQuery, "close"), on(2, "open", wait, disarmQuery)), nil,
+			slices.Concat(on(1, "open", tryQuery, wait, beatQuery, resetQuery+freeQuery, "close"), on(2, "open", wait, disarmQuery)), nil,
 		},
 		{
 			"gone", time.Second, fails(io.ErrUnexpectedEOF),
-			slices.Concat(on(1, "open", tryQuery, wait, heldQuery, "close"), on(2, "open", wait, disarmQuery)), nil,
+			slices.Concat(on(1, "open", tryQuery, wait, beatQuery, "close"), on(2, "open", wait, disarmQuery)), nil,
 		},
 		{
 			"refused", time.Second, fails(pgError("53200")),
-			on(1, "open", tryQuery, wait, heldQuery, clearArmedQuery, "close"), []any{pgError("53200")},
+			on(1, "open", tryQuery, wait, beatQuery, resetQuery+freeQuery, "close"), []any{pgError("53200")},
 		},
 	} {
 		for _, c := range closures[:3] {
@@ -1141,9 +1115,9 @@ func TestAnArmedGrantThatTookAHeartbeatIsConfirmed(t *testing.T) {
 						case conn > 1:
 						case query == tryQuery:
 							return 0, nil
-						case query == wait:
+						case plainly(query) == wait:
 							time.Sleep(test.took)
-						case query == heldQuery:
+						case plainly(query) == beatQuery:
 							return test.reply.rows, test.reply.err
 						}
 						return 1, nil
@@ -1169,9 +1143,9 @@ func TestAGrantThatIsConfirmedTooLateIsNotUsed(t *testing.T) {
 				switch {
 				case query == tryQuery && i == 0:
 					return 0, nil
-				case strings.Contains(query, "set_config"):
+				case isWait(query):
 					time.Sleep(time.Second)
-				case strings.Contains(query, "pg_locks"):
+				case isBeat(query):
 					cancel()
 				}
 				return 1, nil
@@ -1187,9 +1161,10 @@ func TestAGrantThatIsConfirmedTooLateIsNotUsed(t *testing.T) {
 func TestWaitsOfWithConnLockAreArmedWithHolderTimeout(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t, refused, fails(err55P03), granted)
+		db, srv := newServer(t, refused, refused, granted)
 		wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
-		srv.want(t, on(1, "open", tryQuery, armLent+waitQuery, armLent+waitQuery, disarmLent+unlockLentQuery)...)
+		wait := waitStatement(onOwn, "", key, false, sliceMin, sessionSettings{silence: time.Minute, nonce: "N", lent: true})
+		srv.want(t, on(1, "open", tryQuery, wait, wait, disarmLent+unlockLentQuery)...)
 	})
 }
 
@@ -1198,45 +1173,63 @@ func TestWithConnLockThatIsLostBeforeUseIsTriedOnTheNextConnection(t *testing.T)
 	db, srv := newServer(t)
 	idle(t, db, 1)
 	srv.script = func(_ context.Context, conn int, query string) (int64, error) {
-		if conn == 1 && strings.Contains(query, "pg_locks") {
+		if conn == 1 && isBeat(query) {
 			return 0, nil
 		}
 		return 1, nil
 	}
 	wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
 	srv.want(t, slices.Concat(
-		on(1, "open", tryQuery, armLent+heldQuery, "ROLLBACK; "+disarmLent+freeQuery, "close"),
-		on(2, "open", tryQuery, armLent+heldQuery, disarmLent+unlockLentQuery),
+		on(1, "open", tryQuery, armLent+beatQuery, disarmLent+freeQuery, "close"),
+		on(2, "open", tryQuery, armLent+beatQuery, disarmLent+unlockLentQuery),
 	)...)
 }
 
-// A driver need not have ExecerContext, nor use it.
-func TestDriversThatPrepareEveryStatement(t *testing.T) {
+// A driver that does not execute statements without preparing them is told so, by every function.
+func TestADriverWithoutExecerContext(t *testing.T) {
 	t.Parallel()
 	for name, connect := range map[string]func(*fakeConn) driver.Conn{
 		"without ExecerContext": func(c *fakeConn) driver.Conn { return preparing{c} },
 		"with ErrSkip":          func(c *fakeConn) driver.Conn { return skipping{preparing{c}} },
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			for _, test := range []struct {
-				replies []reply
-				want    []string
-				wants   []any
-			}{
-				{nil, []string{"open", tryQuery, unlockQuery}, nil},
-				{[]reply{granted, refused}, []string{"open", tryQuery, unlockQuery, "close"}, []any{ErrLost}},
-				{[]reply{fails(io.ErrUnexpectedEOF)}, []string{"open", tryQuery, "close"}, []any{io.ErrUnexpectedEOF}},
-			} {
-				srv := &server{script: inOrder(test.replies...)}
+		for _, f := range functions {
+			if f.name == "AcquireTx" {
+				continue // whose statements are database/sql's
+			}
+			t.Run(name+" "+f.name, func(t *testing.T) {
+				t.Parallel()
+				srv := new(server)
 				db := sql.OpenDB(connecting{srv, connect})
-				wantError(t, WithLock(t.Context(), db, key, nothing, NoWait()), test.wants...)
-				srv.want(t, on(1, test.want...)...)
+				conn, err := db.Conn(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				defer cancel()
+				var log logBuffer
+				err = f.call(ctx, target{db: db, conn: conn}, key, log.option())
+				if f.name == "Lead" { // campaigns for as long as ctx lives
+					err = errors.New(log.String())
+				}
+				wants := []any{"does not execute statements without preparing them (driver.ExecerContext)"}
+				if f.name == "ReleaseConn" {
+					wants = append(wants, ErrLost)
+				}
+				wantError(t, err, wants...)
+				_ = conn.Close()
 				if err := db.Close(); err != nil {
 					t.Error(err)
 				}
-			}
-		})
+				for _, line := range srv.lines() {
+					if !slices.Contains([]string{"open", "BEGIN", "ROLLBACK", "close"}, line[2:]) {
+						t.Errorf("sent: %s", line)
+					}
+				}
+				if srv.open() != 0 {
+					t.Errorf("%d connections open", srv.open())
+				}
+			})
+		}
 	}
 }
 
@@ -1255,26 +1248,16 @@ func (c connecting) Connect(ctx context.Context) (driver.Conn, error) {
 
 type preparing struct{ c *fakeConn }
 
-func (p preparing) Begin() (driver.Tx, error)                 { return p.c.Begin() }
-func (p preparing) Close() error                              { return p.c.Close() }
-func (p preparing) Prepare(query string) (driver.Stmt, error) { return prepared{p.c, query}, nil }
+func (p preparing) Begin() (driver.Tx, error) { return fakeTx(p), nil }
+func (p preparing) Close() error              { return p.c.Close() }
+func (p preparing) Prepare(query string) (driver.Stmt, error) {
+	return nil, errors.New("prepared: " + query)
+}
 
 type skipping struct{ preparing }
 
 func (skipping) ExecContext(context.Context, string, []driver.NamedValue) (driver.Result, error) {
 	return nil, driver.ErrSkip
-}
-
-type prepared struct {
-	c     *fakeConn
-	query string
-}
-
-func (prepared) Close() error                              { return nil }
-func (prepared) NumInput() int                             { return 0 }
-func (prepared) Query([]driver.Value) (driver.Rows, error) { return nil, errors.New("query") }
-func (p prepared) Exec([]driver.Value) (driver.Result, error) {
-	return p.c.ExecContext(context.Background(), p.query, nil)
 }
 
 // Connections in use outlive their pool; a wait does not.
@@ -1283,7 +1266,7 @@ func TestAWaitEndsWithItsPool(t *testing.T) {
 	for _, c := range closures {
 		synctest.Test(t, func(t *testing.T) {
 			db, srv := newServer(t)
-			srv.script = script55P03(t)
+			srv.script = taken(t)
 			time.AfterFunc(time.Second, func() {
 				if err := db.Close(); err != nil {
 					t.Error(err)
@@ -1291,7 +1274,7 @@ func TestAWaitEndsWithItsPool(t *testing.T) {
 			})
 			start := time.Now()
 			wantError(t, c.run(t.Context(), db, key, nothing), "acquire bigint 42: sql: database is closed")
-			if d := time.Since(start) - time.Second; d > waitBound {
+			if d := time.Since(start) - time.Second; d > sliceMax {
 				t.Errorf("%s: %v after Close", c.name, d)
 			}
 			synctest.Wait()

@@ -32,7 +32,7 @@ var (
 	// ErrDeadlock: the wait was part of a deadlock, and has ended. The lock is not held.
 	// The server found it (SQLSTATE 40P01), or AcquireTx did.
 	//
-	// Not every deadlock is found. The waits of this package end before the server's
+	// Not every deadlock is found. The statements of this package that wait end before the server's
 	// deadlock_timeout (see the package documentation), so that it does not see one that
 	// is made of them alone. Callers that take several locks one by one should do so in one order, as
 	// WithLocks does, or with a Timeout.
@@ -87,6 +87,7 @@ const (
 	deadlockDetected    = "40P01"
 	outOfMemory         = "53200" // the server's lock table is full
 	tooManyConnections  = "53300"
+	featureNotSupported = "0A000"
 	syntaxError         = "42601"
 	undefinedFunc       = "42883"
 	undefinedObject     = "42704"

@@ -111,7 +111,7 @@ func TestATimeoutCanBeToldFromARefusal(t *testing.T) {
 	for _, c := range closures {
 		synctest.Test(t, func(t *testing.T) {
 			db, srv := newServer(t)
-			srv.script = script55P03(t)
+			srv.script = taken(t)
 			for _, test := range []struct {
 				opt  Option
 				want bool
@@ -167,7 +167,7 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 		{pgError("57P05"), true}, // idle_session_timeout
 		{pgError("25P03"), true}, // idle_in_transaction_session_timeout
 		{pgError("25P04"), true}, // transaction_timeout
-		{pgError("42501"), false},
+		{pgError("22023"), false},
 		{pgError("53200"), false},
 		{pgError("53300"), false}, // too_many_connections: no answer to a statement, but see TestAWaitOutlivesARestartOfTheServer
 		{pgError("XX000"), false},

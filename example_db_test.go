@@ -49,7 +49,7 @@ func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.Na
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
 	switch {
-	case strings.Contains(query, "pg_is_in_recovery"), strings.Contains(query, "4096") && strings.Contains(query, "/"):
+	case query == "SELECT WHERE pg_catalog.pg_is_in_recovery()", strings.Contains(query, "4096") && strings.Contains(query, "/"):
 		return driver.RowsAffected(0), nil
 	case strings.Contains(query, "4096"):
 		return driver.RowsAffected(c.pid), nil
@@ -58,6 +58,10 @@ func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.Na
 			return driver.RowsAffected(0), nil
 		}
 		c.server.holder = c
+		return driver.RowsAffected(max(1, strings.Count(query, "WHEN NOT"))), nil
+	case strings.Contains(query, "DO $advisory$"): // waits, and is never granted
+		time.Sleep(20 * time.Millisecond)
+		return driver.RowsAffected(0), nil
 	case strings.Contains(query, "pg_advisory_unlock"):
 		c.server.holder = nil
 	}

@@ -42,6 +42,7 @@ type backend struct {
 	busy  bool
 	dead  bool
 	armed time.Duration // idle_session_timeout
+	nonce string        // advisory.session
 	timer *time.Timer
 	inTx  bool
 }
@@ -125,7 +126,7 @@ func (p *lockTable) clean() {
 		}
 	}
 	for id, b := range p.backends {
-		if !b.dead && (b.armed > 0 || b.inTx || b.busy) {
+		if !b.dead && (b.armed > 0 || b.nonce != "" || b.inTx || b.busy) {
 			p.t.Errorf("connection %d: left %+v", id.conn, *b)
 		}
 	}
@@ -159,7 +160,8 @@ var errSessionEnded = fmt.Errorf("the session has ended: %w", io.ErrUnexpectedEO
 // begin begins a statement. It fails with the session's end.
 func (p *lockTable) begin(ctx context.Context, id backendID, query string) (b *backend, end func(), err error) {
 	var d time.Duration
-	if p.rtt != nil {
+	// A rollback is waited for on a lock, also of database/sql's, and there virtual time stands still.
+	if p.rtt != nil && query != "ROLLBACK" {
 		d = p.rtt()
 	}
 	p.mu.Lock()
@@ -210,10 +212,25 @@ func (p *lockTable) begin(ctx context.Context, id backendID, query string) (b *b
 }
 
 var (
-	lockCall    = regexp.MustCompile(`pg_catalog\.pg_(try_)?advisory_(xact_)?(lock|unlock)(_shared)?\(([^()]*)\)`)
-	timeoutCall = regexp.MustCompile(`set_config\('lock_timeout', '(\d+)'`)
-	settings    = regexp.MustCompile(`^(ROLLBACK; )?((?:SET|RESET) idle_session_timeout(?: = (\d+))?; )?`)
+	lockCall  = regexp.MustCompile(`pg_catalog\.pg_(try_)?advisory_(xact_)?(lock|unlock)(_shared)?\(([^()]*)\)`)
+	waitCall  = regexp.MustCompile(`PERFORM pg_catalog\.pg_advisory_(xact_)?lock(_shared)?\(`)
+	boundOf   = regexp.MustCompile(`LEAST\((\d+),`)
+	keyOf     = regexp.MustCompile(`'advisory\.(key|class|object)', '(-?\d+)'`)
+	silenceOf = regexp.MustCompile(`'(?:advisory\.silence|idle_session_timeout)', '(\d+)'`)
+	nonceOf   = regexp.MustCompile(`'advisory\.(?:nonce|session)', '([0-9a-z]+)'`)
+	beatOf    = regexp.MustCompile(`'advisory\.session', true\) OPERATOR\(pg_catalog\.=\) '([0-9a-z]+)'`)
+	setting   = regexp.MustCompile(`^SELECT pg_catalog\.set_config\('advisory\.session', [^;]*; `)
+	resetting = regexp.MustCompile(`^RESET advisory\.session; RESET idle_session_timeout; (RESET idle_in_transaction_session_timeout; )?`)
 )
+
+// arm makes the settings of a session that query names, if it does.
+func (b *backend) arm(query string) {
+	if m := silenceOf.FindStringSubmatch(query); m != nil {
+		ms, _ := strconv.Atoi(m[1])
+		b.armed = time.Duration(ms) * time.Millisecond
+		b.nonce = nonceOf.FindStringSubmatch(query)[1]
+	}
+}
 
 func (p *lockTable) answer(ctx context.Context, id backendID, query string) (int64, error) {
 	b, end, err := p.begin(ctx, id, query)
@@ -223,18 +240,21 @@ func (p *lockTable) answer(ctx context.Context, id backendID, query string) (int
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	defer end()
-	if m := settings.FindStringSubmatch(query); m[2] != "" {
-		ms, _ := strconv.Atoi(m[3])
-		before := b.armed
-		b.armed = time.Duration(ms) * time.Millisecond
-		defer func() {
-			if err != nil {
-				b.armed = before // one transaction
-			}
-		}()
-		query = query[len(m[0]):]
+	armed, nonce := b.armed, b.nonce
+	if strings.Contains(query, restartStatement) {
+		p.endTx(b)
+	}
+	if m := setting.FindString(query); m != "" {
+		b.arm(m)
+		query = query[len(m):]
+	} else if m := resetting.FindString(query); m != "" {
+		b.armed, b.nonce = 0, ""
+		query = query[len(m):]
 	}
 	rows, err := p.execute(ctx, b, query)
+	if err != nil {
+		b.armed, b.nonce = armed, nonce // one transaction
+	}
 	return rows, err
 }
 
@@ -258,23 +278,41 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		return 1, nil
 	case query == "COMMIT", query == "ROLLBACK":
 		b.inTx = false
-		for id, l := range p.locks {
-			l.granted = slices.DeleteFunc(l.granted, func(h tableHold) bool { return h.by == b && h.inTx })
-			p.advance(id)
-		}
+		p.endTx(b)
 		return 1, nil
-	case strings.Contains(query, "set_config('lock_timeout'"):
-		ms, err := strconv.Atoi(timeoutCall.FindStringSubmatch(query)[1])
+	case waitCall.MatchString(query):
+		ms, err := strconv.Atoi(boundOf.FindStringSubmatch(query)[1])
 		if err != nil {
 			p.t.Error(err)
 		}
-		return 1, p.wait(ctx, b, calls[0], time.Duration(ms)*time.Millisecond)
-	case query == heldCountStatement:
+		m := waitCall.FindStringSubmatch(query)
+		granted, err := p.wait(ctx, b, waitKey(query), m[2] != "", m[1] != "", time.Duration(ms)*time.Millisecond)
+		if granted {
+			b.arm(query)
+		}
+		if err != nil {
+			return 0, err
+		}
+		return one(granted)
+	case beatOf.MatchString(query):
+		return one(beatOf.FindStringSubmatch(query)[1] == b.nonce)
+	case strings.Contains(query, " OFFSET 0) AS held"): // unlocks what is held
 		n := int64(0)
-		for _, l := range p.locks {
-			n += int64(len(modes(l, b)))
+		for _, call := range calls {
+			k, _ := callKey(call)
+			if p.do(b, k.lockID(), false, call[4] != "", false) {
+				n++
+			}
 		}
 		return n, nil
+	case strings.Contains(query, "CASE WHEN NOT pg_catalog.pg_try_advisory_lock"):
+		for i, call := range calls {
+			k, _ := callKey(call)
+			if !p.do(b, k.lockID(), true, call[4] != "", false) {
+				return int64(i), nil
+			}
+		}
+		return int64(len(calls)), nil
 	case strings.Contains(query, "pg_locks") && strings.Contains(query, "NOT granted"):
 		for id, l := range p.locks {
 			if strings.Contains(query, lockRow(Key{space: id.space, id: id.id})) {
@@ -292,23 +330,17 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		}
 		return n, nil
 	case len(calls) > 0:
-		and := !strings.HasPrefix(query, "SELECT pg_catalog.pg_advisory_unlock(") && !strings.HasPrefix(query, "SELECT pg_catalog.pg_advisory_unlock_shared(")
 		ok := true
-		once := len(calls)
-		if strings.Contains(query, "IS NOT NULL") { // the second half's answers do not count
-			once /= 2
-		}
-		for i, call := range calls {
-			if ok || !and {
+		for _, call := range calls {
+			if ok {
 				k, _ := callKey(call)
-				done := p.do(b, k.lockID(), call[3] == "lock", call[4] != "", call[2] != "")
-				ok = done || i >= once
+				ok = p.do(b, k.lockID(), call[3] == "lock", call[4] != "", call[2] != "")
 			}
 		}
 		if strings.Contains(query, "pg_advisory_unlock_all()") && ok {
 			all()
 		}
-		return one(ok || !and)
+		return one(ok)
 	case strings.Contains(query, "pg_advisory_unlock_all()"):
 		all()
 		return 1, nil
@@ -316,6 +348,14 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		return 1, nil
 	default:
 		return 1, nil
+	}
+}
+
+// endTx ends the locks of b's transaction.
+func (p *lockTable) endTx(b *backend) {
+	for id, l := range p.locks {
+		l.granted = slices.DeleteFunc(l.granted, func(h tableHold) bool { return h.by == b && h.inTx })
+		p.advance(id)
 	}
 }
 
@@ -380,12 +420,23 @@ func (p *lockTable) advance(id lockID) {
 	}
 }
 
-func (p *lockTable) wait(ctx context.Context, b *backend, call []string, timeout time.Duration) error {
-	k, _ := callKey(call)
+// waitKey is the key that a statement waits for.
+func waitKey(query string) Key {
+	n := make(map[string]int64)
+	for _, m := range keyOf.FindAllStringSubmatch(query, -1) {
+		n[m[1]], _ = strconv.ParseInt(m[2], 10, 64)
+	}
+	if _, pair := n["class"]; pair {
+		return Pair(int32(n["class"]), int32(n["object"]))
+	}
+	return ID(n["key"])
+}
+
+func (p *lockTable) wait(ctx context.Context, b *backend, k Key, shared, inTx bool, timeout time.Duration) (granted bool, err error) {
 	id := k.lockID()
-	h := tableHold{b, call[4] != "", call[2] != ""}
+	h := tableHold{b, shared, inTx}
 	if p.do(b, id, true, h.shared, h.inTx) {
-		return nil
+		return true, nil
 	}
 	l := p.lock(id)
 	w := &tableWait{h, make(chan struct{})}
@@ -399,21 +450,20 @@ func (p *lockTable) wait(ctx context.Context, b *backend, call []string, timeout
 	case <-t.C:
 	}
 	p.mu.Lock()
+	ended := false
 	if i := slices.Index(l.waiting, w); i >= 0 {
 		l.waiting = slices.Delete(l.waiting, i, i+1)
 		p.advance(id)
-		if ctx.Err() == nil && !b.dead {
-			return err55P03
-		}
+		ended = true
 	}
 	switch {
 	case ctx.Err() != nil:
 		p.end(b)
-		return ctx.Err()
+		return false, ctx.Err()
 	case b.dead:
-		return errSessionEnded
+		return false, errSessionEnded
 	}
-	return nil
+	return !ended, nil
 }
 
 func (p *lockTable) answerBatch(ctx context.Context, id backendID, ops, keys string) (string, error) {

@@ -30,14 +30,8 @@ type hub struct {
 	sessions int  // carriers, and those that wait in the server's queue
 	polling  int  // those who wait, and do not have such a session
 	asking   bool // somebody asks who holds a lock
-	minded   bool // somebody looks whether the pool has been closed
+	mustTry  bool // the server does not execute the statement that waits
 	seed     uint64
-
-	// For the next one, so that a lone lock does not make them anew.
-	spareQueue   *queue
-	spareCarrier *carrier
-	spareSession *session
-	patience     *patience // the opener's
 }
 
 // An opening is what those wait for who find another opening the shared session.
@@ -94,7 +88,6 @@ type acquisition struct {
 	hub  *hub
 	hold *hold // that the locks are for; nil: they are on a session of its own
 	w    waiter
-	r    request
 
 	yielded bool // it has waited in the server's queue, and let others
 
@@ -110,20 +103,26 @@ type grant struct {
 	lease uint64
 	on    *carrier
 
-	departing bool // its release asks whether it was held to the end
-	unlock    bool // its release asks the server to unlock it
+	unlock bool // its release asks the server to unlock it
 }
 
 // acquire acquires the locks of keys, which are sorted. After an error none is held.
-func (a *acquisition) acquire(keys []Key, grants []grant) ([]grant, error) {
+func (a *acquisition) acquire(keys []Key) ([]grant, error) {
 	for {
-		all, err := a.acquireAll(keys, grants[:0])
+		all, err := a.acquireAll(keys)
 		if err != nil {
 			return nil, err
 		}
+		if a.hold.leads {
+			all[0].on.beatNow(2 * a.cfg.heartbeat)
+		}
 		lost := a.hub.lostOf(a.hold)
-		if lost == nil {
+		switch {
+		case lost == nil:
 			return all, nil
+		case errors.Is(lost, errStandby):
+			a.giveBack(all)
+			return nil, lost
 		}
 		// The first of several, while the last were waited for, say.
 		a.giveBack(all)
@@ -142,7 +141,8 @@ func (h *hub) lostOf(hd *hold) error {
 	return lost
 }
 
-func (a *acquisition) acquireAll(keys []Key, grants []grant) (all []grant, err error) {
+func (a *acquisition) acquireAll(keys []Key) (all []grant, err error) {
+	var grants []grant
 	returned := false
 	defer func() {
 		if !returned { // the driver panicked, or the Logger
@@ -153,7 +153,7 @@ func (a *acquisition) acquireAll(keys []Key, grants []grant) (all []grant, err e
 		}
 	}()
 	if len(keys) > 1 {
-		all, err = a.acquireAtOnce(keys, grants)
+		all, err = a.acquireAtOnce(keys)
 	}
 	if all == nil && err == nil {
 		for i := range keys {
@@ -188,7 +188,7 @@ func (a *acquisition) stepAside(keys []Key) {
 
 // acquireAtOnce acquires all the locks in one statement. If that cannot be, it returns nil:
 // waiting for one lock while holding another is safe only in order.
-func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error) {
+func (a *acquisition) acquireAtOnce(keys []Key) (grants []grant, err error) {
 	h := a.hub
 	waiters := make([]waiter, len(keys))
 	h.mu.Lock()
@@ -205,7 +205,6 @@ func (a *acquisition) acquireAtOnce(keys []Key, grants []grant) ([]grant, error)
 	h.mu.Unlock()
 	var c *carrier
 	var sent time.Time
-	var err error
 	if in < len(keys) {
 		err = errTaken
 	} else {
@@ -277,34 +276,7 @@ func (a *acquisition) enter(k Key) (*queue, turn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	q := h.queue(k.lockID())
-	t := q.enter(&a.w, time.Now())
-	if t.to == await {
-		h.mind(a.db)
-	}
-	return q, t
-}
-
-// mind looks every now and then, while there are waiters, whether the pool has been closed,
-// which who waits for another of this process would not find out.
-func (h *hub) mind(db *sql.DB) {
-	if h.minded {
-		return
-	}
-	h.minded = true
-	time.AfterFunc(waitBound, func() {
-		closed := poolClosed(db) != nil
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.minded = false
-		for _, q := range h.queues {
-			if q.first != nil && closed {
-				q.shut()
-			}
-			if q.first != nil {
-				h.mind(db)
-			}
-		}
-	})
+	return q, q.enter(&a.w, time.Now())
 }
 
 // awaitTurn waits in the process's own queue.
@@ -316,18 +288,21 @@ func (a *acquisition) awaitTurn(k Key, q *queue) (turn, error) {
 		defer timer.Stop()
 		end = timer.C
 	}
+	glance := time.NewTicker(sliceMax) // at the pool, which may have been closed
+	defer glance.Stop()
 	var err error
-	select {
-	case t := <-a.w.turns:
-		a.outage = time.Time{}
-		if t.to == shut {
-			return t, poolClosed(a.db)
+	for err == nil {
+		select {
+		case t := <-a.w.turns:
+			a.outage = time.Time{}
+			return t, nil
+		case <-a.ctx.Done():
+			err = a.ctx.Err()
+		case <-end:
+			err = errTimeout
+		case <-glance.C:
+			err = poolClosed(a.db)
 		}
-		return t, nil
-	case <-a.ctx.Done():
-		err = a.ctx.Err()
-	case <-end:
-		err = errTimeout
 	}
 	h := a.hub
 	h.mu.Lock()
@@ -388,11 +363,7 @@ func (a *acquisition) look(keys []Key, q *queue, t turn) (turn, error) {
 		q.gaveUp(&a.w, now)
 		return turn{}, err
 	}
-	t = q.looked(&a.w, t.lease, r.ok, now)
-	if t.to == await {
-		h.mind(a.db)
-	}
-	return t, nil
+	return q.looked(&a.w, t.lease, r.ok, now), nil
 }
 
 // askServer acquires the lock from the server: it is the caller's turn to.
@@ -462,8 +433,7 @@ func (a *acquisition) try(keys []Key) (c *carrier, sent time.Time, err error) {
 		c, own, err := a.session()
 		opened := err == nil
 		if opened {
-			r := &a.r
-			*r = request{op: opTry, keys: keys, shared: a.cfg.shared, every: a.cfg.heartbeat}
+			r := &request{op: opTry, keys: keys, shared: a.cfg.shared, every: a.cfg.heartbeat}
 			err = c.ask(a.ctx, r, answerWithin(0, a.deadline))
 			switch {
 			case err == nil && r.ok && a.ctx.Err() == nil:
@@ -524,26 +494,24 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	h.mu.Lock()
 	q.refused()
 	h.mu.Unlock()
-	may, instead := h.mayWait(a.db)
-	a.yielded = may
-	if !may {
+	if a.yielded = h.mayWait(a.db); !a.yielded {
 		return nil, time.Time{}, errYield
 	}
 	began := time.Now()
 	carries := false
 	defer func() {
 		if !carries { // also if the driver panics
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			h.sessions--
+			h.waitEnded(a.ended)
 		}
 	}()
 	s, err := a.keepTrying(func(s *session) error {
 		s.watchOver()
-		s.silent = a.cfg.holderTimeout
-		s.waited = true
-		s.enough = func() bool { return h.othersWait(instead, time.Since(began) > yieldAfter) }
-		if err := s.wait(a.ctx, k, a.deadline); err != nil {
+		s.settings.silence = a.cfg.holderTimeout
+		s.enough = func() bool { return time.Since(began) > yieldAfter && h.othersPoll() }
+		if err := s.wait(a.ctx, k, a.began, a.deadline); err != nil {
+			if s.refused(err) {
+				err = errYield
+			}
 			return err
 		}
 		s.held = []Key{k}
@@ -556,18 +524,11 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		return nil, time.Time{}, err
 	}
 	h.mu.Lock()
-	if instead && h.sessions > 1 {
-		// The shared session has been opened meanwhile, and the pool cannot spare a second
-		// one for as long as the lock may be held.
-		h.mu.Unlock()
-		s.giveUp(errYield)
-		return nil, time.Time{}, errYield
-	}
 	defer h.mu.Unlock()
 	carries = true
 	c := newCarrier(h, s)
 	c.users = 1
-	c.locks[lock{k.lockID(), a.cfg.shared}] = struct{}{}
+	c.locks[lock{k.lockID(), a.cfg.shared}] = k.name
 	if h.shared == nil || len(h.shared.locks) == 0 {
 		h.shared = c
 		h.tellOpened(nil) // somebody may be about to open another
@@ -575,15 +536,32 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 	return c, time.Now(), nil // it was asked for long before it was granted
 }
 
-// mayWait tells whether one more session may wait in the server's queue, and counts it.
-// All sessions of the hub take no more than half of a limited pool, but for the shared one:
-// if that is not open, a session may wait instead of it, until it is.
-func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
+// waitEnded uncounts a session that waited, when that has ended.
+func (h *hub) waitEnded(ended <-chan struct{}) {
+	uncount := func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.sessions--
+	}
+	select {
+	case <-ended:
+	default:
+		if ended != nil { // its caller has left it
+			go func() {
+				<-ended
+				uncount()
+			}()
+			return
+		}
+	}
+	uncount()
+}
+
+// mayWait tells whether one more session may wait in the server's queue, and counts it. All
+// sessions of the hub, the shared one included, take no more than half of a limited pool.
+func (h *hub) mayWait(db *sql.DB) bool {
 	stats := db.Stats()
 	limit := 1 + maxWaits
-	if exhausted(stats) {
-		return false, false
-	}
 	if stats.MaxOpenConnections > 0 {
 		limit = min(limit, stats.MaxOpenConnections/2)
 	}
@@ -593,19 +571,18 @@ func (h *hub) mayWait(db *sql.DB) (may, instead bool) {
 	if h.shared == nil {
 		sessions++ // there is always room for that
 	}
-	instead = sessions >= limit
-	if instead && (h.sessions > 0 || limit < 1) {
-		return false, false
+	if h.mustTry || exhausted(stats) || sessions >= limit {
+		return false
 	}
 	h.sessions++
-	return true, instead
+	return true
 }
 
-// othersWait tells whether one who waits in the server's queue should let others.
-func (h *hub) othersWait(instead, long bool) bool {
+// othersPoll tells whether others cannot wait in the server's queue, and try again and again.
+func (h *hub) othersPoll() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return instead && h.sessions > 1 || long && h.polling > 0
+	return h.polling > 0
 }
 
 // untilTick is a pause of up to pause and some: to the next tick of a clock that is the same
@@ -636,10 +613,8 @@ func (h *hub) tellOpened(err error) {
 // If there is none, it opens one, which own tells, or waits for who does.
 func (a *acquisition) session() (c *carrier, own bool, err error) {
 	h := a.hub
-	idle := -1
 	if a.stale < 0 {
-		idle = a.db.Stats().Idle
-		a.stale = idle
+		a.stale = a.db.Stats().Idle
 	}
 	h.mu.Lock()
 	for h.shared == nil && h.opening {
@@ -683,12 +658,9 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 			h.tellOpened(err)
 		}
 	}()
-	if idle < 0 {
-		idle = a.db.Stats().Idle
-	}
 	ctx, cancel := a.untilDeadline()
 	defer cancel()
-	s, err := h.open(ctx, a, idle > 0)
+	s, err := openSession(ctx, a.db, a.cfg)
 	if err == nil {
 		s.watchOver()
 	}
@@ -712,67 +684,8 @@ func (a *acquisition) session() (c *carrier, own bool, err error) {
 	return c, true, nil
 }
 
-// open opens the shared session. There is one who does at a time.
-func (h *hub) open(ctx context.Context, a *acquisition, idle bool) (*session, error) {
-	var conn *sql.Conn
-	var err error
-	if ctx == context.Background() && idle {
-		conn, err = h.openIdle(a.db)
-	} else {
-		conn, err = openConn(ctx, a.db)
-	}
-	if err != nil {
-		return nil, err
-	}
-	h.mu.Lock()
-	s := h.spareSession
-	h.spareSession = nil
-	h.mu.Unlock()
-	if s == nil {
-		return newSession(conn, a.db, a.cfg), nil
-	}
-	s.begin(conn, a.db, a.cfg)
-	return s, nil
-}
-
-// openIdle is openConn for a connection that lies ready, with a context that serves again.
-func (h *hub) openIdle(db *sql.DB) (*sql.Conn, error) {
-	p := h.patience
-	h.patience = nil
-	if p == nil {
-		p = new(patience)
-		ctx, cancel := context.WithCancelCause(context.Background())
-		p.ctx, p.end = ctx, cancel
-	}
-	p.guard.begin(answerBound, p.end)
-	conn, err := db.Conn(p.ctx)
-	switch {
-	case p.guard.end() == nil:
-		h.patience = p
-	case err == nil:
-	case exhausted(db.Stats()): // others have taken what lay ready
-		return openConn(context.Background(), db)
-	default:
-		err = noAnswer{answerBound}
-	}
-	return conn, err
-}
-
-// A patience is a context that ends when its guard has waited for too long.
-type patience struct {
-	ctx   context.Context
-	end   func(error)
-	guard guard
-}
-
 func newCarrier(h *hub, s *session) *carrier {
-	c := h.spareCarrier
-	h.spareCarrier = nil
-	if c == nil {
-		c = &carrier{hub: h, locks: make(map[lock]struct{}, 1), holds: make(map[*hold]struct{}, 1)}
-	}
-	c.session = s
-	return c
+	return &carrier{hub: h, session: s, locks: make(map[lock]string, 1), holds: make(map[*hold]struct{}, 1)}
 }
 
 // leave ends one use of c. The last one hands its connection back.
@@ -796,35 +709,14 @@ func (h *hub) leave(c *carrier) {
 		h.shared = nil
 	}
 	h.mu.Unlock()
-	log := c.log
-	if err := h.finish(c); err != nil {
-		log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
-	}
-}
-
-// finish ends c, which nobody has use for, and keeps what it is made of if it is clean.
-func (h *hub) finish(c *carrier) (err error) {
-	clean := false
 	defer func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.sessions--
-		if clean {
-			h.spare(c)
-		}
 	}()
-	clean, err = c.finish()
-	return err
-}
-
-// spare keeps what c is made of for the next one.
-func (h *hub) spare(c *carrier) {
-	if h.spareCarrier != nil {
-		return
+	if err := c.finish(); err != nil {
+		c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
 	}
-	h.spareCarrier, h.spareSession = c, c.session
-	c.session, c.lost, c.batch, c.alone, c.lone = nil, nil, nil, 0, [1]*request{}
-	h.spareSession.sessionState, h.spareSession.guard.dc = sessionState{}, nil
 }
 
 var errFinished = errors.New("the session has been handed back")
@@ -865,8 +757,7 @@ func (a *acquisition) giveBack(grants []grant) {
 
 // releaseOn releases those locks of hd that c carries.
 func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
-	r := &hd.asks
-	*r = request{shared: hd.cfg.shared, keys: hd.unlocks[:0]}
+	r := &request{shared: hd.cfg.shared}
 	h.mu.Lock()
 	now := time.Now()
 	for i := range grants {
@@ -874,9 +765,6 @@ func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 		if g.unlock = g.q.leave(g.lease, now); g.unlock {
 			r.op = opUnlock
 			r.keys = append(r.keys, g.key)
-		} else {
-			g.q.depart(g.lease)
-			g.departing = true
 		}
 	}
 	if c.lost != nil {
@@ -889,46 +777,24 @@ func (h *hub) releaseOn(c *carrier, hd *hold, grants []grant) error {
 	h.mu.Unlock()
 	// The answer says that the locks were held until now, also those that are handed on.
 	err := lostCause(c.ask(context.Background(), r, releaseBound))
-	if h.left(hd, grants) { // nobody has taken over what was left for the next one
-		err = join(err, lostCause(c.ask(context.Background(), r, releaseBound)))
-		h.left(hd, grants)
-	}
-	h.leave(c)
-	return err
-}
-
-// left notes that what hd asks for has been answered, and asks for what is to be unlocked then.
-func (h *hub) left(hd *hold, grants []grant) (unlock bool) {
-	r := &hd.asks
-	*r = request{op: opUnlock, shared: hd.cfg.shared, keys: hd.unlocks[:0]}
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	now := time.Now()
-	for i := range grants {
-		g := &grants[i]
+	now = time.Now()
+	for _, g := range grants {
 		if g.unlock {
 			g.q.unlocked(g.lease, now)
 			h.tidy(g.q)
 		}
-		g.unlock = g.departing && g.q.departed(g.lease, now)
-		g.departing = false
-		if g.unlock {
-			r.keys = append(r.keys, g.key)
-		}
 	}
-	return len(r.keys) > 0
+	h.mu.Unlock()
+	h.leave(c)
+	return err
 }
 
 // queue returns the queue of a key.
 func (h *hub) queue(id lockID) *queue {
 	q := h.queues[id]
 	if q == nil {
-		q = h.spareQueue
-		h.spareQueue = nil
-		if q == nil {
-			q = new(queue)
-		}
-		q.id = id
+		q = &queue{id: id}
 		h.queues[id] = q
 	}
 	return q
@@ -938,7 +804,6 @@ func (h *hub) queue(id lockID) *queue {
 func (h *hub) tidy(q *queue) {
 	if q.idle() && h.queues[q.id] == q {
 		delete(h.queues, q.id)
-		h.spareQueue = q
 	}
 }
 

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -351,8 +350,12 @@ func TestTheStrictestHeartbeatAndHolderTimeoutCount(t *testing.T) {
 		start := time.Now()
 		var at []string
 		p.fail = func(_ int, query string) error {
-			if before, _, ok := strings.Cut(query, "SELECT FROM pg_catalog.pg_locks"); ok {
-				at = append(at, strings.TrimSpace(fmt.Sprint(time.Since(start), " ", strings.TrimSuffix(before, "; "))))
+			if beatOf.MatchString(query) {
+				beat := fmt.Sprint(time.Since(start))
+				if m := silenceOf.FindStringSubmatch(query); m != nil {
+					beat += " sets " + m[1]
+				}
+				at = append(at, beat)
 			}
 			return nil
 		}
@@ -366,7 +369,7 @@ func TestTheStrictestHeartbeatAndHolderTimeoutCount(t *testing.T) {
 		wantError(t, lenient.Release())
 		time.Sleep(5 * time.Second)
 		wantError(t, other.Release())
-		const arm = " SET idle_session_timeout = "
+		const arm = " sets "
 		want := []string{
 			"2s" + arm + "20000", "2.3s" + arm + "1000", "2.5s",
 			// One that is not so strict any more takes effect with the next heartbeat.
@@ -375,7 +378,7 @@ func TestTheStrictestHeartbeatAndHolderTimeoutCount(t *testing.T) {
 		if !slices.Equal(at, want) {
 			t.Errorf("heartbeats: %q, want %q", at, want)
 		}
-		if lines := srvs[0].lines(); lines[len(lines)-1] != "1 RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock(44)" {
+		if lines := srvs[0].lines(); lines[len(lines)-1] != "1 "+resetQuery+"SELECT WHERE pg_catalog.pg_advisory_unlock(44)" {
 			t.Errorf("last: %s", lines[len(lines)-1])
 		}
 		wantIdle(t, dbs[0])
@@ -780,107 +783,6 @@ func TestWaitsTakeHalfOfThePool(t *testing.T) {
 	}
 }
 
-// With a small pool, one waits instead of the shared session while that is not open, and so has
-// its turn beside a process that always wants the lock.
-func TestAWaitInsteadOfTheSharedSession(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		p, dbs, _ := newTable(t, 2)
-		dbs[0].SetMaxOpenConns(2)
-		ctx, cancel := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			for ctx.Err() == nil {
-				wantError(t, WithLock(t.Context(), dbs[1], key, func(context.Context) error {
-					time.Sleep(30 * millisecond)
-					return nil
-				}))
-			}
-		})
-		time.Sleep(10 * millisecond)
-		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(2*time.Second)))
-		cancel()
-		wg.Wait()
-		wantIdle(t, dbs[0])
-		p.clean()
-	})
-}
-
-// It lets the shared session have its place when another lock is wanted: the work under that
-// has a connection.
-func TestAWaitInsteadOfTheSharedSessionYields(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		p, dbs, _ := newTable(t, 2)
-		dbs[0].SetMaxOpenConns(2)
-		there := take(t, dbs[1], key)
-		var wg sync.WaitGroup
-		wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[0], key, nothing)) })
-		time.Sleep(10 * millisecond)
-		wantError(t, WithLock(t.Context(), dbs[0], ID(43), func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeout(ctx, 2*waitBound)
-			defer cancel()
-			_, err := dbs[0].ExecContext(ctx, "SELECT")
-			return err
-		}))
-		wantError(t, there.Release())
-		wg.Wait()
-		wantIdle(t, dbs[0])
-		p.clean()
-	})
-}
-
-// With a pool of 2, another lock that is asked for while one is granted that was waited for does
-// not put locks on both connections: the work under them has one.
-func TestAWaitIsGrantedWhileTheSharedSessionOpens(t *testing.T) {
-	t.Parallel()
-	for _, test := range []struct {
-		name      string
-		dial, try time.Duration // of the second session
-	}{
-		{"it is dialled", 100 * millisecond, 0},
-		{"its try is under way", 0, 100 * millisecond},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				p, dbs, srvs := newTable(t, 2)
-				db := dbs[0]
-				db.SetMaxOpenConns(2)
-				var dials atomic.Int32
-				srvs[0].dial = func(ctx context.Context) error {
-					if dials.Add(1) == 2 {
-						sleep(ctx, test.dial)
-					}
-					return nil
-				}
-				answer := srvs[0].script
-				srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
-					if strings.Contains(query, "try_advisory_lock(43)") {
-						sleep(ctx, test.try)
-					}
-					return answer(ctx, conn, query)
-				}
-				there := take(t, dbs[1], key)
-				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-				defer cancel()
-				work := func(ctx context.Context) error {
-					sleep(ctx, time.Second)
-					return db.PingContext(ctx)
-				}
-				var wg sync.WaitGroup
-				wg.Go(func() { wantError(t, WithLock(ctx, db, key, work)) })
-				time.Sleep(50 * millisecond)
-				wg.Go(func() { wantError(t, WithLock(ctx, db, ID(43), work)) })
-				time.Sleep(50 * millisecond)
-				wantError(t, there.Release())
-				wg.Wait()
-				wantIdle(t, db)
-				p.clean()
-			})
-		})
-	}
-}
-
 // That the pool is busy is no reason to give up: not for who opens the shared session, nor for
 // those who wait for it to be open.
 func TestThePoolIsBusyForLong(t *testing.T) {
@@ -908,22 +810,6 @@ func TestThePoolIsBusyForLong(t *testing.T) {
 		wg.Wait()
 		wantIdle(t, db)
 		p.clean()
-	})
-}
-
-// The connection that lay ready is taken in the moment in which it is asked for, and the wait for
-// another one is for longer than an answer may take.
-func TestTheReadyConnectionIsTakenByOthers(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, _ := newServer(t)
-		db.SetMaxOpenConns(1)
-		conn, err := db.Conn(t.Context())
-		wantError(t, err)
-		time.AfterFunc(time.Minute, func() { wantError(t, conn.Close()) })
-		got, err := new(hub).openIdle(db)
-		wantError(t, err)
-		wantError(t, got.Close())
 	})
 }
 
@@ -965,7 +851,7 @@ func TestADriversPanicWhileASessionIsCleaned(t *testing.T) {
 		db, srv := newServer(t)
 		srv.direct = true
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if query == disarmStatement {
+			if query == resetQuery {
 				panic("driver")
 			}
 			return 1, nil
@@ -984,7 +870,7 @@ func TestADriversPanicWhileASessionIsCleaned(t *testing.T) {
 		}()
 		synctest.Wait()
 		wantIdle(t, db)
-		srv.want(t, on(1, "open", disarmStatement, "close")...)
+		srv.want(t, on(1, "open", resetQuery, "close")...)
 	})
 }
 
@@ -1173,7 +1059,7 @@ func TestThePoolIsClosedAfterALook(t *testing.T) {
 		l := take(t, dbs[0], key, Shared())
 		var wg sync.WaitGroup
 		wg.Go(func() { wantError(t, WithLock(t.Context(), dbs[1], key, nothing)) })
-		time.Sleep(100 * millisecond)
+		time.Sleep(50 * millisecond)
 		looked := make(chan error)
 		go func() { looked <- WithLock(t.Context(), dbs[0], key, nothing, Shared()) }()
 		time.Sleep(100 * millisecond)
@@ -1382,16 +1268,6 @@ func TestADriversPanicLeavesNothingBehind(t *testing.T) {
 				wantError(t, err)
 				defer func() { wantError(t, l.Release(), ErrLost, errPanicked) }()
 				return l.Release()
-			},
-		},
-		{
-			// The shared session is opened while the lock is granted that was waited for.
-			name: "yield", on: "pg_advisory_unlock_all",
-			setUp: func(t *testing.T, p *lockTable, here, there *sql.DB) {
-				here.SetMaxOpenConns(2)
-				p.takes(10 * millisecond)
-				holdFor(t, there, key, 110*millisecond)
-				time.AfterFunc(105*millisecond, func() { wantError(t, WithLock(t.Context(), here, second, nothing)) })
 			},
 		},
 		{

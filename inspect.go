@@ -42,7 +42,7 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 // Holders returns who holds the lock of key in q's database, and then who waits for it,
 // longest first. One session may hold many locks: see the package documentation. Waits of
-// this package begin anew every 400 ms, so that their WaitStart is recent; those who wait
+// this package begin anew every 100 to 400 ms, so that their WaitStart is recent; those who wait
 // behind another caller of their own process, or try with pauses, are not in the server's
 // queue, and not seen.
 //

@@ -6,7 +6,6 @@ import (
 	"database/sql/driver"
 	"errors"
 	"io"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -116,7 +115,7 @@ func TestTheMessageOfATimeoutNamesTheHolder(t *testing.T) {
 			t.Run(c.name+" "+test.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					db, srv := newServer(t)
-					srv.script = script55P03(t)
+					srv.script = taken(t)
 					srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) { return test.rows, test.err }
 					err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
 					wantError(t, err, ErrNotAcquired)
@@ -137,9 +136,9 @@ func TestTheHolderThatIsNamedIsThatOfTheKeyInTheWay(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
-		waits := script55P03(t)
+		waits := taken(t)
 		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-			if strings.Contains(query, ".pg_advisory_lock(42)") {
+			if isWait(query) && waitKey(query) == key {
 				return 1, nil
 			}
 			return waits(ctx, conn, query)
@@ -171,7 +170,7 @@ func TestTheHolderIsAskedForOnTheCallersSessionToo(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				on, srv := newTarget(t)
-				srv.script = script55P03(t)
+				srv.script = taken(t)
 				srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
 					return [][]driver.Value{row(7, true, "", "")}, test.err
 				}
@@ -193,7 +192,7 @@ func TestAHolderThatCannotBeAskedForIsLeftOutInTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
-		srv.script = script55P03(t)
+		srv.script = taken(t)
 		srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
 			time.Sleep(time.Hour)
 			return nil, nil
@@ -215,7 +214,7 @@ func TestTheSavepointOfTheQuestionFails(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		on, srv := newTarget(t)
-		waits := script55P03(t)
+		waits := taken(t)
 		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
 			if query == savepointQuery {
 				return 0, errors.New("conn closed")
@@ -231,7 +230,7 @@ func TestTheHolderOfTheKeyIsAskedFor(t *testing.T) {
 	for _, c := range closures {
 		synctest.Test(t, func(t *testing.T) {
 			db, srv := newServer(t)
-			srv.script = script55P03(t)
+			srv.script = taken(t)
 			srv.rows = func(_ int, args []driver.NamedValue) ([][]driver.Value, error) {
 				for i, want := range []int64{1, 2, 1} {
 					if got := args[i].Value; got != want {

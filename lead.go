@@ -31,7 +31,10 @@ const (
 // that matches ctx's, if the db is closed, and, with [ErrReentrant], if ctx carries the key
 // already.
 //
-// A standby holds one connection of the pool, and asks between two and three times a
+// Before fn runs, the server is asked whether it is a primary. A leader on a standby would lead
+// beside that of the primary.
+//
+// A process that stands by holds one connection of the pool, and sends between two and three statements a
 // second. If its pool has none to spare for that (see the package documentation, "How large
 // a pool"), it holds none, and tries up to every 250 ms instead.
 //
@@ -45,7 +48,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	}
 	pause := leadPauseMin
 	for {
-		h := &hold{cfg: cfg, soon: true}
+		h := &hold{cfg: cfg, leads: true}
 		err := h.acquire(ctx, c, keys)
 		switch {
 		case err == nil:

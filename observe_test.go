@@ -201,7 +201,7 @@ func TestSessionLocker(t *testing.T) {
 	srv.script = inOrder(refused, refused)
 	wantError(t, l.SessionLock(t.Context(), conn), ErrNotAcquired)
 	wantError(t, l.SessionUnlock(t.Context(), conn), ErrLost)
-	srv.want(t, slices.Concat(on(1, "open", try, unlock), on(1, try, unlock, clearQuery, "close"))...)
+	srv.want(t, slices.Concat(on(1, "open", try, unlock), on(1, try, unlock, freeQuery, "close"))...)
 }
 
 func TestAnObserverThatPanicsLeavesNoLock(t *testing.T) {
@@ -233,9 +233,9 @@ func TestAnObserverThatPanicsLeavesNoLock(t *testing.T) {
 				case name == "HoldEnd":
 					want = append(want, c.releases...)
 				case strings.HasPrefix(c.name, "WithTxLock"):
-					want = append(want, "ROLLBACK", clearQuery, "close")
+					want = append(want, "ROLLBACK", freeQuery, "close")
 				case c.name == "WithConnLock":
-					want = append(want, clearQuery, "close")
+					want = append(want, freeQuery, "close")
 				default:
 					want = append(want, c.undoes...) // others may have locks on the session
 				}

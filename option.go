@@ -25,8 +25,9 @@ type Option func(*config)
 //
 // Within a process, the shared locks of a key are one lock of the server, and one who waits
 // for an exclusive lock is not overtaken by shared ones that come later. Between processes,
-// an exclusive waiter begins its wait anew every 400 ms, and may let shared ones pass then.
-// Where shared locks of several processes overlap all the time, it may wait long.
+// an exclusive waiter leaves the server's queue for a moment every 100 to 400 ms, and shared ones may
+// pass then. Where shared locks of several processes overlap for longer than that, all the time, it may
+// wait long.
 func Shared() Option {
 	return func(c *config) { c.given |= optShared; c.shared = true }
 }
@@ -47,8 +48,6 @@ func NoWait() Option {
 // Timeout gives up after d, with [ErrNotAcquired]; waiting for a pooled
 // connection counts. d must be positive. The default is to wait until ctx ends.
 //
-// Unlike a ctx with a deadline, it costs no connection when it is over, where the wait
-// is in the server's queue: the server itself ends the wait, and the session stays usable.
 // The error names who holds the lock, if one more query can tell, which may take a second.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
@@ -71,7 +70,7 @@ func Heartbeat(d time.Duration) Option {
 // The server learns d with the first heartbeat, or with the grant of a lock that was
 // waited for in the server's queue, as idle_session_timeout, and forgets it with the last
 // release (RESET: a value that the program itself had SET on the session before is not
-// restored). The first heartbeat of [Lead] is at once. A holder that got its lock in another
+// restored). The first heartbeat of [Lead] is before fn runs. A holder that got its lock in another
 // way, and goes silent before its first heartbeat, is bounded by the server's tcp_keepalives settings, and a process that is
 // frozen then, whose kernel answers them, by nothing. A server whose own
 // idle_session_timeout is shorter than a heartbeat frees locks too early.
@@ -142,11 +141,11 @@ var silent = slog.New(slog.DiscardHandler)
 // newConfig reads opts for the function called fn, which takes those in allowed.
 func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	c := config{heartbeat: defaultHeartbeat, holderTimeout: defaultHolderTimeout}
-	if len(opts) > 0 {
-		var err error
-		if c, err = c.with(opts); err != nil {
-			return c, err
+	for _, o := range opts {
+		if o == nil {
+			return c, errors.New("nil Option")
 		}
+		o(&c)
 	}
 	if c.logger == nil {
 		c.logger = silent
@@ -186,17 +185,6 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	case sql.LevelDefault, sql.LevelReadUncommitted, sql.LevelReadCommitted, sql.LevelRepeatableRead, sql.LevelSerializable:
 	default:
 		return c, fmt.Errorf("option TxOptions: PostgreSQL has no isolation level %v", c.txOptions.Isolation)
-	}
-	return c, nil
-}
-
-// with is c with opts. It is on its own because it makes c escape.
-func (c config) with(opts []Option) (config, error) {
-	for _, o := range opts {
-		if o == nil {
-			return c, errors.New("nil Option")
-		}
-		o(&c)
 	}
 	return c, nil
 }

@@ -25,10 +25,6 @@ type queue struct {
 	until   time.Time
 	holders int // of the lease
 
-	// departing: those who have left, and still ask whether the lock was held to the end. They
-	// may come back in a moment, and meanwhile the lease waits for the next one.
-	departing int
-
 	// closed: others wait in the server's queue. The lease is not handed on or shared any more.
 	closed bool
 	// returning: the lease has had its last holder and goes back to the server.
@@ -69,7 +65,6 @@ const (
 	ask                  // it is to ask the server for the lock, and to call granted, refused or gaveUp
 	look                 // it is to look whether others wait in the server's queue, and to call looked
 	refuse               // NoWait: another holds the lock
-	shut                 // the pool has been closed
 )
 
 // enter is a waiter's arrival.
@@ -189,14 +184,6 @@ func (q *queue) refuseAll() {
 	}
 }
 
-// shut ends all waiting, because the pool has been closed.
-func (q *queue) shut() {
-	for w := q.first; w != nil; w = q.first {
-		q.remove(w)
-		w.turns <- turn{to: shut}
-	}
-}
-
 // looked is the answer to look.
 func (q *queue) looked(w *waiter, lease uint64, others bool, now time.Time) turn {
 	q.asker = nil
@@ -237,7 +224,7 @@ func (q *queue) gaveUp(w *waiter, now time.Time) {
 }
 
 // leave ends one holder's hold of the lease. If it returns true, the lease goes back to the
-// server: the caller is to unlock it, and to call unlocked. If not, the caller may call depart.
+// server: the caller is to unlock it, and to call unlocked.
 func (q *queue) leave(lease uint64, now time.Time) (unlock bool) {
 	if q.lease != lease || q.on == nil {
 		return false // it was lost
@@ -249,31 +236,8 @@ func (q *queue) leave(lease uint64, now time.Time) (unlock bool) {
 	if q.asker == nil && q.apart == 0 {
 		q.advance(now) // the next one takes it over, if it can
 	}
-	if q.holders == 0 && q.departing > 0 && q.first == nil && q.asker == nil && q.apart == 0 && !q.closed && now.Before(q.until) {
-		return false // one of those who depart takes care of it
-	}
 	q.returning = q.holders == 0
 	return q.returning
-}
-
-// depart begins the departure of one who has left; departed ends it. If departed returns true,
-// that is as when leave does.
-func (q *queue) depart(lease uint64) {
-	if q.lease == lease {
-		q.departing++
-	}
-}
-
-func (q *queue) departed(lease uint64, now time.Time) (unlock bool) {
-	if q.lease != lease || q.on == nil {
-		return false
-	}
-	q.departing--
-	if q.holders > 0 || q.returning || q.departing > 0 && q.first == nil && now.Before(q.until) {
-		return false
-	}
-	q.returning = true
-	return true
 }
 
 // unlocked: the server has the lease back.
@@ -301,7 +265,6 @@ func (q *queue) end(now time.Time) {
 	q.on = nil
 	q.holders = 0
 	q.closed, q.returning = false, false
-	q.departing = 0
 	q.advance(now)
 }
 

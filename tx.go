@@ -6,45 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"time"
-)
-
-// The transaction-scoped statements. COMMIT and ROLLBACK release the locks, and a
-// failed wait leaves none: the transaction is rolled back.
-
-// tryTxStatement: one row if the lock was granted.
-func tryTxStatement(k Key, shared bool) string {
-	return statement("SELECT WHERE ", "pg_try_advisory_xact_lock", []Key{k}, shared)
-}
-
-// tryFirstStatement: like tryTxStatement, and two rows, without trying, if this
-// transaction has one snapshot for all its statements by the server's default
-// (default_transaction_isolation).
-func tryFirstStatement(k Key, shared bool) string {
-	return statement("SELECT FROM pg_catalog.generate_series(1, CASE"+
-		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2"+
-		" WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
-}
-
-// waitTxStatement: one row, when the lock is granted. A local setting lives until
-// the end of the transaction, so that the old lock_timeout is read first and put
-// back after, for the statements of the caller.
-func waitTxStatement(bound time.Duration, k Key, shared bool) string {
-	return statement("WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout)"+
-		" SELECT pg_catalog.set_config('lock_timeout', '"+milliseconds(bound)+"', true), ",
-		"pg_advisory_xact_lock", []Key{k}, shared) +
-		", pg_catalog.set_config('lock_timeout', old.lock_timeout, true) FROM old"
-}
-
-// deadlockStatement: a row for each holder of the lock that waits for this session.
-func deadlockStatement(k Key) string {
-	return "SELECT FROM pg_catalog.pg_locks WHERE " + lockRow(k) + " AND granted" + inThisDatabase +
-		" AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
-}
-
-const (
-	savepointStatement  = "SAVEPOINT advisory"
-	rollbackToStatement = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 )
 
 // WithTxLock runs fn in a transaction that holds the lock of key: BEGIN, lock, fn,
@@ -84,15 +47,16 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	}
 	defer turn.leave()
 	a.turn = turn
-	var t txn
+	var t *txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
 	s, err := a.keepTrying(func(s *session) error {
-		t = txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
-		err := t.beginLocked(ctx, key, a.deadline)
+		t = &txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
+		s.unwind = func() { _ = t.rollback() }
+		err := t.beginLocked(ctx, key, a.began, a.deadline)
 		oneSnapshot = t.oneSnapshot
 		return err
 	})
-	holdCtx, err := o.acquired(ctx, a.error(err), func() { t.rollback(nil); s.discard() })
+	holdCtx, err := o.acquired(ctx, a.error(err), func() { _ = t.rollback(); s.discard() })
 	if err != nil {
 		return err
 	}
@@ -111,145 +75,127 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 type txn struct {
 	s           *session
 	cfg         *config
-	tx          *sql.Tx
-	abort       context.CancelFunc // has database/sql roll back tx, whatever it is doing
-	oneSnapshot bool               // REPEATABLE READ and above: the lock is the session's
+	oneSnapshot bool // REPEATABLE READ and above: the lock is the session's
+
+	// tx has a context of its own. At the end of the caller's, database/sql would roll back in its
+	// own time, and close the connection.
+	tx    *sql.Tx
+	abort context.CancelFunc // ends the context of tx
+
+	rolledBack sync.Once
+	unclean    error // of the rollback
 }
 
-// beginLocked begins the transaction and acquires the lock. After an error no
-// transaction is open.
-func (t *txn) beginLocked(ctx context.Context, k Key, deadline time.Time) error {
+// beginLocked begins the transaction and acquires the lock. After an error, rollback is due.
+func (t *txn) beginLocked(ctx context.Context, k Key, since, deadline time.Time) error {
 	if !t.oneSnapshot {
-		if err := t.beginThenLock(ctx, k, deadline); err != nil || !t.oneSnapshot {
+		if err := t.beginThenLock(ctx, k, since, deadline); err != nil {
 			return err
 		}
 	}
-	if err := t.s.acquire(ctx, k, t.cfg.noWait, deadline); err != nil {
-		return err
+	if t.oneSnapshot {
+		if err := t.s.acquire(ctx, k, t.cfg.noWait, since, deadline); err != nil {
+			return err
+		}
+		if err := t.begin(ctx, deadline); err != nil {
+			return err
+		}
+		if settings := t.settings(); settings != "" {
+			if _, err := t.s.execLeft(ctx, answerWithin(0, deadline), settings, k, false); err != nil {
+				return err
+			}
+		}
 	}
-	if err := t.begin(ctx); err != nil {
-		return err
-	}
-	return t.inTime(ctx)
+	return ctx.Err() // a grant that comes too late is not used
 }
 
 // beginThenLock takes the transaction-scoped lock. If it finds that the transaction
 // has one snapshot, it sets oneSnapshot and leaves nothing behind.
-func (t *txn) beginThenLock(ctx context.Context, k Key, deadline time.Time) error {
+func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Time) error {
+	if err := t.begin(ctx, deadline); err != nil {
+		return err
+	}
 	try := tryTxStatement
 	if t.cfg.txOptions.Isolation == sql.LevelDefault {
 		try = tryFirstStatement
 	}
-	if err := t.begin(ctx); err != nil {
-		return err
-	}
-	if err := t.inTime(ctx); err != nil {
-		return err
-	}
-	rows, err := t.s.exec(ctx, answerWithin(0, deadline), try(k, t.s.shared))
+	rows, err := t.s.execLeft(ctx, answerWithin(0, deadline), t.settings()+try(k, t.s.shared), k, false)
 	switch {
-	case err != nil:
-		return t.rollback(err)
-	case rows == 1:
-		return t.inTime(ctx)
+	case err != nil || rows == 1:
+		return err
 	case rows == 2:
 		t.oneSnapshot = true
-		return t.rollback(nil)
+		return t.rollback()
 	case t.cfg.noWait:
-		return t.rollback(errRefused)
+		return errRefused
 	}
-	t.s.waited, t.s.waitingFor = true, k
-	for {
-		if err := ctx.Err(); err != nil {
-			return t.rollback(err)
-		}
-		bound := within(waitBound, deadline)
-		if bound <= 0 {
-			return t.rollback(errTimeout)
-		}
-		start := time.Now()
-		_, err := t.s.exec(ctx, answerWithin(bound, deadline), waitTxStatement(bound, k, t.s.shared))
-		if err == nil {
-			return t.inTime(ctx)
-		}
-		if rerr := t.rollback(nil); rerr != nil && waitEnded(err) {
-			return rerr
-		}
-		if ctx.Err() != nil || !waitEnded(err) {
-			return err
-		}
-		if err := poolClosed(t.s.db); err != nil {
-			return err
-		}
-		if sqlState(err) == queryCanceled {
-			pause(ctx, start)
-		}
-		if err := t.begin(ctx); err != nil {
-			return err
-		}
-	}
+	t.s.on, t.s.restart = inTx, restartStatement+t.settings()
+	return t.s.waitOrTry(ctx, k, since, deadline)
 }
 
-// inTime rolls back if ctx has ended: the driver may have closed the connection.
-func (t *txn) inTime(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return t.rollback(err)
-	}
-	return nil
-}
-
-func (t *txn) begin(ctx context.Context) error {
-	// A context of its own, because a BEGIN that the driver is stuck in, and that is
-	// abandoned, must come to nothing.
-	txCtx, abort := context.WithCancel(ctx)
-	var tx *sql.Tx
-	err := t.s.do(ctx, answerBound, func(context.Context) (err error) {
-		tx, err = t.s.conn.BeginTx(txCtx, t.cfg.txOptions)
-		return err
-	})
-	if err != nil {
-		abort()
-		t.s.broken = true
-		return fmt.Errorf("begin: %w", err)
-	}
-	t.tx, t.abort = tx, abort
+// settings is put before a statement, and makes the transaction's own settings.
+func (t *txn) settings() string {
 	if !t.cfg.given.has(optHolderTimeout) {
-		return nil
+		return ""
 	}
 	// SET takes no snapshot.
-	_, err = t.s.exec(ctx, answerBound, "SET LOCAL idle_in_transaction_session_timeout = "+milliseconds(t.cfg.holderTimeout))
-	if err != nil {
-		return t.rollback(err)
-	}
-	return nil
+	return "SET LOCAL idle_in_transaction_session_timeout = " + milliseconds(t.cfg.holderTimeout) + "; "
 }
 
-// rollback rolls back because of cause, which it returns, or what went wrong if that
-// is nil. If it cannot be sure that the server has rolled back, the session is
-// broken. It does not wait for a driver that does not return.
-func (t *txn) rollback(cause error) error {
-	// sql.ErrTxDone is among the errors: database/sql rolls back by itself when ctx
-	// ends, and does not tell how that went.
-	err := t.s.do(context.Background(), releaseBound, func(context.Context) error { return t.tx.Rollback() })
-	t.abort()
-	if err != nil {
-		t.s.broken = true
-	}
-	if cause != nil {
-		return cause
-	}
+func (t *txn) begin(ctx context.Context, deadline time.Time) error {
+	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
+	t.tx, t.abort, t.rolledBack, t.unclean = nil, abort, sync.Once{}, nil
+	bound := answerWithin(0, deadline)
+	err := t.s.runLeft(ctx, bound, func(ctx context.Context, _ func() bool) error {
+		var tx *sql.Tx
+		err := t.s.runAside(ctx, bound, func(context.Context) (err error) {
+			tx, err = t.s.conn.BeginTx(txCtx, t.cfg.txOptions)
+			return err
+		})
+		if err != nil {
+			abort()                                   // a driver that returns too late has begun nothing
+			if sqlState(err) == featureNotSupported { // lib/pq's BEGIN READ WRITE
+				err = fmt.Errorf("%w: %w", errStandby, err)
+			}
+			return fmt.Errorf("begin: %w", err)
+		}
+		t.tx = tx
+		return nil
+	})
+	t.s.broken = t.s.broken || err != nil && !t.s.left // whose caller has left is not known yet
 	return err
+}
+
+// rollback rolls back, once, if the transaction has begun. If it cannot be sure that the server has
+// rolled back, the session is broken. It does not wait for a driver that does not return.
+func (t *txn) rollback() error {
+	t.rolledBack.Do(func() {
+		t.unclean = t.s.do(context.Background(), releaseBound, func(context.Context) error {
+			if t.tx == nil {
+				return nil
+			}
+			return t.tx.Rollback()
+		})
+		if t.abort != nil {
+			t.abort()
+		}
+		t.s.broken = t.s.broken || t.unclean != nil
+	})
+	return t.unclean
 }
 
 // run runs fn, and ends the transaction and the session whatever becomes of fn.
 func (t *txn) run(ctx context.Context, keys []Key, o *observation, fn func() error) (err error) {
+	// As database/sql does at the end of a transaction's context.
+	stop := context.AfterFunc(ctx, func() { _ = t.rollback() })
 	returned := false
 	defer func() {
 		var ending error
 		if returned && err == nil {
-			ending = t.commit(ctx, keys)
+			ending = t.commit(ctx, stop, keys)
 		} else {
-			unclean := t.rollback(nil)
+			stop()
+			unclean := t.rollback()
 			ending = t.end(keys)
 			if unclean != nil && ctx.Err() == nil {
 				t.cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
@@ -263,12 +209,19 @@ func (t *txn) run(ctx context.Context, keys []Key, o *observation, fn func() err
 	return err
 }
 
-// commit commits, and ends the session.
-func (t *txn) commit(ctx context.Context, keys []Key) error {
-	err := t.s.do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
-	t.abort()
-	// The server's own error means that it has rolled back, and is ready for more.
-	t.s.broken = err != nil && (sqlState(err) == "" || sessionGone(err))
+// commit commits, and ends the session. stop stops the rollback at the end of ctx.
+func (t *txn) commit(ctx context.Context, stop func() bool, keys []Key) error {
+	var err error
+	if stop() && ctx.Err() == nil { // stop may come before the rollback that ctx has begun
+		defer context.AfterFunc(ctx, t.abort)()
+		err = t.s.do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
+		t.abort()
+		// The server's own error means that it has rolled back, and is ready for more.
+		t.s.broken = err != nil && (sqlState(err) == "" || sessionGone(err))
+	} else {
+		_ = t.rollback()
+		err = context.Cause(ctx)
+	}
 	lost := t.end(keys)
 	if err == nil {
 		return lost

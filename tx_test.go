@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -45,9 +46,7 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 		{"contended", nil, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
 			m.ExpectExec(tryFirstQuery).WithoutArgs().WillReturnResult(none)
-			m.ExpectExec(waitTxQuery).WithoutArgs().WillReturnError(err55P03)
-			m.ExpectRollback()
-			m.ExpectBegin()
+			m.ExpectExec(waitTxQuery).WithoutArgs().WillReturnResult(none)
 			m.ExpectExec(waitTxQuery).WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
@@ -76,7 +75,8 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 	t.Parallel()
 	died, mine := io.ErrUnexpectedEOF, errors.New("mine")
 	readCommitted, serializable := isolation(sql.LevelReadCommitted), isolation(sql.LevelSerializable)
-	const setLocal = "SET LOCAL idle_in_transaction_session_timeout = 60000"
+	const setLocal = "SET LOCAL idle_in_transaction_session_timeout = 60000; "
+	setWait := waitStatement(inTx, restartStatement+setLocal, key, false, sliceMin, sessionSettings{})
 	commit := func(_ context.Context, tx *sql.Tx) error { return tx.Commit() }
 	for _, test := range []struct {
 		name    string
@@ -111,13 +111,13 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, "BEGIN", "COMMIT", unlockQuery), nil,
 		},
 		{
-			"and another holds it", []reply{done, {rows: 2}, done, refused, fails(err55P03), granted}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, waitQuery, waitQuery, "BEGIN", "COMMIT", unlockAllQuery), nil,
+			"and another holds it", []reply{done, {rows: 2}, done, refused, refused, granted}, nil, noTx,
+			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, ownWaitQuery, ownWaitQuery, "BEGIN", "COMMIT", unlockQuery), nil,
 		},
 		{
 			"and the session dies: the next one knows it", []reply{done, {rows: 2}, done, refused, fails(died)}, nil, noTx,
 			slices.Concat(
-				on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, waitQuery, "close"),
+				on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, ownWaitQuery, "close"),
 				on(2, "open", tryQuery, "BEGIN", "COMMIT", unlockQuery),
 			), nil,
 		},
@@ -130,30 +130,27 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{ErrNotAcquired},
 		},
 		{
-			"a lock_timeout and a statement_timeout", []reply{done, refused, fails(err55P03), done, done, fails(err57014)}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "BEGIN", waitTxQuery, "ROLLBACK", "BEGIN", waitTxQuery, "COMMIT"), nil,
+			"granted after three slices, one of which is cancelled", []reply{done, refused, refused, fails(err57014)}, nil, noTx,
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, waitTxQuery, "COMMIT"), nil,
 		},
 		{
-			"a lock_timeout, BEGIN fails", []reply{done, refused, fails(err55P03), done, fails(died)}, nil, noTx,
+			"the session dies in the second slice: the next one begins anew", []reply{done, refused, refused, fails(died)}, nil, noTx,
 			slices.Concat(
-				on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "BEGIN", "close"),
+				on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, "ROLLBACK", "close"),
 				on(2, "open", "BEGIN", tryFirstQuery, "COMMIT"),
 			), nil,
 		},
 		{
-			"a lock_timeout, ROLLBACK fails", []reply{done, refused, fails(err55P03), fails(died)}, nil, noTx,
-			slices.Concat(
-				on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"),
-				on(2, "open", "BEGIN", tryFirstQuery, "COMMIT"),
-			), nil,
+			"a slice fails", []reply{done, refused, fails(pgError("XX000"))}, nil, noTx,
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", freeQuery, "close"), []any{pgError("XX000")},
 		},
 		{
-			"a lock_timeout, ROLLBACK is refused", []reply{done, refused, fails(err55P03), fails(pgError("XX000"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", clearQuery, "close"), []any{pgError("XX000")},
+			"a standby", []reply{done, refused, {rows: 2}}, nil, noTx,
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", freeQuery, "close"), []any{"hot standby", "primary"},
 		},
 		{
 			"a deadlock", []reply{done, refused, fails(pgError("40P01"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", clearQuery, "close"), []any{ErrDeadlock},
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", freeQuery, "close"), []any{ErrDeadlock},
 		},
 		{
 			"BEGIN fails", []reply{fails(died)}, nil, noTx,
@@ -161,7 +158,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"BEGIN is refused", []reply{fails(pgError("0A000"))}, nil, noTx,
-			on(1, "open", "BEGIN", clearQuery, "close"), []any{pgError("0A000")},
+			on(1, "open", "BEGIN", freeQuery, "close"), []any{pgError("0A000")},
 		},
 		{
 			"BEGIN fails under a session-level lock", []reply{granted, fails(died)}, []Option{serializable}, noTx,
@@ -173,7 +170,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"the try is refused", []reply{done, fails(pgError("53200"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", clearQuery, "close"), []any{pgError("53200"), "max_locks_per_transaction"},
+			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", freeQuery, "close"), []any{pgError("53200"), "max_locks_per_transaction"},
 		},
 		{
 			"the connection dies under BEGIN", []reply{fails(driver.ErrBadConn)}, nil, noTx,
@@ -181,19 +178,19 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"HolderTimeout", nil, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal, tryFirstQuery, "COMMIT"), nil,
+			on(1, "open", "BEGIN", setLocal+tryFirstQuery, "COMMIT"), nil,
 		},
 		{
 			"HolderTimeout at SERIALIZABLE", nil, []Option{HolderTimeout(time.Minute), serializable}, noTx,
 			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", setLocal, "COMMIT", unlockQuery), nil,
 		},
 		{
-			"HolderTimeout after a wait", []reply{done, done, refused, fails(err55P03)}, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal, tryFirstQuery, waitTxQuery, "ROLLBACK", "BEGIN", setLocal, waitTxQuery, "COMMIT"), nil,
+			"HolderTimeout after a wait", []reply{done, refused, refused}, []Option{HolderTimeout(time.Minute)}, noTx,
+			on(1, "open", "BEGIN", setLocal+tryFirstQuery, setWait, setWait, "COMMIT"), nil,
 		},
 		{
 			"HolderTimeout cannot be set", []reply{done, fails(pgError("42704"))}, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal, "ROLLBACK", clearQuery, "close"), []any{pgError("42704")},
+			on(1, "open", "BEGIN", setLocal+tryFirstQuery, "ROLLBACK", freeQuery, "close"), []any{pgError("42704")},
 		},
 		{
 			"COMMIT is refused: the server has rolled back", []reply{done, granted, fails(pgError("40001"))}, nil, noTx,
@@ -205,7 +202,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"COMMIT is refused, and so is unlock", []reply{granted, done, fails(pgError("40001")), refused}, []Option{serializable}, noTx,
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, clearQuery, "close"), []any{pgError("40001"), ErrLost},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, freeQuery, "close"), []any{pgError("40001"), ErrLost},
 		},
 		{
 			"COMMIT fails: nobody knows", []reply{done, granted, fails(died)}, nil, noTx,
@@ -221,7 +218,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"unlock refused after COMMIT", []reply{granted, done, done, refused}, []Option{serializable}, noTx,
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, clearQuery, "close"), []any{ErrLost, "release bigint 42"},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery, freeQuery, "close"), []any{ErrLost, "release bigint 42"},
 		},
 		{
 			"unlock fails after COMMIT, which is on the same session", []reply{granted, done, done, fails(died)}, []Option{serializable}, noTx,
@@ -233,15 +230,15 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"fn fails, and unlock is refused", []reply{granted, done, done, refused}, []Option{serializable}, func(context.Context, *sql.Tx) error { return mine },
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", unlockQuery, clearQuery, "close"), []any{mine, ErrLost},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", unlockQuery, freeQuery, "close"), []any{mine, ErrLost},
 		},
 		{
 			"fn commits", nil, nil, commit,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", clearQuery, "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
+			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", freeQuery, "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
 		},
 		{
 			"fn rolls back", nil, []Option{serializable}, func(_ context.Context, tx *sql.Tx) error { return tx.Rollback() },
-			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", clearQuery, "close"), []any{sql.ErrTxDone},
+			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", freeQuery, "close"), []any{sql.ErrTxDone},
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -290,49 +287,121 @@ func TestWhatWithTxLockCannotReturnGoesToTheLogger(t *testing.T) {
 	}
 }
 
-func TestTimeoutOfWithTxLockHandsBackTheConnection(t *testing.T) {
+// Nothing that fn did is committed: the transaction is rolled back once, at the end of ctx, and the
+// connection is handed back.
+func TestTheEndOfCtxWhileFnRunsRollsBackOnce(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		srv.script = script55P03(t)
-		start := time.Now()
-		wantError(t, WithTxLock(t.Context(), db, key, noTx, Timeout(500*time.Millisecond)), ErrNotAcquired, "not acquired within 500ms")
-		if d := time.Since(start); d != 500*time.Millisecond {
-			t.Errorf("after %v", d)
-		}
-		srv.want(t, on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "BEGIN",
-			strings.Replace(waitTxQuery, "400", "100", 1), "ROLLBACK", "BEGIN", "ROLLBACK", holdersQuery)...)
-	})
-}
-
-// Nothing that fn did is committed, and the connection goes, because database/sql
-// does not tell how its own rollback went.
-func TestTheEndOfCtxWhileFnRunsRollsBack(t *testing.T) {
-	t.Parallel()
-	for _, level := range []sql.IsolationLevel{sql.LevelReadCommitted, sql.LevelSerializable} {
-		for _, fnErr := range []error{nil, context.Canceled} {
-			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t)
-				ctx, cancel := context.WithCancel(t.Context())
-				err := WithTxLock(ctx, db, key, func(ctx context.Context, _ *sql.Tx) error {
-					cancel()
-					<-ctx.Done()
-					synctest.Wait()
-					return fnErr
-				}, isolation(level))
-				wantError(t, err, context.Canceled)
-				synctest.Wait()
-				lines := srv.lines()
-				if slices.Contains(lines, "1 COMMIT") || !slices.Contains(lines, "1 ROLLBACK") || lines[len(lines)-1] != "1 close" {
-					t.Errorf("log: %q", lines)
-				}
-			})
+	mine := errors.New("mine")
+	for _, c := range closures[4:] {
+		for _, fnErr := range []error{nil, context.Canceled, mine} {
+			for _, waits := range []bool{false, true} { // fn, for the rollback
+				t.Run(fmt.Sprint(c.name, " ", fnErr, " ", waits), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						db, srv := newServer(t)
+						ctx, cancel := context.WithCancel(t.Context())
+						err := c.run(ctx, db, key, func(ctx context.Context) error {
+							cancel()
+							<-ctx.Done()
+							if waits {
+								synctest.Wait()
+								srv.want(t, on(1, append(slices.Clip(c.acquires), "ROLLBACK")...)...)
+							}
+							return fnErr
+						})
+						wants := []any{context.Canceled, "commit bigint 42: context canceled"}
+						if fnErr != nil {
+							wants = []any{fnErr}
+						}
+						wantError(t, err, wants...)
+						synctest.Wait()
+						srv.want(t, on(1, append(slices.Clip(c.acquires), c.undoes...)...)...)
+						if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 1 {
+							t.Errorf("%+v", stats)
+						}
+					})
+				})
+			}
 		}
 	}
 }
 
-// database/sql rolls back by itself when ctx ends: a wait behind that would be outside
-// of any transaction.
+// fn may return before the rollback at the end of ctx has begun.
+func TestFnReturnsInTheMomentInWhichCtxEnds(t *testing.T) {
+	t.Parallel()
+	for range 200 {
+		db, srv := newServer(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		for range 1000 { // which end before, or after, what WithTxLock has made of ctx
+			_, cancel := context.WithCancel(ctx)
+			defer cancel()
+		}
+		wantError(t, WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error {
+			go cancel()
+			<-ctx.Done()
+			return nil
+		}), context.Canceled)
+		wantIdle(t, db)
+		if want := on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK"); !slices.Equal(want, srv.lines()) {
+			t.Fatalf("log: %q", srv.lines())
+		}
+	}
+}
+
+// fn may not know that its transaction has ended, and goes on.
+func TestAStatementOfFnAfterTheEndOfCtxIsNotSent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		wantError(t, WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
+			cancel()
+			synctest.Wait()
+			_, err := tx.ExecContext(context.Background(), "mine")
+			return err
+		}), sql.ErrTxDone)
+		srv.want(t, on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK")...)
+	})
+}
+
+// A rollback that cannot be sure of itself costs the connection.
+func TestARollbackAtTheEndOfCtxThatFails(t *testing.T) {
+	t.Parallel()
+	for name, answer := range map[string]func(ctx context.Context) error{
+		"gone":    func(context.Context) error { return io.ErrUnexpectedEOF },
+		"refused": func(context.Context) error { return pgError("XX000") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+					if query == "ROLLBACK" {
+						return 0, answer(ctx)
+					}
+					return 1, nil
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				start := time.Now()
+				wantError(t, WithTxLock(ctx, db, key, func(ctx context.Context, _ *sql.Tx) error {
+					cancel()
+					<-ctx.Done()
+					return nil
+				}), context.Canceled)
+				if d := time.Since(start); d > 0 {
+					t.Errorf("after %v", d)
+				}
+				synctest.Wait()
+				lines := srv.lines()
+				if count(lines, "ROLLBACK") != 1 || lines[len(lines)-1] != "1 close" || slices.Contains(lines, "1 COMMIT") {
+					t.Errorf("log: %q", lines)
+				}
+				if n := db.Stats().OpenConnections; n != 0 {
+					t.Errorf("%d connections in the pool", n)
+				}
+			})
+		})
+	}
+}
+
 func TestAfterTheEndOfCtxNoWaitGoesOut(t *testing.T) {
 	t.Parallel()
 	for range 200 {
@@ -353,34 +422,31 @@ func TestAfterTheEndOfCtxNoWaitGoesOut(t *testing.T) {
 }
 
 // In real time, because database/sql waits for its own locks here.
-func TestADriverThatDoesNotReturnInATransactionIsAbandoned(t *testing.T) {
+func TestADriverThatDoesNotReturnInATransactionIsLeft(t *testing.T) {
 	t.Parallel()
-	db, srv := newServer(t)
-	free := stuck(srv, waitTxQuery)
-	script := srv.script
-	ctx, cancel := context.WithCancel(t.Context())
-	srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-		if query == waitTxQuery {
-			cancel()
+	for _, stuckIn := range []string{tryFirstQuery, waitTxQuery} {
+		db, srv := newServer(t)
+		free := stuck(srv, stuckIn)
+		script := srv.script
+		ctx, cancel := context.WithCancel(t.Context())
+		srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+			if plainly(query) == stuckIn {
+				cancel()
+			}
+			return script(ctx, conn, query)
 		}
-		return script(ctx, conn, query)
-	}
-	start := time.Now()
-	wantError(t, WithTxLock(ctx, db, key, noTx), ErrNotAcquired, context.Canceled)
-	if d := time.Since(start); d > 2*abandonAfter+time.Second {
-		t.Errorf("after %v", d)
-	}
-	srv.want(t, on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery)...)
-	free()
-	for deadline := time.Now().Add(5 * time.Second); srv.open() > 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the connection is still open")
+		start := time.Now()
+		wantError(t, WithTxLock(ctx, db, key, noTx), ErrNotAcquired, context.Canceled)
+		if d := time.Since(start); d > time.Second {
+			t.Errorf("after %v", d)
 		}
-	}
-	for _, line := range srv.lines()[4:] {
-		if line != "1 ROLLBACK" && line != "1 close" {
-			t.Errorf("sent afterwards: %s", line)
+		sent := srv.lines()
+		if last := sent[len(sent)-1]; last != "1 "+stuckIn {
+			t.Errorf("log: %q", sent)
 		}
+		free()
+		wantIdle(t, db)
+		srv.want(t, append(sent, on(1, "ROLLBACK", freeQuery)...)...)
 	}
 }
 
@@ -647,15 +713,6 @@ func TestAServerThatDoesNotAnswerAcquireTxIsGivenUp(t *testing.T) {
 			t.Errorf("after %v", d)
 		}
 		_ = tx.Rollback()
-	})
-}
-
-// A connection that dies between the bounded wait and its ROLLBACK is one of the pool's.
-func TestAWaitThatDiesInRollbackGoesOn(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, _ := newServer(t, done, refused, fails(err55P03), fails(io.ErrUnexpectedEOF))
-		wantError(t, WithTxLock(t.Context(), db, key, noTx))
 	})
 }
 

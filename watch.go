@@ -63,10 +63,7 @@ func (c *carrier) watchFor(h *hold) {
 	first := len(c.holds) == 0
 	c.holds[h] = struct{}{}
 	next := c.proof.Add(every)
-	switch {
-	case h.soon:
-		next = time.Now()
-	case !first:
+	if !first {
 		next = time.Now().Add(every)
 	}
 	if first || every < w.every {
@@ -81,7 +78,7 @@ func (c *carrier) watchFor(h *hold) {
 // with, for a lock that is not held any more: three heartbeats, as always.
 func (c *carrier) strict(every time.Duration) time.Duration {
 	if c.armed {
-		return min(every, c.silent/3)
+		return min(every, c.settings.silence/3)
 	}
 	return every
 }
@@ -129,7 +126,7 @@ func (c *carrier) beat() {
 	}
 	answerIn := from.Add(2 * w.every).Sub(sent)
 	if c.armed { // but the server has
-		answerIn = min(answerIn, proof.Add(2*c.silent/3).Sub(sent))
+		answerIn = min(answerIn, proof.Add(2*c.settings.silence/3).Sub(sent))
 	}
 	h.mu.Unlock()
 	if answerIn <= 0 {
@@ -167,6 +164,25 @@ func (c *carrier) beat() {
 	}
 }
 
+// beatNow is the first heartbeat of a session that the server does not watch yet. It is answered
+// before it returns, within bound, or the session is lost.
+func (c *carrier) beatNow(bound time.Duration) {
+	c.hub.mu.Lock()
+	armed := c.armed
+	c.hub.mu.Unlock()
+	if armed {
+		return
+	}
+	err := c.take(context.Background(), bound)
+	if err == nil {
+		err = c.check(bound)
+		c.give()
+	}
+	if err != nil && !errors.Is(err, errNothingHeld) {
+		c.lose(err)
+	}
+}
+
 // shortest is the shortest Heartbeat of the holds.
 func (c *carrier) shortest() (every time.Duration) {
 	for hold := range c.holds {
@@ -189,39 +205,44 @@ func (c *carrier) overdue(proof time.Time, cause error) {
 
 var errNothingHeld = errors.New("nothing is held")
 
-// check has the server count the locks that the session holds, and arms it as the holders'
-// HolderTimeout asks. It is for whose turn it is on the session.
+// check asks the server whether the session is still the one that took the locks, and has it
+// watch the session as the holders' HolderTimeout asks. It is for whose turn it is on the session.
+//
+// The question costs the same however many locks there are. To look for them in pg_locks would
+// cost as much as all databases of the server have locks.
 func (c *carrier) check(bound time.Duration) error {
 	h := c.hub
 	h.mu.Lock()
+	silence := time.Duration(0)
+	for hold := range c.holds {
+		if silence == 0 || hold.cfg.holderTimeout < silence {
+			silence = hold.cfg.holderTimeout
+		}
+	}
 	// A release may have had its turn just before, and then nothing must follow: the
 	// connection may be the pool's.
-	if len(c.locks) == 0 {
+	if len(c.locks) == 0 || silence == 0 && !c.armed {
 		h.mu.Unlock()
 		return errNothingHeld
 	}
-	query, want := c.heldStatement()
-	silent := time.Duration(0)
-	for hold := range c.holds {
-		if silent == 0 || hold.cfg.holderTimeout < silent {
-			silent = hold.cfg.holderTimeout
-		}
-	}
-	if silent > 0 && (!c.armed || silent != c.silent) {
-		c.silent = silent
-		query = c.arm() + query
+	query := beatStatement(c.keys(), c.settings.nonce)
+	if silence > 0 && (!c.armed || silence != c.settings.silence) {
+		c.settings.silence = silence
+		query = c.settings.setStatement() + query
 		c.armed = true
 	}
 	h.mu.Unlock()
 	sent := time.Now()
-	rows, err := c.execNow(context.Background(), bound, query)
+	rows, err := c.execBy(c.quietSend, context.Background(), bound, query)
 	if sqlState(err) == queryCanceled { // pg_cancel_backend, say: the server has answered
-		rows, err = c.execNow(context.Background(), bound, query)
+		rows, err = c.execBy(c.quietSend, context.Background(), bound, query)
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	if rows < want {
+	case rows == standbyRows:
+		return errStandby
+	case rows == 0:
 		return errNotHeld
 	}
 	h.mu.Lock()
@@ -230,26 +251,13 @@ func (c *carrier) check(bound time.Duration) error {
 	return nil
 }
 
-// heldStatement: so many rows as the session should hold locks.
-func (c *carrier) heldStatement() (query string, want int64) {
-	const few = 16
-	var keys [2][]Key
-	for l := range c.locks {
-		i := 0
-		if l.shared {
-			i = 1
-		}
-		keys[i] = append(keys[i], Key{space: l.id.space, id: l.id.id})
+// keys is the keys of the locks that the session holds, in order.
+func (c *carrier) keys() []Key {
+	keys := make([]Key, 0, len(c.locks))
+	for l, name := range c.locks {
+		keys = append(keys, Key{space: l.id.space, id: l.id.id, name: name})
 	}
-	want = int64(len(c.locks))
-	switch {
-	case len(keys[1]) == 0 && want <= few:
-		return heldStatement(sorted(keys[0]), false), want
-	case len(keys[0]) == 0 && want <= few:
-		return heldStatement(sorted(keys[1]), true), want
-	default:
-		return heldCountStatement, want
-	}
+	return sorted(keys)
 }
 
 // lostError is the error of locks that were held and are lost.

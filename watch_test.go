@@ -15,28 +15,59 @@ import (
 	"github.com/DATA-DOG/go-sqlmock"
 )
 
+// However many locks there are, the server is asked one thing.
 func TestStatementsOfTheHeartbeat(t *testing.T) {
 	t.Parallel()
-	const rows = heldPrefix + "'ExclusiveLock' AND (" +
-		"locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '4294967295' AND objid OPERATOR(pg_catalog.=) '4294967295' AND objsubid OPERATOR(pg_catalog.=) 1 OR " +
-		"locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '1' AND objid OPERATOR(pg_catalog.=) '2' AND objsubid OPERATOR(pg_catalog.=) 1 OR " +
-		"locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '4294967289' AND objid OPERATOR(pg_catalog.=) '2147483648' AND objsubid OPERATOR(pg_catalog.=) 2)"
+	const (
+		beat = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
+			" WHEN pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
+		set = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '60000', false); "
+	)
 	synctest.Test(t, func(t *testing.T) {
 		db, mock := newMock(t)
-		result := func(n int64) func(string) {
-			return func(query string) {
-				mock.ExpectExec(query).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, n))
-			}
+		result := func(query string, n int64) {
+			mock.ExpectExec(query).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, n))
 		}
-		all := " pg_catalog.%(-1) AND pg_catalog.%(4294967298) AND pg_catalog.%(-7, -2147483647-1)"
-		result(1)("SELECT WHERE" + strings.ReplaceAll(all, "%", "pg_try_advisory_lock"))
-		result(3)("SET idle_session_timeout = 60000; " + rows)
-		result(3)(rows)
-		result(1)("RESET idle_session_timeout; SELECT WHERE" + strings.ReplaceAll(all, "%", "pg_advisory_unlock"))
-		wantError(t, WithLocks(t.Context(), db, []Key{Pair(-7, -2147483648), ID(1<<32 + 2), ID(-1)}, func(context.Context) error {
+		result("SELECT FROM pg_catalog.generate_series(1, CASE WHEN NOT pg_catalog.pg_try_advisory_lock(-1) THEN 0"+
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(4294967298) THEN 1"+
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(7440995589958059143) THEN 2"+
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(-7, -2147483647-1) THEN 3 ELSE 4 END)", 4)
+		result(set+"/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+beat, 1)
+		result("/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+beat, 1)
+		result("RESET advisory.session; RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock(-1)"+
+			" AND pg_catalog.pg_advisory_unlock(4294967298) AND pg_catalog.pg_advisory_unlock(7440995589958059143)"+
+			" AND pg_catalog.pg_advisory_unlock(-7, -2147483647-1)", 1)
+		wantError(t, WithLocks(t.Context(), db, []Key{Pair(-7, -2147483648), ID(1<<32 + 2), ID(-1), Name("nightly-report")}, func(context.Context) error {
 			time.Sleep(50 * time.Second)
 			return nil
 		}, Heartbeat(20*time.Second), HolderTimeout(time.Minute)))
+	})
+}
+
+// Each session has a nonce of its own, and the same one for as long as it has locks.
+func TestTheNonceOfASession(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		var nonces []string
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if isBeat(query) {
+				nonces = append(nonces, beatOf.FindStringSubmatch(query)[1])
+				if m := nonceOf.FindStringSubmatch(query); m != nil && m[1] != nonces[len(nonces)-1] {
+					t.Errorf("sets %s and asks for %s", m[1], nonces[len(nonces)-1])
+				}
+			}
+			return 1, nil
+		}
+		for range 2 {
+			wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
+				time.Sleep(2500 * time.Millisecond)
+				return nil
+			}))
+		}
+		if len(nonces) != 4 || nonces[0] != nonces[1] || nonces[2] != nonces[3] || nonces[0] == nonces[2] || len(nonces[0]) < 5 {
+			t.Errorf("nonces %q", nonces)
+		}
 	})
 }
 
@@ -48,7 +79,7 @@ func TestAHeldLockIsCheckedEveryHeartbeatAndTheServerArmedOnce(t *testing.T) {
 			var at []time.Duration
 			start := time.Now()
 			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-				if strings.Contains(query, "pg_locks") {
+				if isBeat(query) {
 					at = append(at, time.Since(start))
 					time.Sleep(100 * time.Millisecond) // the answer takes a while
 				}
@@ -58,7 +89,7 @@ func TestAHeldLockIsCheckedEveryHeartbeatAndTheServerArmedOnce(t *testing.T) {
 				time.Sleep(3500 * time.Millisecond)
 				return ctx.Err()
 			}))
-			srv.want(t, on(1, "open", tryQuery, armQuery, heldQuery, heldQuery, disarmQuery)...)
+			srv.want(t, on(1, "open", tryQuery, armQuery, beatQuery, beatQuery, disarmQuery)...)
 			if !slices.Equal(at, []time.Duration{time.Second, 2 * time.Second, 3 * time.Second}) {
 				t.Errorf("heartbeats at %v", at)
 			}
@@ -87,7 +118,7 @@ func TestALockThatIsReleasedBeforeItsFirstHeartbeatCostsNone(t *testing.T) {
 	})
 }
 
-func TestSharedLocksAreCheckedAsSuch(t *testing.T) {
+func TestSharedLocksAreCheckedToo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
@@ -96,22 +127,21 @@ func TestSharedLocksAreCheckedAsSuch(t *testing.T) {
 			return nil
 		}, Shared(), HolderTimeout(3*time.Second)))
 		srv.want(t, on(1, "open", "SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
-			"SET idle_session_timeout = 3000; "+heldShared,
-			"RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)")...)
+			strings.Replace(armQuery, "15000", "3000", 1),
+			resetQuery+"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)")...)
 	})
 }
 
-// After a wait that failed, the heartbeat asks for the lock, and the release frees
-// every grant of it.
-func TestTheReleaseAfterAHiddenGrantAndAHeartbeat(t *testing.T) {
+// A grant that was waited for has armed the session.
+func TestTheHeartbeatsAfterAWait(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t, refused, fails(err55P03), granted)
+		db, srv := newServer(t, refused, refused, granted)
 		wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
 			time.Sleep(1500 * time.Millisecond)
 			return nil
 		}))
-		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, heldQuery, disarmAllQuery)...)
+		srv.want(t, on(1, "open", tryQuery, armedWaitQuery, armedWaitQuery, beatQuery, disarmQuery)...)
 	})
 }
 
@@ -136,7 +166,11 @@ func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
 			2 * time.Second, []any{pgError("57P05")}, false, false,
 		},
 		{
-			"it does not hold the lock any more", func(context.Context) (int64, error) { return 0, nil },
+			"the server is a standby by now", func(context.Context) (int64, error) { return 2, nil },
+			2 * time.Second, []any{"hot standby"}, true, false,
+		},
+		{
+			"it is another session", func(context.Context) (int64, error) { return 0, nil },
 			2 * time.Second, []any{"this session did not hold it"}, true, false,
 		},
 		{"no answer in time", hang, 3 * time.Second, []any{"no answer from the server within 1s"}, false, true},
@@ -155,7 +189,7 @@ func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
 						db, srv := newServer(t)
 						srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
-							if query == heldQuery {
+							if plainly(query) == beatQuery {
 								return test.second(ctx)
 							}
 							return 1, nil
@@ -183,9 +217,9 @@ func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
 						}
 						wantError(t, err, wants...)
 						time.Sleep(2 * time.Hour)
-						want := []string{"open", tryQuery, armQuery, heldQuery}
-						if test.sound || test.late && slices.Contains(srv.lines(), "1 "+clearArmedQuery) {
-							want = append(want, clearArmedQuery)
+						want := []string{"open", tryQuery, armQuery, beatQuery}
+						if test.sound || test.late && slices.Contains(srv.lines(), "1 "+resetQuery+freeQuery) {
+							want = append(want, resetQuery+freeQuery)
 						}
 						srv.want(t, on(1, append(want, "close")...)...)
 					})
@@ -195,21 +229,28 @@ func TestALossEndsFnsCtxAndTheClosureReturnsErrLost(t *testing.T) {
 	}
 }
 
-func TestOneOfSeveralLocksLostIsALoss(t *testing.T) {
+// All locks of a session are lost with it.
+func TestALossIsOfAllLocksOfTheSession(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if strings.Contains(query, "pg_locks") {
-				return 2, nil
+			switch {
+			case isBeat(query):
+				return 0, nil
+			case strings.Contains(query, "generate_series"):
+				return 3, nil
 			}
 			return 1, nil
 		}
+		other := take(t, db, key)
 		err := WithLocks(t.Context(), db, []Key{ID(1), ID(2), ID(3)}, func(ctx context.Context) error {
 			<-ctx.Done()
 			return nil
 		})
 		wantError(t, err, ErrLost, "bigint 1, bigint 2, bigint 3")
+		wantError(t, context.Cause(other.Context()), ErrLost, "bigint 42")
+		wantError(t, other.Release(), ErrLost)
 		synctest.Wait()
 		if srv.open() != 0 {
 			t.Error("the session was not discarded")
@@ -222,7 +263,7 @@ func TestAnAnswerJustInTimeIsOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if strings.Contains(query, "pg_locks") {
+			if isBeat(query) {
 				time.Sleep(999 * time.Millisecond)
 			}
 			return 1, nil
@@ -251,7 +292,7 @@ func TestAProcessThatWasFrozenHasLostItsLock(t *testing.T) {
 		wantError(t, l.Release(), ErrLost)
 		wantError(t, l.Release(), ErrLost)
 		synctest.Wait()
-		srv.want(t, on(1, "open", tryQuery, clearQuery, "close")...) // no heartbeat, which might have come back well
+		srv.want(t, on(1, "open", tryQuery, freeQuery, "close")...) // no heartbeat, which might have come back well
 	})
 }
 
@@ -281,7 +322,7 @@ func TestAReleaseDuringAHeartbeat(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				db, srv := newServer(t)
 				srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
-					if query == armQuery {
+					if plainly(query) == armQuery {
 						return test.answer(ctx)
 					}
 					return 1, nil
@@ -325,8 +366,8 @@ func TestAHeartbeatNeverFollowsTheRelease(t *testing.T) {
 			switch {
 			case slices.Contains(lines, "1 "+armQuery):
 				want = on(1, "open", tryQuery, armQuery, disarmQuery)
-			case slices.Contains(lines, "1 "+heldQuery): // the release had begun: nothing was to be armed
-				want = on(1, "open", tryQuery, heldQuery, unlockQuery)
+			case slices.Contains(lines, "1 "+beatQuery): // the release had begun: nothing was to be armed
+				want = on(1, "open", tryQuery, beatQuery, unlockQuery)
 			}
 			if !slices.Equal(lines, want) {
 				t.Errorf("log: %q", lines)
@@ -345,7 +386,7 @@ func TestALockIsWatchedBeyondTheCtxOfItsAcquisition(t *testing.T) {
 		cancel()
 		time.Sleep(2500 * time.Millisecond)
 		wantError(t, l.Release())
-		srv.want(t, on(1, "open", tryQuery, armQuery, heldQuery, disarmQuery)...)
+		srv.want(t, on(1, "open", tryQuery, armQuery, beatQuery, disarmQuery)...)
 	})
 }
 
@@ -641,9 +682,9 @@ func TestTheFirstHeartbeat(t *testing.T) {
 				switch {
 				case query == tryQuery && test.waits:
 					return 0, nil
-				case query == tryQuery || query == armedWaitQuery:
+				case query == tryQuery || plainly(query) == armedWaitQuery:
 					time.Sleep(test.took)
-				case strings.Contains(query, "pg_locks"):
+				case isBeat(query):
 					at = append(at, time.Since(start))
 				}
 				return 1, nil
@@ -666,9 +707,8 @@ func TestAStrictHolderThatLeavesDuringItsHeartbeat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if strings.Contains(query, "pg_locks") {
+			if isBeat(query) {
 				time.Sleep(50 * time.Millisecond)
-				return 2, nil
 			}
 			return 1, nil
 		}
@@ -679,7 +719,7 @@ func TestAStrictHolderThatLeavesDuringItsHeartbeat(t *testing.T) {
 		time.Sleep(time.Second + 10*time.Millisecond)
 		wantError(t, strict.Release())
 		time.Sleep(2 * time.Second)
-		if !slices.ContainsFunc(srv.lines(), func(l string) bool { return strings.Contains(l, "idle_session_timeout = 3600000;") }) {
+		if !slices.ContainsFunc(srv.lines(), func(l string) bool { return strings.Contains(l, "'idle_session_timeout', '3600000'") }) {
 			t.Errorf("log: %q", srv.lines())
 		}
 		wantError(t, lax.Context().Err())
@@ -697,7 +737,7 @@ func TestAShortHeartbeatCountsFromItsBeginning(t *testing.T) {
 		answer := srvs[0].script
 		srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
 			switch {
-			case strings.Contains(query, "lock_timeout"):
+			case isWait(query):
 				time.Sleep(5 * time.Second)
 			case query == "SELECT": // the first holder asks whether it held the lock to the end
 				time.Sleep(time.Second / 2)

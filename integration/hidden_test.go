@@ -40,7 +40,7 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 				key := advisory.Name(t.Name() + w.name + name)
 				release := hold(t, adminDB(t), key)
 				waiter := make(chan error, 1)
-				go func() {
+				wait := func() {
 					waiter <- w.with(soon(t), db, key, func(ctx context.Context, q querier) error {
 						// Held exactly once, as far as others can see.
 						n, err := locks(ctx, adminDB(t), key, true)
@@ -49,9 +49,15 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 						}
 						return err
 					}, opts...)
-				}()
+				}
+				go wait()
 				var pid int
 				waitFor(t, "it waits", func() (bool, error) {
+					select {
+					case <-waiter: // its Timeout was over before it was seen
+						go wait()
+					default:
+					}
 					err := adminDB(t).QueryRow(waiterPIDs, key.SQL()).Scan(&pid)
 					return err == nil, err
 				})

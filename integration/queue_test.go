@@ -120,29 +120,6 @@ func TestWaiterIsNotStarvedByABusyProcess(t *testing.T) {
 	})
 }
 
-// In a small pool, a session waits in the server's queue instead of the shared one.
-func TestWaiterWithASmallPoolIsNotStarvedByABusyProcess(t *testing.T) {
-	bothDrivers(t, func(t *testing.T, d driver) {
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		busy, other := d.open(t, server.DSN()), d.openLimited(t, 2)
-		var g errgroup.Group
-		var sections atomic.Int64
-		key := testKey(t)
-		contend(ctx, &g, busy, 8, key, func() { sections.Add(1); time.Sleep(time.Millisecond) }) // there is always somebody in line
-		waitFor(t, "the process is busy", func() (bool, error) { return sections.Load() > 20, nil })
-		began := time.Now()
-		if err := withLock.with(ctx, other, key, noWork, advisory.Timeout(10*time.Second)); err != nil {
-			t.Errorf("after %d sections of the other process: %v", sections.Load(), err)
-		}
-		t.Logf("%v", time.Since(began))
-		cancel()
-		if err := g.Wait(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
 // Shared locks that overlap all the time do not keep a writer out.
 func TestReadersDoNotStarveAWriter(t *testing.T) {
 	t.Parallel()

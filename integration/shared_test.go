@@ -324,6 +324,7 @@ func TestLockTableIsFull(t *testing.T) {
 	s := ownServer(t, pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
 	eachDriver(t, func(t *testing.T, d driver) {
 		const before, room, asked = 20, 100, 300
+		allowLog(t, "ERROR:  out of shared memory")
 		admin := d.open(t, s.DSN())
 		db := d.open(t, withParams(t, s.DSN(), "application_name", appName(t)))
 		keys := keysNumbered(t, before+asked)
@@ -422,6 +423,7 @@ func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
 	s := ownServer(t, pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
 	bothDrivers(t, func(t *testing.T, d driver) {
 		const asked = 400
+		allowLog(t, "ERROR:  out of shared memory")
 		admin := d.open(t, s.DSN())
 		db := d.open(t, newWireTo(t, s, 3*time.Millisecond).dsn)
 		lock, err := advisory.Acquire(soon(t), db, testKey(t))
@@ -592,11 +594,11 @@ func TestStrictestOfTheHoldersCounts(t *testing.T) {
 				return slices.ContainsFunc(sent, func(s string) bool { return strings.Contains(s, what) }), nil
 			})
 		}
-		sends("idle_session_timeout = 20000;")
+		sends("'idle_session_timeout', '20000'")
 		if err := strict.Release(); err != nil {
 			t.Error(err)
 		}
-		sends("idle_session_timeout = 3600000;") // with the heartbeat that was due
+		sends("'idle_session_timeout', '3600000'") // with the heartbeat that was due
 		wantLive(t, lax.Context())
 		w.take()
 		time.Sleep(time.Second) // for what must not happen, there is no condition
@@ -615,7 +617,7 @@ func TestStrictHolderLeavesNothingToTheNext(t *testing.T) {
 	t.Parallel()
 	bothDrivers(t, func(t *testing.T, d driver) {
 		const n = 30
-		dsn := withParams(t, server.DSN(), "application_name", appName(t))
+		dsn := watchLog(t, server.DSN())
 		err := concurrently(n, 1, func(i int) error {
 			db, err := d.openDB(dsn)
 			if err != nil {

@@ -20,8 +20,22 @@ func TestHolderBuildsIndexConcurrentlyWhileOthersWait(t *testing.T) {
 	eachDriver(t, func(t *testing.T, d driver) {
 		eachWay(t, indexBuilders, func(t *testing.T, holder way) {
 			t.Parallel()
-			if err := buildIndexAsHolder(t, d, holder, queuers); err != nil {
+			if err := buildIndexAsHolder(t, d, holder, queuers, "1s"); err != nil {
 				t.Error(err)
+			}
+		})
+	})
+}
+
+// A wait is shorter than the server's deadlock_timeout, whatever that is. It is not parallel: a
+// machine that is late by half of it sees a deadlock.
+func TestHolderBuildsIndexConcurrentlyWithAShortDeadlockTimeout(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		eachWay(t, indexBuilders, func(t *testing.T, holder way) {
+			for _, w := range queuers {
+				if err := buildIndexAsHolder(t, d, holder, []way{w}, "100ms"); err != nil {
+					t.Errorf("%s: %v", w.name, err)
+				}
 			}
 		})
 	})
@@ -36,7 +50,7 @@ func TestHolderBuildsIndexConcurrentlyWhileTransactionsTry(t *testing.T) {
 			t.Parallel()
 			var errs []error
 			for range 3 { // a rare coincidence each time, not three times
-				err := buildIndexAsHolder(t, d, holder, []way{acquireTx})
+				err := buildIndexAsHolder(t, d, holder, []way{acquireTx}, "1s")
 				if err == nil {
 					return
 				}
@@ -53,9 +67,9 @@ var indexBuilders = []way{withConnLock, withLock}
 
 // buildIndexAsHolder builds an index under a lock for which processes wait in the given
 // ways, and returns what goes wrong.
-func buildIndexAsHolder(t *testing.T, d driver, holder way, waiting []way) error {
+func buildIndexAsHolder(t *testing.T, d driver, holder way, waiting []way, deadlockTimeout string) error {
 	var (
-		dsn     = inDatabase(t) // other tests' transactions would hold up the index
+		dsn     = withParams(t, inDatabase(t), "deadlock_timeout", deadlockTimeout) // other tests' transactions would hold up the index
 		db      = d.open(t, withParams(t, dsn, "statement_timeout", "5s"))
 		key     = testKey(t)
 		waiters errgroup.Group
@@ -83,7 +97,7 @@ func buildIndexAsHolder(t *testing.T, d driver, holder way, waiting []way) error
 				queue += 3
 			}
 		}
-		waitForWaiters(t, db, key, queue)
+		waitForSlices(t, db, queue)
 		waitForTriers(t, db, key, try)
 		_, err := q.ExecContext(ctx, `CREATE INDEX CONCURRENTLY accounts_id ON accounts (id)`)
 		return err
@@ -99,9 +113,19 @@ func buildIndexAsHolder(t *testing.T, d driver, holder way, waiting []way) error
 	return err
 }
 
+// waitForSlices waits until n sessions of db's database wait in the server's queue, or have just done so.
+func waitForSlices(t testing.TB, db *sql.DB, n int) {
+	t.Helper()
+	waitFor(t, fmt.Sprintf("%d have waited", n), func() (bool, error) {
+		return isTrue(db, `SELECT count(*) >= $1 FROM pg_stat_activity
+			WHERE datname = current_database() AND query LIKE '/* advisory: %pg_advisory_%lock%'`, n)
+	})
+}
+
 // What the tests above would see if waiting were one long statement.
 func TestNaiveWaitersDeadlockWithTheHoldersIndex(t *testing.T) {
 	t.Parallel()
+	allowLog(t, "ERROR:  deadlock detected")
 	db := drivers[0].open(t, inDatabase(t))
 	key := testKey(t)
 	setUp(t, db, `CREATE TABLE accounts AS SELECT generate_series(1, 100) AS id`)

@@ -1,0 +1,179 @@
+package integration
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/pgtest"
+	"github.com/pgadvisory/advisory/integration/internal/testkit"
+)
+
+// An endpoint leads to one server, and then to another, as a name or a balancer does at a switch-over.
+type endpoint struct {
+	mu    sync.Mutex
+	to    *pgtest.Server
+	conns []net.Conn
+	addr  net.Addr
+}
+
+func newEndpoint(t *testing.T, to *pgtest.Server) *endpoint {
+	e := &endpoint{to: to}
+	e.addr = testkit.Serve(t, func(client net.Conn) {
+		e.mu.Lock()
+		addr := net.JoinHostPort(e.to.Host(), strconv.Itoa(e.to.Port()))
+		e.mu.Unlock()
+		server, err := net.Dial("tcp", addr)
+		if err != nil {
+			return
+		}
+		defer server.Close()
+		e.mu.Lock()
+		e.conns = append(e.conns, client, server)
+		e.mu.Unlock()
+		go func() {
+			_, _ = io.Copy(server, client)
+			server.Close()
+		}()
+		_, _ = io.Copy(client, server)
+	})
+	t.Cleanup(e.cut)
+	return e
+}
+
+// lead has new connections lead to a server, and ends those that there are.
+func (e *endpoint) lead(to *pgtest.Server) {
+	e.mu.Lock()
+	e.to = to
+	e.mu.Unlock()
+	e.cut()
+}
+
+func (e *endpoint) cut() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, c := range e.conns {
+		c.Close()
+	}
+	e.conns = nil
+}
+
+func (e *endpoint) dsn(t *testing.T) string {
+	_, port, err := net.SplitHostPort(e.addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "postgres://postgres@127.0.0.1:" + port + "/postgres?sslmode=disable"
+}
+
+func (b *syncBuffer) option() advisory.Option {
+	return advisory.Logger(slog.New(slog.NewTextHandler(b, nil)))
+}
+
+// The locks of a standby exclude nobody on the primary. Who meets one is told so, and does not
+// work beside the primary's holder for longer than a heartbeat finds out.
+func TestStandbyIsNoPlaceForALock(t *testing.T) {
+	primary := ownServer(t)
+	standby := testkit.Standby(t, primary)
+	const says = "hot standby"
+	bothDrivers(t, func(t *testing.T, d driver) {
+		allowLog(t, "cannot set transaction read-write mode during recovery") // the BEGIN of lib/pq
+		there := d.open(t, standby.DSN())
+
+		t.Run("wait", func(t *testing.T) {
+			for _, w := range queuers {
+				key := advisory.Name(t.Name() + w.name)
+				hold(t, there, key)
+				err := w.with(soon(t), there, key, noWork)
+				if err == nil || !strings.Contains(err.Error(), says) || errors.Is(err, advisory.ErrNotAcquired) {
+					t.Errorf("%s: error %v", w.name, err)
+				}
+			}
+		})
+		t.Run("heartbeat", func(t *testing.T) {
+			for _, w := range openers {
+				if !w.beats {
+					continue
+				}
+				err := w.with(soon(t), there, advisory.Name(t.Name()+w.name), func(ctx context.Context, _ querier) error {
+					select {
+					case <-ctx.Done():
+						return nil
+					case <-time.After(10 * time.Second):
+						return errors.New("no heartbeat has found out")
+					}
+				}, advisory.Heartbeat(100*time.Millisecond))
+				if !errors.Is(err, advisory.ErrLost) || !strings.Contains(err.Error(), says) {
+					t.Errorf("%s: error %v", w.name, err)
+				}
+			}
+		})
+		t.Run("Lead", func(t *testing.T) {
+			e := newEndpoint(t, standby)
+			db := d.open(t, e.dsn(t))
+			var log syncBuffer
+			led := make(chan bool, 1)
+			ctx, cancel := context.WithCancel(soon(t))
+			defer cancel()
+			done := make(chan error, 1)
+			go func() {
+				done <- advisory.Lead(ctx, db, testKey(t), func(ctx context.Context) error {
+					primary, err := isTrue(db, "SELECT NOT pg_is_in_recovery()")
+					led <- primary && err == nil
+					return err
+				}, log.option())
+			}()
+			waitFor(t, "a campaign has failed at the standby", func() (bool, error) {
+				return strings.Contains(log.String(), says), nil
+			})
+			e.lead(primary)
+			if primary := <-led; !primary {
+				t.Error("fn has run at the standby")
+			}
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+		t.Run("wait over a switch-over", func(t *testing.T) {
+			for _, w := range openers {
+				e := newEndpoint(t, primary)
+				db := d.open(t, e.dsn(t))
+				holder := d.open(t, primary.DSN())
+				key := advisory.Name(t.Name() + w.name)
+				release := hold(t, holder, key)
+				var log syncBuffer
+				done := make(chan error, 1)
+				go func() {
+					done <- w.with(soon(t), db, key, func(ctx context.Context, q querier) error {
+						var standby bool
+						if err := q.QueryRowContext(ctx, "SELECT pg_is_in_recovery()").Scan(&standby); err != nil || standby {
+							return errors.Join(err, errors.New("fn has run at the standby"))
+						}
+						return nil
+					}, log.option())
+				}()
+				waitForWaiters(t, holder, key, 1)
+				blocker := hold(t, there, key) // so that WithConnLock and WithTxLock wait there, too
+				e.lead(standby)
+				waitFor(t, w.name+" has met the standby", func() (bool, error) {
+					return strings.Contains(log.String(), says), nil
+				})
+				e.lead(primary)
+				waitForWaiters(t, holder, key, 1)
+				release()
+				if err := <-done; err != nil {
+					t.Errorf("%s: %v", w.name, err)
+				}
+				blocker()
+			}
+		})
+	})
+}

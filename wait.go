@@ -1,0 +1,303 @@
+package advisory
+
+import (
+	"cmp"
+	"context"
+	"database/sql/driver"
+	"errors"
+	"math/rand/v2"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// A wait in the server's queue is made of slices: statements that wait for a bounded time, one
+// after the other. Whose slice is over goes to the end of the queue.
+//
+// The longer one has waited, the longer is one's slice. So those at the head of the queue, who
+// came there longest ago, are those who have waited longest. With the same slice for all, chance
+// would decide, and some would wait for ever.
+const (
+	sliceMin = 100 * time.Millisecond
+	sliceMax = 400 * time.Millisecond
+
+	// sliceAge is the age of a wait whose slices are half-way between the two.
+	sliceAge = 10 * time.Second
+)
+
+// sliceOf is how long the next slice of a wait takes that has begun then.
+func sliceOf(since time.Time) time.Duration {
+	age := time.Since(since)
+	return sliceMin + time.Duration(float64(sliceMax-sliceMin)*float64(age)/float64(age+sliceAge))
+}
+
+// acquire takes the lock of k for one who wants it since then. deadline is the Timeout's, or zero. After any error but
+// errRefused and errTimeout the state of the session is unknown.
+func (s *session) acquire(ctx context.Context, k Key, noWait bool, since, deadline time.Time) error {
+	s.proof = time.Now()
+	granted, err := s.try(ctx, k, deadline)
+	switch {
+	case err != nil:
+		return err
+	case granted:
+	case noWait:
+		return errRefused
+	default:
+		if err := s.waitOrTry(ctx, k, since, deadline); err != nil {
+			return err
+		}
+	}
+	s.held = []Key{k}
+	// A grant that comes too late is not used.
+	return ctx.Err()
+}
+
+// waitOrTry waits for the lock of k, which a try has just refused.
+func (s *session) waitOrTry(ctx context.Context, k Key, since, deadline time.Time) error {
+	s.waited = true
+	if !s.mustTry() {
+		if err := s.wait(ctx, k, since, deadline); !s.refused(err) {
+			return err
+		}
+	}
+	return s.waitByTrying(ctx, k, deadline)
+}
+
+// errRefused, errTimeout and errYield end an acquisition that leaves the session usable.
+var (
+	errRefused       = errors.New("another holds the lock")
+	errTimeout error = timeoutError{}
+	errYield         = errors.New("others wait who cannot wait in the server's queue")
+)
+
+// A timeoutError can be told from a refusal as context.DeadlineExceeded can be told from
+// context.Canceled.
+type timeoutError struct{}
+
+func (timeoutError) Error() string { return "timeout" }
+func (timeoutError) Timeout() bool { return true }
+
+// errStandby is the error of a lock on a standby.
+var errStandby = errors.New("the server is a hot standby: its locks exclude nobody on the primary; connect to the primary (target_session_attrs=read-write)")
+
+// try tries to take the lock of k.
+func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted bool, err error) {
+	query := tryStatement([]Key{k}, s.shared)
+	if s.on == inTx {
+		query = s.restart + tryTxStatement(k, s.shared)
+	}
+	rows, err := s.execLeft(ctx, answerWithin(0, deadline), query, k, false)
+	return rows > 0, err
+}
+
+// wait waits for the lock of k in the server's queue. A try has just refused it.
+func (s *session) wait(ctx context.Context, k Key, since, deadline time.Time) error {
+	for {
+		granted, err := s.slice(ctx, k, sliceOf(since), deadline)
+		if err != nil || granted {
+			return err
+		}
+		if err := poolClosed(s.db); err != nil {
+			return err
+		}
+		if s.enough != nil && s.enough() {
+			return errYield
+		}
+		s.pace(ctx, deadline)
+	}
+}
+
+// pace keeps slices that end early, by a very short statement_timeout or deadlock_timeout, from
+// becoming a busy loop.
+func (s *session) pace(ctx context.Context, deadline time.Time) {
+	if d := within(sliceMin-time.Since(s.proof), deadline); d > 0 {
+		sleep(ctx, d)
+	}
+}
+
+// slice waits for the lock of k for at most bound, or until deadline. After an error, or the end of
+// ctx, the session may hold the lock.
+func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadline time.Time) (granted bool, err error) {
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	bound = within(bound, deadline)
+	if bound <= 0 {
+		return false, errTimeout
+	}
+	armed, settings := s.armed, s.settings
+	if armed {
+		settings.silence = 0
+	}
+	s.armed = armed || settings.silence > 0
+	s.waitingFor, s.proof = k, time.Now()
+	rows, err := s.execLeft(ctx, answerWithin(bound, deadline), waitStatement(s.on, s.restart, k, s.shared, bound, settings), k, true)
+	switch {
+	case err == nil && rows == standbyRows:
+		return false, errStandby
+	case err == nil && rows == 1:
+		return true, nil
+	case err == nil:
+		s.waited, s.armed = true, armed
+		return false, nil
+	case refusesWait(err):
+		s.armed = armed
+		return false, waitRefused{err}
+	case sqlState(err) == queryCanceled && s.on == inTx:
+		return false, nil // in the moment before the block, or after it; it is rolled back
+	case sqlState(err) == queryCanceled && s.on == onOwn:
+		s.armed = armed
+		_, err = s.exec(ctx, answerBound, freeStatement)
+	}
+	return false, err
+}
+
+// A waitRefused is the error of a server that does not execute the statement that waits: PL/pgSQL is
+// gone, say, or this role may not use it. The session is as it was.
+type waitRefused struct{ error }
+
+func (e waitRefused) Unwrap() error { return e.error }
+
+func refusesWait(err error) bool {
+	state := sqlState(err)
+	return strings.HasPrefix(state, "42") || strings.HasPrefix(state, "0A")
+}
+
+// refused tells whether err is such an error. The first one of a pool is reported to the Logger.
+func (s *session) refused(err error) bool {
+	if !errors.As(err, new(waitRefused)) {
+		return false
+	}
+	first := true
+	if s.db != nil {
+		h := hubOf(s.db)
+		h.mu.Lock()
+		first = !h.mustTry
+		h.mustTry = true
+		h.mu.Unlock()
+	}
+	if first {
+		s.log.Warn("advisory: waits try again and again, because the server does not execute the statement that waits", "error", err)
+	}
+	return true
+}
+
+// mustTry tells whether the server has refused a wait through this pool before.
+func (s *session) mustTry() bool {
+	if s.db == nil {
+		return false
+	}
+	h := hubOf(s.db)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.mustTry
+}
+
+// waitByTrying is wait where mustTry says so.
+func (s *session) waitByTrying(ctx context.Context, k Key, deadline time.Time) error {
+	s.waitingFor = k
+	for pause := pollMin; ; pause = min(2*pause, pollMax) {
+		d := within(pause/2+rand.N(pause), deadline)
+		if d <= 0 {
+			return errTimeout
+		}
+		sleep(ctx, d)
+		if err := cmp.Or(ctx.Err(), poolClosed(s.db)); err != nil {
+			return err
+		}
+		if granted, err := s.try(ctx, k, deadline); err != nil || granted {
+			return err
+		}
+	}
+}
+
+// execLeft sends a statement that takes the lock of k, or ends by itself before long; as runLeft does.
+// If its caller has left, and the session is not ours, the lock is unlocked before anybody else's statement.
+func (s *session) execLeft(ctx context.Context, bound time.Duration, query string, k Key, quiet bool) (int64, error) {
+	var rows int64 // the statement's until runLeft returns without its caller having left
+	err := s.runLeft(ctx, bound, func(ctx context.Context, left func() bool) (err error) {
+		rows, err = s.execBy(func(ctx context.Context, query string) (rows int64, err error) {
+			rawErr := raw(s.conn, func(dc any) error {
+				if quiet {
+					dc = unwrap(dc)
+				}
+				rows, err = execOn(ctx, dc, query)
+				if !left() || s.ours {
+					return nil
+				}
+				switch {
+				case err == nil && rows == standbyRows:
+					err = errStandby
+				case err == nil && rows == 1:
+					_, err = execOn(ctx, dc, unlockStatement([]Key{k}, s.shared))
+				}
+				if err == nil {
+					return nil
+				}
+				// It may hold the lock. The caller may be about to hand it back to the pool.
+				s.noted(err)
+				s.clear(dc)
+				return driver.ErrBadConn
+			})
+			return rows, cmp.Or(err, rawErr)
+		}, ctx, bound, query)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return rows, nil
+}
+
+// runLeft has f, which sends a statement, run when it is its turn. If ctx ends first, it returns at
+// once, and f and its turn go on until the answer: to break off a statement would cost the
+// connection. left tells f whether its caller has left; if not, the caller waits for f from then on.
+func (s *session) runLeft(ctx context.Context, bound time.Duration, f func(ctx context.Context, left func() bool) error) error {
+	if err := s.take(ctx, bound); err != nil {
+		return err
+	}
+	if ctx.Done() == nil {
+		defer s.give()
+		return f(ctx, func() bool { return false })
+	}
+	const (
+		stays = iota + 1
+		gone
+	)
+	var caller atomic.Int32
+	left := func() bool { return !caller.CompareAndSwap(0, stays) && caller.Load() == gone }
+	type result struct {
+		err      error
+		panicked any
+	}
+	results := make(chan result, 1)
+	go func() {
+		var r result
+		defer func() {
+			r.panicked = recover()
+			if left() {
+				if r.panicked != nil {
+					panic(r.panicked)
+				}
+				s.leftErr = r.err
+			}
+			s.give()
+			results <- r
+		}()
+		r.err = f(context.WithoutCancel(ctx), left)
+	}()
+	var r result
+	select {
+	case r = <-results:
+	case <-ctx.Done():
+		if caller.CompareAndSwap(0, gone) {
+			s.left = true
+			return ctx.Err()
+		}
+		r = <-results
+	}
+	if r.panicked != nil {
+		panic(r.panicked)
+	}
+	return r.err
+}
