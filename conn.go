@@ -360,7 +360,6 @@ type session struct {
 	armed      bool        // the settings may be made
 	proof      time.Time   // when the last statement of the acquisition went out
 	left       bool        // a statement is under way that its caller has left
-	leftErr    error       // what became of it, for whose turn it is next
 	unwind     func()      // ends what was begun before the lock was asked for; nil: nothing was
 	broken     bool        // its state is unknown, whatever the last error says
 }
@@ -603,7 +602,8 @@ func (s *session) giveUp(ctx context.Context, err error, ended func()) {
 			s.unwind()
 		}
 		if !s.broken && usable(ctx, err) {
-			if len(s.held) == 0 && !s.armed && !s.left {
+			// What a transaction held has gone with it.
+			if len(s.held) == 0 && !s.armed && (!s.left || s.on == inTx) {
 				s.handBack()
 				return
 			}
@@ -666,11 +666,12 @@ func (s *session) discard() {
 	}
 }
 
-// clear leaves no lock on the driver's connection. What its Close does is not certain:
+// clear leaves no lock on the driver's connection. Those of a transaction go with it, and behind a
+// transaction pooler, the locks of the session are another's. What its Close does is not certain:
 // that of pgx on a pgxpool returns a sound connection to that pool (one with an open transaction, it
 // closes), and database/sql does not call it as long as a transaction or rows are open.
 func (s *session) clear(dc any) {
-	if execer, ok := dc.(driver.ExecerContext); ok && !s.gone.Load() && !s.abandoned.Load() {
+	if execer, ok := dc.(driver.ExecerContext); ok && s.on != inTx && !s.gone.Load() && !s.abandoned.Load() {
 		ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
 		defer cancel()
 		if _, err := execer.ExecContext(ctx, s.disarm()+freeStatement, nil); err == nil {
@@ -952,9 +953,7 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 		return nil
 	}
 	hint := s.heldBy(err)
-	if s.left {
-		go s.leaveCalled(ctx, err)
-	} else {
+	if !s.left { // execLeft sees to that
 		s.leaveCalled(ctx, err)
 	}
 	return acquireError(ctx, keys, cfg, err, hint)
@@ -964,10 +963,6 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 // or ends it.
 func (s *session) leaveCalled(ctx context.Context, err error) {
 	clean := !s.broken && usable(ctx, err)
-	if s.left {
-		clean = s.take(context.Background(), math.MaxInt64) == nil && s.leftErr == nil
-		s.give()
-	}
 	if clean && len(s.held) > 0 {
 		_, err := s.exec(context.Background(), releaseBound, unlockStatement(s.held, s.shared))
 		clean = err == nil

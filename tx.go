@@ -79,8 +79,9 @@ type txn struct {
 
 	// tx has a context of its own. At the end of the caller's, database/sql would roll back in its
 	// own time, and close the connection.
-	tx    *sql.Tx
-	abort context.CancelFunc // ends the context of tx
+	tx     *sql.Tx
+	failed error              // of BEGIN: there is no tx
+	abort  context.CancelFunc // ends the context of tx
 
 	rolledBack sync.Once
 	unclean    error // of the rollback
@@ -112,6 +113,7 @@ func (t *txn) beginLocked(ctx context.Context, k Key, since, deadline time.Time)
 // beginThenLock takes the transaction-scoped lock. If it finds that the transaction
 // has one snapshot, it sets oneSnapshot and leaves nothing behind.
 func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Time) error {
+	t.s.on, t.s.restart = inTx, restartStatement+t.settings()
 	if err := t.begin(ctx, deadline); err != nil {
 		return err
 	}
@@ -124,12 +126,11 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 	case err != nil || rows == 1:
 		return err
 	case rows == 2:
-		t.oneSnapshot = true
+		t.oneSnapshot, t.s.on, t.s.restart = true, onOwn, ""
 		return t.rollback()
 	case t.cfg.noWait:
 		return errRefused
 	}
-	t.s.on, t.s.restart = inTx, restartStatement+t.settings()
 	return t.s.waitOrTry(ctx, k, since, deadline)
 }
 
@@ -144,9 +145,9 @@ func (t *txn) settings() string {
 
 func (t *txn) begin(ctx context.Context, deadline time.Time) error {
 	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
-	t.tx, t.abort, t.rolledBack, t.unclean = nil, abort, sync.Once{}, nil
+	t.tx, t.failed, t.abort, t.rolledBack, t.unclean = nil, nil, abort, sync.Once{}, nil
 	bound := answerWithin(0, deadline)
-	err := t.s.runLeft(ctx, bound, func(ctx context.Context, _ func() bool) error {
+	return t.s.runLeft(ctx, bound, func(ctx context.Context, _ func() bool) error {
 		var tx *sql.Tx
 		err := t.s.runAside(ctx, bound, func(context.Context) (err error) {
 			tx, err = t.s.conn.BeginTx(txCtx, t.cfg.txOptions)
@@ -157,13 +158,12 @@ func (t *txn) begin(ctx context.Context, deadline time.Time) error {
 			if sqlState(err) == featureNotSupported { // lib/pq's BEGIN READ WRITE
 				err = fmt.Errorf("%w: %w", errStandby, err)
 			}
-			return fmt.Errorf("begin: %w", err)
+			t.failed = fmt.Errorf("begin: %w", err)
+			return t.failed
 		}
 		t.tx = tx
 		return nil
 	})
-	t.s.broken = t.s.broken || err != nil && !t.s.left // whose caller has left is not known yet
-	return err
 }
 
 // rollback rolls back, once, if the transaction has begun. If it cannot be sure that the server has
@@ -172,7 +172,7 @@ func (t *txn) rollback() error {
 	t.rolledBack.Do(func() {
 		t.unclean = t.s.do(context.Background(), releaseBound, func(context.Context) error {
 			if t.tx == nil {
-				return nil
+				return t.failed
 			}
 			return t.tx.Rollback()
 		})

@@ -142,15 +142,15 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"a slice fails", []reply{done, refused, fails(pgError("XX000"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", freeQuery, "close"), []any{pgError("XX000")},
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{pgError("XX000")},
 		},
 		{
 			"a standby", []reply{done, refused, {rows: 2}}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", freeQuery, "close"), []any{"hot standby", "primary"},
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{"hot standby", "primary"},
 		},
 		{
 			"a deadlock", []reply{done, refused, fails(pgError("40P01"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", freeQuery, "close"), []any{ErrDeadlock},
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{ErrDeadlock},
 		},
 		{
 			"BEGIN fails", []reply{fails(died)}, nil, noTx,
@@ -158,7 +158,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"BEGIN is refused", []reply{fails(pgError("0A000"))}, nil, noTx,
-			on(1, "open", "BEGIN", freeQuery, "close"), []any{pgError("0A000")},
+			on(1, "open", "BEGIN", "close"), []any{pgError("0A000")},
 		},
 		{
 			"BEGIN fails under a session-level lock", []reply{granted, fails(died)}, []Option{serializable}, noTx,
@@ -170,7 +170,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"the try is refused", []reply{done, fails(pgError("53200"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", freeQuery, "close"), []any{pgError("53200"), "max_locks_per_transaction"},
+			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{pgError("53200"), "max_locks_per_transaction"},
 		},
 		{
 			"the connection dies under BEGIN", []reply{fails(driver.ErrBadConn)}, nil, noTx,
@@ -190,7 +190,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"HolderTimeout cannot be set", []reply{done, fails(pgError("42704"))}, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal+tryFirstQuery, "ROLLBACK", freeQuery, "close"), []any{pgError("42704")},
+			on(1, "open", "BEGIN", setLocal+tryFirstQuery, "ROLLBACK", "close"), []any{pgError("42704")},
 		},
 		{
 			"COMMIT is refused: the server has rolled back", []reply{done, granted, fails(pgError("40001"))}, nil, noTx,
@@ -234,7 +234,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"fn commits", nil, nil, commit,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", freeQuery, "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
+			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
 		},
 		{
 			"fn rolls back", nil, []Option{serializable}, func(_ context.Context, tx *sql.Tx) error { return tx.Rollback() },
@@ -446,7 +446,7 @@ func TestADriverThatDoesNotReturnInATransactionIsLeft(t *testing.T) {
 		}
 		free()
 		wantIdle(t, db)
-		srv.want(t, append(sent, on(1, "ROLLBACK", freeQuery)...)...)
+		srv.want(t, append(sent, on(1, "ROLLBACK")...)...)
 	}
 }
 

@@ -275,11 +275,8 @@ func (s *session) runLeft(ctx context.Context, bound time.Duration, f func(ctx c
 		var r result
 		defer func() {
 			r.panicked = recover()
-			if left() {
-				if r.panicked != nil {
-					panic(r.panicked)
-				}
-				s.leftErr = r.err
+			if left() && r.panicked != nil {
+				panic(r.panicked)
 			}
 			s.give()
 			results <- r
