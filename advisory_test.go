@@ -26,10 +26,11 @@ const (
 	heldPrefix      = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
 	heldRow         = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
 	heldQuery       = heldPrefix + "'ExclusiveLock' AND " + heldRow
-	beatQuery       = "/* advisory: 42 */ SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
+	beatQuery       = "/* advisory: 42 */ " + beatAnswer
+	beatAnswer      = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
 	setQuery        = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '15000', false); "
 	resetQuery      = "RESET advisory.session; RESET idle_session_timeout; "
-	armQuery        = setQuery + beatQuery
+	armQuery        = "/* advisory: 42 */ " + setQuery + beatAnswer
 	disarmQuery     = resetQuery + unlockQuery
 	tryTxQuery      = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock(42)"
 	tryFirstQuery   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"

@@ -501,13 +501,13 @@ func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool)
 	if s.armed && fresh {
 		return nil
 	}
-	query := beatStatement(s.held, s.settings.nonce)
+	set := ""
 	if !s.armed {
-		query = s.settings.setStatement() + query
+		set = s.settings.setStatement()
 		s.armed = true
 	}
 	s.proof = time.Now()
-	rows, err := s.execLeft(ctx, answerBound, query, s.held[0], true)
+	rows, err := s.execLeft(ctx, answerBound, beatStatement(s.held, set, s.settings.nonce), s.held[0], true)
 	switch {
 	case err != nil:
 		return err

@@ -584,7 +584,7 @@ func TestStatementsOfWithConnLock(t *testing.T) {
 		strings.ReplaceAll(unlockLentQuery, "pg_advisory_unlock(", "pg_advisory_unlock_shared("),
 	), Shared()))
 	wantError(t, withConnLock(t.Context(), mock(t,
-		tryQuery, armLent+beatQuery, disarmLent+unlockLentQuery,
+		tryQuery, "/* advisory: 42 */ "+armLent+beatAnswer, disarmLent+unlockLentQuery,
 	), HolderTimeout(time.Minute)))
 	wantError(t, WithConnLock(t.Context(), mock(t, tryQuery, "CREATE TABLE t ()", unlockLentQuery), key,
 		func(ctx context.Context, conn *sql.Conn) error {
@@ -601,7 +601,7 @@ func TestWithConnLockThatCannotBeArmedIsNotAcquired(t *testing.T) {
 		return nil
 	}, HolderTimeout(time.Minute))
 	wantError(t, err, pgError("42704"), "PostgreSQL 14")
-	srv.want(t, on(1, "open", tryQuery, armLent+beatQuery, disarmLent+freeQuery, "close")...)
+	srv.want(t, on(1, "open", tryQuery, "/* advisory: 42 */ "+armLent+beatAnswer, disarmLent+freeQuery, "close")...)
 }
 
 func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
@@ -1180,8 +1180,8 @@ func TestWithConnLockThatIsLostBeforeUseIsTriedOnTheNextConnection(t *testing.T)
 	}
 	wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
 	srv.want(t, slices.Concat(
-		on(1, "open", tryQuery, armLent+beatQuery, disarmLent+freeQuery, "close"),
-		on(2, "open", tryQuery, armLent+beatQuery, disarmLent+unlockLentQuery),
+		on(1, "open", tryQuery, "/* advisory: 42 */ "+armLent+beatAnswer, disarmLent+freeQuery, "close"),
+		on(2, "open", tryQuery, "/* advisory: 42 */ "+armLent+beatAnswer, disarmLent+unlockLentQuery),
 	)...)
 }
 

@@ -219,7 +219,7 @@ var (
 	silenceOf = regexp.MustCompile(`'(?:advisory\.silence|idle_session_timeout)', '(\d+)'`)
 	nonceOf   = regexp.MustCompile(`'advisory\.(?:nonce|session)', '([0-9a-z]+)'`)
 	beatOf    = regexp.MustCompile(`'advisory\.session', true\) OPERATOR\(pg_catalog\.=\) '([0-9a-z]+)'`)
-	setting   = regexp.MustCompile(`^SELECT pg_catalog\.set_config\('advisory\.session', [^;]*; `)
+	setting   = regexp.MustCompile(`^(?:/\*[^*]*\*/ )?SELECT pg_catalog\.set_config\('advisory\.session', [^;]*; `)
 	resetting = regexp.MustCompile(`^RESET advisory\.session; RESET idle_session_timeout; (RESET idle_in_transaction_session_timeout; )?`)
 )
 

@@ -256,7 +256,7 @@ func TestTimesAreSentInMillisecondsRoundedUp(t *testing.T) {
 	} {
 		db, srv := newServer(t)
 		wantError(t, WithConnLock(t.Context(), db, key, func(context.Context, *sql.Conn) error { return nil }, HolderTimeout(d)))
-		srv.want(t, on(1, "open", tryQuery, strings.ReplaceAll(armLent, "60000", want)+beatQuery, disarmLent+unlockLentQuery)...)
+		srv.want(t, on(1, "open", tryQuery, "/* advisory: 42 */ "+strings.ReplaceAll(armLent, "60000", want)+beatAnswer, disarmLent+unlockLentQuery)...)
 	}
 }
 

@@ -90,9 +90,10 @@ func (w sessionSettings) resetStatement() string {
 	return s
 }
 
-// beatStatement: an answer, with one row if the session is still the one with the nonce.
-func beatStatement(keys []Key, nonce string) string {
-	return comment(keys) + answer("pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) '"+nonce+"'")
+// beatStatement: an answer, with one row if the session is still the one with the nonce. set is put
+// before it, and may set that.
+func beatStatement(keys []Key, set, nonce string) string {
+	return comment(keys) + set + answer("pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) '"+nonce+"'")
 }
 
 // answer has one row if condition is true, none if it is not, and standbyRows on a standby.
@@ -351,8 +352,9 @@ func deadlockStatement(k Key) string {
 }
 
 // restartStatement is put before another statement, and begins a new transaction like the one that
-// it rolls back.
-const restartStatement = "ROLLBACK AND CHAIN; "
+// it rolls back. The SELECT before it takes the comment: pg_stat_statements tells a ROLLBACK
+// with one comment from that with another, up to PostgreSQL 15.
+const restartStatement = "SELECT; ROLLBACK AND CHAIN; "
 
 const (
 	savepointStatement  = "SAVEPOINT advisory"

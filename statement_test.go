@@ -91,14 +91,14 @@ func TestStatementsThatWait(t *testing.T) {
 		},
 		{
 			"a transaction", withTxLock, key, nil,
-			"/* advisory: 42 */ ROLLBACK AND CHAIN; " + old + bound +
+			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound +
 				"pg_catalog.set_config('advisory.key', '42', true), pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old" +
 				do + "pg_advisory_xact_lock" + bigint +
 				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answer,
 		},
 		{
 			"a transaction with a HolderTimeout, shared, a pair", withTxLock, Pair(1, -2147483648), []Option{HolderTimeout(time.Minute), Shared()},
-			"/* advisory: 1.-2147483648 */ ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
+			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
 				"pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" +
 				", pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old" +
 				do + "pg_advisory_xact_lock_shared" + pair +

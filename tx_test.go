@@ -131,7 +131,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"granted after three slices, one of which is cancelled", []reply{done, refused, refused, fails(err57014)}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, waitTxQuery, "COMMIT"), nil,
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, "ROLLBACK AND CHAIN", waitTxQuery, "COMMIT"), nil,
 		},
 		{
 			"the session dies in the second slice: the next one begins anew", []reply{done, refused, refused, fails(died)}, nil, noTx,

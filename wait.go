@@ -143,11 +143,9 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 	case refusesWait(err):
 		s.armed = armed
 		return false, waitRefused{err}
-	case sqlState(err) == queryCanceled && s.on == inTx:
-		return false, nil // in the moment before the block, or after it; it is rolled back
-	case sqlState(err) == queryCanceled && s.on == onOwn:
+	case sqlState(err) == queryCanceled && s.on != onCalled: // in the moment before the block, or after it
 		s.armed = armed
-		_, err = s.exec(ctx, answerBound, freeStatement)
+		_, err = s.exec(ctx, answerBound, map[place]string{onOwn: freeStatement, inTx: "ROLLBACK AND CHAIN"}[s.on])
 	}
 	return false, err
 }

@@ -225,12 +225,13 @@ func (c *carrier) check(bound time.Duration) error {
 		h.mu.Unlock()
 		return errNothingHeld
 	}
-	query := beatStatement(c.keys(), c.settings.nonce)
+	set := ""
 	if silence > 0 && (!c.armed || silence != c.settings.silence) {
 		c.settings.silence = silence
-		query = c.settings.setStatement() + query
+		set = c.settings.setStatement()
 		c.armed = true
 	}
+	query := beatStatement(c.keys(), set, c.settings.nonce)
 	h.mu.Unlock()
 	sent := time.Now()
 	rows, err := c.execBy(c.quietSend, context.Background(), bound, query)

@@ -32,7 +32,7 @@ func TestStatementsOfTheHeartbeat(t *testing.T) {
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(4294967298) THEN 1"+
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(7440995589958059143) THEN 2"+
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(-7, -2147483647-1) THEN 3 ELSE 4 END)", 4)
-		result(set+"/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+beat, 1)
+		result("/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+set+beat, 1)
 		result("/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+beat, 1)
 		result("RESET advisory.session; RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock(-1)"+
 			" AND pg_catalog.pg_advisory_unlock(4294967298) AND pg_catalog.pg_advisory_unlock(7440995589958059143)"+
