@@ -373,9 +373,9 @@ func openSession(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 	return newSession(conn, db, cfg), nil
 }
 
-// openConn borrows a connection. It returns when ctx ends, even if a driver that is
-// making a connection does not (unless one lay ready that others have taken in that moment); a
-// connection that comes later goes to the pool.
+// openConn borrows a connection. It returns when ctx ends, even if a driver that is making a
+// connection does not. What comes later goes to the pool: to break off the making of a connection
+// would cost the server a session, and the next one another.
 func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 	stats := db.Stats()
 	// One that lies ready may have to be asked whether it lives; one that must be made
@@ -384,25 +384,33 @@ func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 	if stats.Idle == 0 {
 		bound = dialBound
 	}
+	making, cancel := ctx, func() {}
 	if !exhausted(stats) {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, bound, noAnswer{bound})
-		defer cancel()
+		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, noAnswer{bound})
 	}
 	type result struct {
 		conn *sql.Conn
 		err  error
 	}
 	var r result
-	if stats.Idle > 0 {
-		r.conn, r.err = db.Conn(ctx)
+	if stats.Idle > 0 && ctx.Done() == nil {
+		r.conn, r.err = db.Conn(making)
+		if r.err != nil && making.Err() != nil {
+			r.err = context.Cause(making)
+		}
+		cancel()
 	} else {
-		results := make(chan result)
+		results, left := make(chan result), make(chan struct{})
+		defer close(left)
 		go func() {
-			conn, err := db.Conn(ctx)
+			defer cancel()
+			conn, err := db.Conn(making)
+			if err != nil && making.Err() != nil {
+				err = context.Cause(making)
+			}
 			select {
 			case results <- result{conn, err}:
-			case <-ctx.Done():
+			case <-left:
 				if err == nil {
 					_ = conn.Close()
 				}
@@ -411,11 +419,10 @@ func openConn(ctx context.Context, db *sql.DB) (*sql.Conn, error) {
 		select {
 		case r = <-results:
 		case <-ctx.Done():
-			r.err = ctx.Err()
+			return nil, context.Cause(ctx)
+		case <-making.Done():
+			return nil, context.Cause(making)
 		}
-	}
-	if r.err != nil && ctx.Err() != nil {
-		r.err = context.Cause(ctx)
 	}
 	return r.conn, r.err
 }

@@ -851,6 +851,7 @@ func TestAPooledConnectionWhosePingIsNotAnsweredIsDropped(t *testing.T) {
 			if d := time.Since(start); d != answerBound {
 				t.Errorf("%s: after %v", c.name, d)
 			}
+			synctest.Wait()
 			if srv.opened != 2 || srv.open() != 1 {
 				t.Errorf("%s: %d connections of %d open", c.name, srv.open(), srv.opened)
 			}
@@ -1336,5 +1337,6 @@ func TestWithConnLocksSessionDiesUnderFnsStatement(t *testing.T) {
 		if d := time.Since(start); d > abandonAfter {
 			t.Errorf("after %v", d)
 		}
+		time.Sleep(dialBound) // the driver is told to give up then
 	})
 }

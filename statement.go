@@ -140,9 +140,11 @@ func waitStatement(on place, restart string, k Key, shared bool, bound time.Dura
 		return "pg_catalog.current_setting('advisory." + name + "')::pg_catalog." + as
 	}
 
-	first.WriteString(comment([]Key{k}) + restart)
-	if on == inTx { // the transaction's own lock_timeout is put back with the grant
-		first.WriteString("WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) ")
+	first.WriteString(comment([]Key{k}))
+	if on == inTx {
+		// The SELECT takes the comment: to pg_stat_statements, up to PostgreSQL 15, a ROLLBACK with one
+		// comment is not that with another. The transaction's own lock_timeout is put back with the grant.
+		first.WriteString("SELECT; " + restart + "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) ")
 	}
 	first.WriteString("SELECT pg_catalog.set_config('lock_timeout', pg_catalog.ceil(LEAST(" + milliseconds(bound) +
 		", pg_catalog.date_part('epoch', pg_catalog.current_setting('deadlock_timeout')::pg_catalog.interval)" +
@@ -352,9 +354,8 @@ func deadlockStatement(k Key) string {
 }
 
 // restartStatement is put before another statement, and begins a new transaction like the one that
-// it rolls back. The SELECT before it takes the comment: pg_stat_statements tells a ROLLBACK
-// with one comment from that with another, up to PostgreSQL 15.
-const restartStatement = "SELECT; ROLLBACK AND CHAIN; "
+// it rolls back.
+const restartStatement = "ROLLBACK AND CHAIN; "
 
 const (
 	savepointStatement  = "SAVEPOINT advisory"

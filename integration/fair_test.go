@@ -59,7 +59,7 @@ func compete(t *testing.T, pools []*sql.DB, d time.Duration, with func(db *sql.D
 // Of many processes that want one lock, none waits much longer than it would for a blocking
 // pg_advisory_lock, which is first come, first served.
 func TestProcessesAreServedInTheirOrder(t *testing.T) {
-	const processes, section, d = 60, 20 * time.Millisecond, 8 * time.Second
+	const processes, section, d = 60, 20 * time.Millisecond, 5 * time.Second
 	s := ownServer(t, pgtest.Setting("max_connections", "300"))
 	for _, drv := range drivers[:2] {
 		t.Run(drv.name, func(t *testing.T) {
