@@ -4,6 +4,7 @@ package integration
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"syscall"
 	"testing"
@@ -25,8 +26,9 @@ func TestServerThatStopsReadingHoldsUpNobody(t *testing.T) {
 		keys[i] = advisory.ID(1<<40 + int64(i))
 	}
 	bothDrivers(t, func(t *testing.T, d driver) {
-		allowLog(t, "ERROR:  out of shared memory") // these are more locks than the server has room for
-		db := d.open(t, server.DSN())
+		allowLog(t, "ERROR:  out of shared memory")                 // these are more locks than the server has room for
+		db := sql.OpenDB(d.connector(t, watchLog(t, server.DSN()))) // which does not ping
+		defer db.Close()
 		var pid int
 		require(t, "a connection that lies ready", db.QueryRow("SELECT pg_backend_pid()").Scan(&pid))
 		require(t, "a server on this machine", syscall.Kill(pid, syscall.SIGSTOP))
