@@ -152,7 +152,7 @@ func TestDemo(t *testing.T) {
 			"told so ",
 			"Lead: every job is done, each piece once               kept    400 tokens, 400 webhooks, 200 stock, 300 search\n",
 			"no webhook is taken twice                              kept    400 of 400 taken\n",
-			"1 sent again, and known by the idempotency key\n",
+			" sent again, and known by the idempotency key\n",
 			"9 of 9 promises kept, in ",
 		} {
 			if !strings.Contains(string(out), want) {
