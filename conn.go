@@ -510,7 +510,7 @@ func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool)
 	}
 	set := ""
 	if !s.armed {
-		set = s.settings.setStatement()
+		set = s.settings.setStatement(true)
 		s.armed = true
 	}
 	s.proof = time.Now()
@@ -609,8 +609,9 @@ func (s *session) giveUp(ctx context.Context, err error, ended func()) {
 			s.unwind()
 		}
 		if !s.broken && usable(ctx, err) {
-			// What a transaction held has gone with it.
-			if len(s.held) == 0 && !s.armed && (!s.left || s.on == inTx) {
+			// What a transaction held has gone with it. At the end of ctx, a driver may have reported it for
+			// a statement of ours, whose outcome is not known then.
+			if len(s.held) == 0 && !s.armed && (ctx.Err() == nil || s.on == inTx) {
 				s.handBack()
 				return
 			}
@@ -961,17 +962,17 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 	}
 	hint := s.heldBy(err)
 	if !s.left { // execLeft sees to that
-		s.leaveCalled(ctx, err)
+		s.leaveCalled(ctx, keys, err)
 	}
 	return acquireError(ctx, keys, cfg, err, hint)
 }
 
 // leaveCalled leaves the caller's session as it was before an acquisition under ctx that failed with err,
 // or ends it.
-func (s *session) leaveCalled(ctx context.Context, err error) {
+func (s *session) leaveCalled(ctx context.Context, keys []Key, err error) {
 	clean := !s.broken && usable(ctx, err)
-	if clean && len(s.held) > 0 {
-		_, err := s.exec(context.Background(), releaseBound, unlockStatement(s.held, s.shared))
+	if clean && ctx.Err() != nil {
+		_, err := s.exec(context.Background(), releaseBound, unlockHeldStatement(keys, s.shared))
 		clean = err == nil
 	}
 	if !clean {

@@ -675,8 +675,8 @@ func TestAcquireConn(t *testing.T) {
 		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryQuery, calledWaitQuery, "close"}, []any{died}},
 		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{ErrDeadlock}},
 		{
-			"a slice that is cancelled outside of its block: what the session holds is not known", []reply{refused, fails(err57014)}, nil,
-			[]string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{err57014},
+			"a slice that is cancelled outside of its block: what it got is unlocked", []reply{refused, fails(err57014)}, nil,
+			[]string{tryQuery, calledWaitQuery, unlockHeldQuery, calledWaitQuery}, nil,
 		},
 		{"a standby", []reply{refused, {rows: 2}}, nil, []string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{"hot standby", "primary"}},
 	} {

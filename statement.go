@@ -71,11 +71,15 @@ type sessionSettings struct {
 	lent bool
 }
 
-// setStatement is put before another statement, as resetStatement is.
-func (w sessionSettings) setStatement() string {
+// setStatement is put before another statement, as resetStatement is. The nonce is set once: another
+// session must not get it.
+func (w sessionSettings) setStatement(first bool) string {
 	silence := milliseconds(w.silence)
-	s := "SELECT pg_catalog.set_config('advisory.session', '" + w.nonce + "', false)" +
-		", pg_catalog.set_config('idle_session_timeout', '" + silence + "', false)"
+	s := "SELECT "
+	if first {
+		s += "pg_catalog.set_config('advisory.session', '" + w.nonce + "', false), "
+	}
+	s += "pg_catalog.set_config('idle_session_timeout', '" + silence + "', false)"
 	if w.lent {
 		s += ", pg_catalog.set_config('idle_in_transaction_session_timeout', '" + silence + "', false)"
 	}

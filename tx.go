@@ -147,7 +147,7 @@ func (t *txn) begin(ctx context.Context, deadline time.Time) error {
 	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
 	t.tx, t.failed, t.abort, t.rolledBack, t.unclean = nil, nil, abort, sync.Once{}, nil
 	bound := answerWithin(0, deadline)
-	return t.s.runLeft(ctx, bound, func(ctx context.Context, _ func() bool) error {
+	return t.s.runLeft(ctx, bound, func(ctx context.Context, _ *caller) error {
 		var tx *sql.Tx
 		err := t.s.runAside(ctx, bound, func(context.Context) (err error) {
 			tx, err = t.s.conn.BeginTx(txCtx, t.cfg.txOptions)

@@ -140,12 +140,18 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 	case err == nil:
 		s.waited, s.armed = true, armed
 		return false, nil
-	case refusesWait(err):
+	case refusesWait(err), sqlState(err) == queryCanceled:
+		// It ended in the moment before its block, or after it: what it got is not known.
 		s.armed = armed
-		return false, waitRefused{err}
-	case sqlState(err) == queryCanceled && s.on != onCalled: // in the moment before the block, or after it
-		s.armed = armed
-		_, err = s.exec(ctx, answerBound, map[place]string{onOwn: freeStatement, inTx: "ROLLBACK AND CHAIN"}[s.on])
+		undo := map[place]string{onOwn: freeStatement, onCalled: unlockHeldStatement([]Key{k}, s.shared), inTx: "ROLLBACK AND CHAIN"}[s.on]
+		if _, err := s.exec(context.WithoutCancel(ctx), answerBound, undo); err != nil {
+			return false, err
+		}
+		if refusesWait(err) {
+			err = waitRefused{err}
+		} else {
+			err = nil
+		}
 	}
 	return false, err
 }
@@ -209,32 +215,38 @@ func (s *session) waitByTrying(ctx context.Context, k Key, deadline time.Time) e
 	}
 }
 
-// execLeft sends a statement that takes the lock of k, or ends by itself before long; as runLeft does.
-// If its caller has left, and the session is not ours, the lock is unlocked before anybody else's statement.
+// execLeft sends a statement that takes the lock of k, or ends by itself before long; as runLeft does. It
+// sends nothing once its caller has left. If that happens meanwhile, and the session is not ours, what the statement
+// got is unlocked, or the connection closed, before anybody else's statement.
 func (s *session) execLeft(ctx context.Context, bound time.Duration, query string, k Key, quiet bool) (int64, error) {
 	var rows int64 // the statement's until runLeft returns without its caller having left
-	err := s.runLeft(ctx, bound, func(ctx context.Context, left func() bool) (err error) {
+	err := s.runLeft(ctx, bound, func(ctx context.Context, caller *caller) (err error) {
 		rows, err = s.execBy(func(ctx context.Context, query string) (rows int64, err error) {
 			rawErr := raw(s.conn, func(dc any) error {
+				if caller.hasLeft() {
+					return nil
+				}
 				if quiet {
 					dc = unwrap(dc)
 				}
 				rows, err = execOn(ctx, dc, query)
-				if !left() || s.ours {
+				if s.ours || caller.stays() && !s.abandoned.Load() {
 					return nil
 				}
-				switch {
-				case err == nil && rows == standbyRows:
-					err = errStandby
+				switch state := sqlState(err); {
 				case err == nil && rows == 1:
 					_, err = execOn(ctx, dc, unlockStatement([]Key{k}, s.shared))
+				case err == nil && rows == standbyRows, state != "" && !sessionGone(err):
+					_, err = execOn(ctx, dc, unlockHeldStatement([]Key{k}, s.shared))
 				}
 				if err == nil {
 					return nil
 				}
-				// It may hold the lock. The caller may be about to hand it back to the pool.
+				// It may hold the lock, and the caller may be about to hand it back to the pool.
 				s.noted(err)
-				s.clear(dc)
+				if conn, ok := dc.(driver.Conn); ok {
+					_ = conn.Close()
+				}
 				return driver.ErrBadConn
 			})
 			return rows, cmp.Or(err, rawErr)
@@ -247,23 +259,36 @@ func (s *session) execLeft(ctx context.Context, bound time.Duration, query strin
 	return rows, nil
 }
 
+// A caller waits for a statement, or leaves it.
+type caller struct{ state atomic.Int32 }
+
+const (
+	callerStays int32 = iota + 1
+	callerLeft
+)
+
+// stays tells whether the caller has not left. It does not, from then on.
+func (c *caller) stays() bool {
+	return c.state.CompareAndSwap(0, callerStays) || c.state.Load() == callerStays
+}
+
+// leave tells whether the caller may leave, and has.
+func (c *caller) leave() bool { return c.state.CompareAndSwap(0, callerLeft) }
+
+func (c *caller) hasLeft() bool { return c.state.Load() == callerLeft }
+
 // runLeft has f, which sends a statement, run when it is its turn. If ctx ends first, it returns at
 // once, and f and its turn go on until the answer: to break off a statement would cost the
-// connection. left tells f whether its caller has left; if not, the caller waits for f from then on.
-func (s *session) runLeft(ctx context.Context, bound time.Duration, f func(ctx context.Context, left func() bool) error) error {
+// connection.
+func (s *session) runLeft(ctx context.Context, bound time.Duration, f func(context.Context, *caller) error) error {
 	if err := s.take(ctx, bound); err != nil {
 		return err
 	}
+	who := new(caller)
 	if ctx.Done() == nil {
 		defer s.give()
-		return f(ctx, func() bool { return false })
+		return f(ctx, who)
 	}
-	const (
-		stays = iota + 1
-		gone
-	)
-	var caller atomic.Int32
-	left := func() bool { return !caller.CompareAndSwap(0, stays) && caller.Load() == gone }
 	type result struct {
 		err      error
 		panicked any
@@ -273,19 +298,19 @@ func (s *session) runLeft(ctx context.Context, bound time.Duration, f func(ctx c
 		var r result
 		defer func() {
 			r.panicked = recover()
-			if left() && r.panicked != nil {
+			if !who.stays() && r.panicked != nil {
 				panic(r.panicked)
 			}
 			s.give()
 			results <- r
 		}()
-		r.err = f(context.WithoutCancel(ctx), left)
+		r.err = f(context.WithoutCancel(ctx), who)
 	}()
 	var r result
 	select {
 	case r = <-results:
 	case <-ctx.Done():
-		if caller.CompareAndSwap(0, gone) {
+		if who.leave() {
 			s.left = true
 			return ctx.Err()
 		}

@@ -228,7 +228,7 @@ func (c *carrier) check(bound time.Duration) error {
 	set := ""
 	if silence > 0 && (!c.armed || silence != c.settings.silence) {
 		c.settings.silence = silence
-		set = c.settings.setStatement()
+		set = c.settings.setStatement(!c.armed)
 		c.armed = true
 	}
 	query := beatStatement(c.keys(), set, c.settings.nonce)
