@@ -359,7 +359,6 @@ type session struct {
 	enough     func() bool // whether a wait should yield to others; nil: never
 	armed      bool        // the settings may be made
 	proof      time.Time   // when the last statement of the acquisition went out
-	left       bool        // a statement is under way that its caller has left
 	unwind     func()      // ends what was begun before the lock was asked for; nil: nothing was
 	broken     bool        // its state is unknown, whatever the last error says
 }
@@ -600,8 +599,8 @@ func (s *session) disarm() string {
 }
 
 // giveUp ends a session of ours on which an acquisition under ctx failed with err: clean if that
-// can be, for good otherwise. If a statement is under way that the caller has left, giveUp returns at once,
-// and then calls ended when the session has ended.
+// can be, for good otherwise. If ctx has ended, giveUp returns at once, and then calls ended when the
+// session has ended.
 func (s *session) giveUp(ctx context.Context, err error, ended func()) {
 	end := func() {
 		defer ended()
@@ -622,7 +621,7 @@ func (s *session) giveUp(ctx context.Context, err error, ended func()) {
 		}
 		s.discard()
 	}
-	if s.left {
+	if ctx.Err() != nil {
 		go end()
 	} else {
 		end()
@@ -961,23 +960,10 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 		return nil
 	}
 	hint := s.heldBy(err)
-	if !s.left { // execLeft sees to that
-		s.leaveCalled(ctx, keys, err)
-	}
-	return acquireError(ctx, keys, cfg, err, hint)
-}
-
-// leaveCalled leaves the caller's session as it was before an acquisition under ctx that failed with err,
-// or ends it.
-func (s *session) leaveCalled(ctx context.Context, keys []Key, err error) {
-	clean := !s.broken && usable(ctx, err)
-	if clean && ctx.Err() != nil {
-		_, err := s.exec(context.Background(), releaseBound, unlockHeldStatement(keys, s.shared))
-		clean = err == nil
-	}
-	if !clean {
+	if s.broken || !usable(ctx, err) {
 		s.discard()
 	}
+	return acquireError(ctx, keys, cfg, err, hint)
 }
 
 // ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same

@@ -48,6 +48,9 @@ func (s *session) acquire(ctx context.Context, k Key, noWait bool, since, deadli
 		}
 	}
 	s.held = []Key{k}
+	if !s.ours {
+		return nil // execLeft has seen to what came too late
+	}
 	// A grant that comes too late is not used.
 	return ctx.Err()
 }
@@ -220,6 +223,7 @@ func (s *session) waitByTrying(ctx context.Context, k Key, deadline time.Time) e
 // got is unlocked, or the connection closed, before anybody else's statement.
 func (s *session) execLeft(ctx context.Context, bound time.Duration, query string, k Key, quiet bool) (int64, error) {
 	var rows int64 // the statement's until runLeft returns without its caller having left
+	outer := ctx
 	err := s.runLeft(ctx, bound, func(ctx context.Context, caller *caller) (err error) {
 		rows, err = s.execBy(func(ctx context.Context, query string) (rows int64, err error) {
 			rawErr := raw(s.conn, func(dc any) error {
@@ -230,7 +234,13 @@ func (s *session) execLeft(ctx context.Context, bound time.Duration, query strin
 					dc = unwrap(dc)
 				}
 				rows, err = execOn(ctx, dc, query)
-				if s.ours || caller.stays() && !s.abandoned.Load() {
+				if s.ours {
+					return nil
+				}
+				if outer.Err() != nil {
+					caller.leave()
+				}
+				if caller.stays() && !s.abandoned.Load() {
 					return nil
 				}
 				switch state := sqlState(err); {
@@ -273,7 +283,7 @@ func (c *caller) stays() bool {
 }
 
 // leave tells whether the caller may leave, and has.
-func (c *caller) leave() bool { return c.state.CompareAndSwap(0, callerLeft) }
+func (c *caller) leave() bool { return c.state.CompareAndSwap(0, callerLeft) || c.hasLeft() }
 
 func (c *caller) hasLeft() bool { return c.state.Load() == callerLeft }
 
@@ -311,13 +321,15 @@ func (s *session) runLeft(ctx context.Context, bound time.Duration, f func(conte
 	case r = <-results:
 	case <-ctx.Done():
 		if who.leave() {
-			s.left = true
 			return ctx.Err()
 		}
 		r = <-results
 	}
 	if r.panicked != nil {
 		panic(r.panicked)
+	}
+	if who.hasLeft() {
+		return ctx.Err()
 	}
 	return r.err
 }
