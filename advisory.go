@@ -314,6 +314,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
 	h.hub = hubOf(c.db)
 	a := &acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub, hold: h}
+	a.patient = h.leads
 	h.grants, err = a.acquire(keys)
 	err = a.error(err)
 	if c.detached {
@@ -454,7 +455,7 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error, hint 
 		e.msg = "not acquired within " + cfg.timeout.String()
 		e.errs = []error{ErrNotAcquired, err}
 	case ctx.Err() != nil:
-		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx)}
+		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx), err}
 		e.msg = "not acquired: " + context.Cause(ctx).Error()
 	case errors.Is(err, ErrDeadlock):
 		e.msg = "the holder of the lock waits for this transaction: deadlock"

@@ -33,6 +33,7 @@ const (
 	resetQuery      = "RESET advisory.session; RESET idle_session_timeout; "
 	armQuery        = "/* advisory: 42 */ " + setQuery + beatAnswer
 	disarmQuery     = resetQuery + unlockQuery
+	probeQuery      = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN true THEN 1 ELSE 0 END)"
 	tryTxQuery      = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock(42)"
 	tryFirstQuery   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
 	savepointQuery  = "SAVEPOINT advisory"

@@ -39,10 +39,6 @@ const (
 	// dialBound is how long a connection may take to be made where the pool has no
 	// limit, so that waiting for one cannot mean waiting for others.
 	dialBound = 30 * time.Second
-
-	// reconnectFor is how long a wait that has lost its session goes on without a
-	// server: longer than a restart or a failover.
-	reconnectFor = 30 * time.Second
 )
 
 // A sender sends a statement without arguments, and returns the number of rows in its
@@ -694,10 +690,9 @@ func (s *session) clear(dc any) {
 //
 //   - Connections in the pool may be dead, after a restart of the server, say: as
 //     database/sql does, such a one is dropped and the next one tried.
-//   - A session that dies while it waits is replaced, for as long as reconnectFor
-//     without a server: a wait outlives a restart or a failover.
+//   - A wait outlives a restart or a failover of the server: see outage.
 //   - A session of several callers that dies is replaced.
-//   - Anything else is final. So is a server that cannot be reached at first.
+//   - Anything else is final. So is a server that cannot be reached at first, but for Lead.
 type attempts struct {
 	ctx      context.Context
 	db       *sql.DB
@@ -706,11 +701,13 @@ type attempts struct {
 	began    time.Time
 	deadline time.Time // of a Timeout, or zero
 
-	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives  int       // times to lose a session to others, or a lock as soon as it is granted
-	waited bool      // the server has answered, and the lock was taken
-	outage time.Time // when the server was first missed, while waiting
-	hint   string    // why the acquisition failed, beside its error
+	stale   int       // connections in the pool that may be dead; -1: none has been taken yet
+	lives   int       // times to lose a session to others, or a lock as soon as it is granted
+	patient bool      // the server may be away from the start, and for ever
+	waited  bool      // the server has answered, and the lock was taken
+	outage  time.Time // when the server was first missed, while waiting
+	away    error     // why it cannot be reached; nil: it can, as far as is known
+	hint    string    // why the acquisition failed, beside its error
 
 	turn *apartTurn // what is to be had before a session is; nil: nothing
 
@@ -783,18 +780,18 @@ func (a *attempts) again(err error, opened, own bool) error {
 		err = errors.Join(errTimeout, err)
 	}
 	own = own && !errors.As(err, new(sessionLost)) // by a request of another's
-	early := errors.Is(err, errLostBeforeUse)
+	early := errors.Is(err, errLostBeforeUse) || opened && a.waited && unclear(err)
 	// database/sql closes a Conn that it has found dead.
 	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone) ||
 		// After a failover, the way to the new primary may lead to a standby for a while.
-		errors.Is(err, errStandby) && !a.outage.IsZero()
+		errors.Is(err, errStandby) && !a.outage.IsZero() || early
 	switch {
 	case a.ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
 		if !opened && a.hint == "" {
 			a.hint = poolHint(a.db)
 		}
 		return err
-	case isClosed(err), !gone && !(a.waited && !opened && transient(err)):
+	case isClosed(err), !gone && !((a.waited || a.patient) && !opened && mayPass(err)):
 		return err
 	case early && a.lives == 0:
 		return err
@@ -802,23 +799,15 @@ func (a *attempts) again(err error, opened, own bool) error {
 		if early {
 			a.lives--
 		}
-		if a.outage.IsZero() {
-			a.outage = time.Now()
-		}
-		if time.Since(a.outage) > reconnectFor {
-			return err
-		}
-		a.cfg.logger.Warn("advisory: session lost while waiting; opening another", "key", keyList(a.keys), "error", err)
-		ctx, cancel := a.untilDeadline()
-		defer cancel()
-		sleep(ctx, 50*time.Millisecond+rand.N(100*time.Millisecond))
-		return nil
+		return a.outlive(err)
 	case opened && !own && a.lives > 0:
 		a.lives--
 		return nil
 	case a.stale > 0 && (opened || errors.As(err, new(noAnswer))):
 		a.stale--
 		return nil
+	case a.patient:
+		return a.outlive(err)
 	default:
 		return err
 	}
@@ -828,6 +817,10 @@ func (a *attempts) again(err error, opened, own bool) error {
 func (a *attempts) error(err error) error {
 	if err == nil {
 		return nil
+	}
+	if a.away != nil {
+		a.hint = a.away.Error()
+		err = errors.Join(err, a.away)
 	}
 	return acquireError(a.ctx, a.keys, a.cfg, err, a.hint)
 }

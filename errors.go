@@ -86,7 +86,6 @@ const (
 	inFailedTransaction = "25P02"
 	deadlockDetected    = "40P01"
 	outOfMemory         = "53200" // the server's lock table is full
-	tooManyConnections  = "53300"
 	featureNotSupported = "0A000"
 	syntaxError         = "42601"
 	undefinedFunc       = "42883"
@@ -129,11 +128,12 @@ func sessionGone(err error) bool {
 		errors.As(err, &silence) || errors.As(err, &network)
 }
 
-// transient tells whether err, of a connection that could not be made, may pass: a
-// server that fails over says many things, also through the driver.
-func transient(err error) bool {
+// mayPass tells whether err, of a connection that could not be made, may pass. A server that restarts or
+// fails over says many things, and so do the poolers before it. A wrong password, or a database or a
+// privilege that is missing, stays.
+func mayPass(err error) bool {
 	state := sqlState(err)
-	return state == "" || state == tooManyConnections
+	return !strings.HasPrefix(state, "28") && !strings.HasPrefix(state, "3D") && !strings.HasPrefix(state, "42")
 }
 
 // isClosed tells whether err is that of a *sql.DB that has been closed, which has no

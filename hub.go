@@ -32,6 +32,8 @@ type hub struct {
 	asking   bool // somebody asks who holds a lock
 	mustTry  bool // the server does not execute the statement that waits
 	seed     uint64
+
+	outage *outage // that waits are in; nil: none are
 }
 
 // An opening is what those wait for who find another opening the shared session.

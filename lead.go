@@ -13,6 +13,9 @@ import (
 const (
 	leadPauseMin = 100 * time.Millisecond
 	leadPauseMax = 5 * time.Second
+
+	// leadTellAgain is how often Lead reports an error that stays the same.
+	leadTellAgain = time.Minute
 )
 
 // Lead runs fn on one of all processes that call Lead with the same key: the leader.
@@ -46,12 +49,18 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	if err != nil {
 		return err
 	}
+	if cfg.logger == silent {
+		cfg.logger = slog.Default()
+	}
 	pause := leadPauseMin
+	var failed error // the last campaign
+	var told time.Time
 	for {
 		h := &hold{cfg: cfg, leads: true}
 		err := h.acquire(ctx, c, keys)
 		switch {
 		case err == nil:
+			failed = nil
 			began := time.Now()
 			again, fnErr, err := h.lead(fn, &cfg)
 			switch {
@@ -64,9 +73,13 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 				continue
 			}
 		case ctx.Err() != nil || isClosed(err):
-			return err
+			return join(err, failed)
 		default:
-			cfg.logger.Warn("advisory: campaign failed; trying again", "key", key.String(), "error", err)
+			if failed == nil || failed.Error() != err.Error() || time.Since(told) > leadTellAgain {
+				cfg.logger.Warn("advisory: campaign failed; trying again", "key", key.String(), "error", err)
+				told = time.Now()
+			}
+			failed = err
 		}
 		sleep(ctx, pause/2+rand.N(pause/2))
 		pause = min(2*pause, leadPauseMax)
@@ -86,7 +99,7 @@ func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fn
 		return fnErr
 	})
 	if again {
-		cfg.logger.Warn("advisory: leadership lost; campaigning again", "key", keyList(h.keys), "error", err)
+		cfg.logger.Warn("advisory: leadership lost; campaigning again", "error", context.Cause(&h.marked))
 	}
 	return again, fnErr, err
 }

@@ -107,6 +107,9 @@ func answer(condition string) string {
 
 const standbyRows = 2
 
+// probeStatement: an answer, with one row.
+var probeStatement = answer("true")
+
 // A place is on what a wait takes its lock.
 type place uint8
 

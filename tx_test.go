@@ -118,7 +118,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			"and the session dies: the next one knows it", []reply{done, {rows: 2}, done, refused, fails(died)}, nil, noTx,
 			slices.Concat(
 				on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, ownWaitQuery, "close"),
-				on(2, "open", tryQuery, "BEGIN", "COMMIT", unlockQuery),
+				on(2, "open", probeQuery, tryQuery, "BEGIN", "COMMIT", unlockQuery),
 			), nil,
 		},
 		{
@@ -137,12 +137,12 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			"the session dies in the second slice: the next one begins anew", []reply{done, refused, refused, fails(died)}, nil, noTx,
 			slices.Concat(
 				on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, "ROLLBACK", "close"),
-				on(2, "open", "BEGIN", tryFirstQuery, "COMMIT"),
+				on(2, "open", probeQuery, "BEGIN", tryFirstQuery, "COMMIT"),
 			), nil,
 		},
 		{
-			"a slice fails", []reply{done, refused, fails(pgError("XX000"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{pgError("XX000")},
+			"a slice fails", []reply{done, refused, fails(pgError("53200"))}, nil, noTx,
+			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{pgError("53200")},
 		},
 		{
 			"a standby", []reply{done, refused, {rows: 2}}, nil, noTx,
