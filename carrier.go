@@ -61,7 +61,8 @@ type request struct {
 	err  error     // it is not known
 	sent time.Time // when it was asked for
 
-	done chan struct{} // closed with the answer; nil while its caller serves it
+	done     chan struct{} // closed with the answer; nil while its caller serves it
+	panicked any           // by the driver
 }
 
 // acquires tells whether r is an acquisition's, which may be left under way.
@@ -97,24 +98,27 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 		h.mu.Unlock()
 		return sessionLost{c.lost}
 	}
+	// Who serves its own request cannot leave before the answer, or the end of the session. Where others'
+	// locks are on it, that would be theirs.
 	others := r.acquires() && len(c.holds) > 0
-	// Who serves its own request cannot leave before the answer, or the end of the session:
-	// which is near, where others' locks are on it.
-	if !c.working && (!others || c.watch.every <= defaultHeartbeat) {
+	if !c.working && !others {
 		c.working = true
 		c.serving = r
 		h.mu.Unlock()
-		if others {
-			bound = answerBound
-		}
 		return c.serveOne(ctx, r, bound)
 	}
 	r.done = make(chan struct{})
-	c.pending = append(c.pending, r)
-	if !c.working {
+	if c.working {
+		c.pending = append(c.pending, r)
+	} else {
 		c.working = true
 		c.users++
-		go c.work()
+		go func() {
+			defer close(r.done)
+			defer h.leave(c)
+			defer func() { r.panicked = recover() }()
+			_ = c.serveOne(context.Background(), r, answerBound)
+		}()
 	}
 	h.mu.Unlock()
 	if !r.acquires() {
@@ -130,6 +134,9 @@ func (c *carrier) ask(ctx context.Context, r *request, bound time.Duration) erro
 	var err error
 	select {
 	case <-r.done:
+		if r.panicked != nil {
+			panic(r.panicked)
+		}
 		return r.err
 	case <-ctx.Done():
 		err = context.Cause(ctx)

@@ -24,13 +24,17 @@ const (
 	// releaseBound is how long a release may take, whatever happens.
 	releaseBound = 5 * time.Second
 
-	// heldByBound is how long the message of a Timeout may take to find the holder.
-	heldByBound = time.Second
+	// lateBound is how long past a Timeout a statement may go unanswered, and how long the message of
+	// a Timeout may take to find the holder. With twice abandonAfter, it makes less than a second.
+	lateBound = 400 * time.Millisecond
 
 	// abandonAfter is how long a driver may take to return from a statement whose
 	// context has ended. Drivers differ: lib/pq asks the server to cancel and reads
 	// on, for as long as the network keeps it waiting.
-	abandonAfter = time.Second
+	abandonAfter = 200 * time.Millisecond
+
+	// clearBound is how long the last statement on a connection may take that is to be closed.
+	clearBound = time.Second
 
 	// answerGrace is how long the answer to a try may take after its caller's context has
 	// ended: it costs nothing then, and breaking it off costs the session.
@@ -486,13 +490,13 @@ func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
 	if deadline.IsZero() {
 		return wait + answerBound
 	}
-	return min(wait+answerBound, max(0, time.Until(deadline))+time.Second)
+	return min(wait+answerBound, max(0, time.Until(deadline))+lateBound)
 }
 
 // confirm asks the server whether the session still has its locks, if its grant was so
 // long on its way that the server, which counts from the grant, may have ended it since,
 // and has it count from now on, if armNow says so.
-func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool) error {
+func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool, deadline time.Time) error {
 	fresh := time.Since(s.proof) < every
 	if !s.armed && !armNow {
 		if !fresh {
@@ -509,7 +513,7 @@ func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool)
 		s.armed = true
 	}
 	s.proof = time.Now()
-	rows, err := s.execLeft(ctx, answerBound, beatStatement(s.held, set, s.settings.nonce), s.held[0], true)
+	rows, err := s.execLeft(ctx, answerWithin(0, deadline), beatStatement(s.held, set, s.settings.nonce), s.held[0], true)
 	switch {
 	case err != nil:
 		return err
@@ -554,7 +558,7 @@ func (s *session) release() error {
 // reclaim closes the driver's connection if fn has closed the Conn, and it lies in the pool, with
 // the lock on it. (database/sql also closes the Conn, together with that, if it finds it dead.)
 func (s *session) reclaim() {
-	ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
+	ctx, cancel := context.WithTimeout(context.Background(), clearBound)
 	defer cancel()
 	found := false
 	for n := s.db.Stats().Idle; n > 0 && s.db.Stats().Idle > 0; n-- {
@@ -595,10 +599,12 @@ func (s *session) disarm() string {
 }
 
 // giveUp ends a session of ours on which an acquisition under ctx failed with err: clean if that
-// can be, for good otherwise. If ctx has ended, giveUp returns at once, and then calls ended when the
-// session has ended.
+// can be, for good otherwise. It returns at once if ctx has ended, and soon if something must be sent; it calls
+// ended when the session has ended.
 func (s *session) giveUp(ctx context.Context, err error, ended func()) {
+	done := make(chan struct{})
 	end := func() {
+		defer close(done)
 		defer ended()
 		if s.unwind != nil {
 			s.unwind()
@@ -617,10 +623,14 @@ func (s *session) giveUp(ctx context.Context, err error, ended func()) {
 		}
 		s.discard()
 	}
-	if ctx.Err() != nil {
-		go end()
-	} else {
-		end()
+	go end()
+	if ctx.Err() == nil {
+		soon := time.NewTimer(abandonAfter)
+		defer soon.Stop()
+		select {
+		case <-done:
+		case <-soon.C:
+		}
 	}
 }
 
@@ -675,7 +685,7 @@ func (s *session) discard() {
 // closes), and database/sql does not call it as long as a transaction or rows are open.
 func (s *session) clear(dc any) {
 	if execer, ok := dc.(driver.ExecerContext); ok && s.on != inTx && !s.gone.Load() && !s.abandoned.Load() {
-		ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
+		ctx, cancel := context.WithTimeout(context.Background(), clearBound)
 		defer cancel()
 		if _, err := execer.ExecContext(ctx, s.disarm()+freeStatement, nil); err == nil {
 			return
@@ -849,7 +859,7 @@ func (s *session) heldBy(err error) string {
 
 func (s *session) whoHolds(k Key) string {
 	var who string
-	err := s.do(context.Background(), heldByBound, func(ctx context.Context) (err error) {
+	err := s.do(context.Background(), lateBound, func(ctx context.Context) (err error) {
 		who, err = heldBy(ctx, s.conn, k)
 		return err
 	})
@@ -905,7 +915,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		if err := s.acquire(ctx, key, cfg.noWait, a.began, a.deadline); err != nil {
 			return err
 		}
-		return s.confirm(ctx, math.MaxInt64, s.settings.silence > 0)
+		return s.confirm(ctx, math.MaxInt64, s.settings.silence > 0, a.deadline)
 	})
 	ctx, err = o.acquired(ctx, a.error(err), func() { s.discard() })
 	if err != nil {

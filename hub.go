@@ -520,7 +520,7 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		if err := a.ctx.Err(); err != nil {
 			return err
 		}
-		return s.confirm(a.ctx, a.cfg.heartbeat, false)
+		return s.confirm(a.ctx, a.cfg.heartbeat, false, a.deadline)
 	})
 	if err != nil {
 		return nil, time.Time{}, err
@@ -836,7 +836,7 @@ func (a *acquisition) askWho(k Key) string {
 		defer a.hub.mu.Unlock()
 		a.hub.asking = false
 	}()
-	ctx, cancel := context.WithTimeout(a.ctx, heldByBound)
+	ctx, cancel := context.WithTimeout(a.ctx, lateBound)
 	defer cancel()
 	s, err := openSession(ctx, a.db, a.cfg)
 	if err != nil {

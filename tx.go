@@ -50,8 +50,9 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	var t *txn
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
 	s, err := a.keepTrying(func(s *session) error {
-		t = &txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
-		s.unwind = func() { _ = t.rollback() }
+		attempt := &txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
+		s.unwind = func() { _ = attempt.rollback() }
+		t = attempt
 		err := t.beginLocked(ctx, key, a.began, a.deadline)
 		oneSnapshot = t.oneSnapshot
 		return err
@@ -308,8 +309,7 @@ const (
 	deadlockPause = time.Second
 )
 
-// A txAcquisition acquires a lock in a transaction of the caller's. Its statements do not
-// go under the caller's ctx, because a driver that breaks one off closes the connection.
+// A txAcquisition acquires a lock in a transaction of the caller's.
 type txAcquisition struct {
 	runner
 	tx  *sql.Tx
@@ -319,6 +319,8 @@ type txAcquisition struct {
 
 func (a *txAcquisition) acquire(ctx context.Context) error {
 	deadline := a.cfg.deadline()
+	late, cancel := lateContext(ctx)
+	defer cancel()
 	pause := tryPauseMin
 	lookAt := time.Now().Add(deadlockPause)
 	suspect := false
@@ -326,8 +328,10 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		rows, err := a.exec(context.WithoutCancel(ctx), answerWithin(0, deadline), tryTxStatement(a.key, a.cfg.shared))
+		rows, err := a.exec(late, answerWithin(0, deadline), tryTxStatement(a.key, a.cfg.shared))
 		switch {
+		case err != nil && sessionGone(err) && within(1, deadline) <= 0:
+			return errors.Join(errTimeout, err)
 		case err != nil:
 			return err
 		case rows > 0:
@@ -340,7 +344,7 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 		sleep(ctx, within(pause/2+rand.N(pause/2), deadline))
 		pause = min(2*pause, tryPauseMax)
 		if time.Now().After(lookAt) && ctx.Err() == nil {
-			deadlock, err := a.deadlocked(ctx)
+			deadlock, err := a.deadlocked(late, answerWithin(0, deadline))
 			if err != nil {
 				return err
 			}
@@ -354,9 +358,9 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 }
 
 // deadlocked tells whether a holder of the lock waits for this transaction.
-func (a *txAcquisition) deadlocked(ctx context.Context) (bool, error) {
+func (a *txAcquisition) deadlocked(ctx context.Context, bound time.Duration) (bool, error) {
 	var rows int64 // the question's until aside returns nil
-	err := a.aside(ctx, func(ctx context.Context) (err error) {
+	err := a.aside(ctx, bound, func(ctx context.Context) (err error) {
 		rows, err = a.send(ctx, deadlockStatement(a.key))
 		return err
 	})
@@ -368,8 +372,10 @@ func (a *txAcquisition) deadlocked(ctx context.Context) (bool, error) {
 
 // heldBy says who holds the lock, if that can be told.
 func (a *txAcquisition) heldBy(ctx context.Context) string {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lateBound)
+	defer cancel()
 	var who string
-	if a.aside(ctx, func(ctx context.Context) (err error) {
+	if a.aside(ctx, lateBound, func(ctx context.Context) (err error) {
 		who, err = heldBy(ctx, a.tx, a.key)
 		return err
 	}) != nil {
@@ -380,14 +386,27 @@ func (a *txAcquisition) heldBy(ctx context.Context) string {
 
 // aside asks a question under a savepoint: one that fails must not cost the transaction.
 // It returns an error if the transaction may be lost all the same.
-func (a *txAcquisition) aside(ctx context.Context, question func(context.Context) error) error {
-	ctx = context.WithoutCancel(ctx)
-	if _, err := a.exec(ctx, answerBound, savepointStatement); err != nil {
+func (a *txAcquisition) aside(ctx context.Context, bound time.Duration, question func(context.Context) error) error {
+	if _, err := a.exec(ctx, bound, savepointStatement); err != nil {
 		return err
 	}
-	if err := a.do(ctx, answerBound, question); err != nil && sqlState(err) == "" {
+	if err := a.do(ctx, bound, question); err != nil && sqlState(err) == "" {
 		return err
 	}
-	_, err := a.exec(ctx, answerBound, rollbackToStatement)
+	_, err := a.exec(ctx, bound, rollbackToStatement)
 	return err
+}
+
+// lateContext ends lateBound after ctx. To break off a statement costs the connection, and with it the
+// caller's transaction, so an answer that is on its way is waited for.
+func lateContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	late, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		sleep(late, lateBound)
+		cancel(context.Cause(ctx))
+	})
+	return late, func() {
+		stop()
+		cancel(nil)
+	}
 }

@@ -147,7 +147,7 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 		// It ended in the moment before its block, or after it: what it got is not known.
 		s.armed = armed
 		undo := map[place]string{onOwn: freeStatement, onCalled: unlockHeldStatement([]Key{k}, s.shared), inTx: "ROLLBACK AND CHAIN"}[s.on]
-		if _, err := s.exec(context.WithoutCancel(ctx), answerBound, undo); err != nil {
+		if _, err := s.exec(context.WithoutCancel(ctx), lateBound, undo); err != nil {
 			return false, err
 		}
 		if refusesWait(err) {
