@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"math/rand/v2"
 	"reflect"
 	"strconv"
@@ -494,26 +493,16 @@ func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
 }
 
 // confirm asks the server whether the session still has its locks, if its grant was so
-// long on its way that the server, which counts from the grant, may have ended it since,
-// and has it count from now on, if armNow says so.
-func (s *session) confirm(ctx context.Context, every time.Duration, armNow bool, deadline time.Time) error {
-	fresh := time.Since(s.proof) < every
-	if !s.armed && !armNow {
-		if !fresh {
-			s.proof = time.Now() // there is no other clock to be ahead of
-		}
+// long on its way that the server, which counts from the grant, may have ended it since.
+func (s *session) confirm(ctx context.Context, every time.Duration, deadline time.Time) error {
+	if time.Since(s.proof) < every {
 		return nil
 	}
-	if s.armed && fresh {
-		return nil
-	}
-	set := ""
+	s.proof = time.Now() // of the answer, if the server has no clock to be ahead of
 	if !s.armed {
-		set = s.settings.setStatement(true)
-		s.armed = true
+		return nil
 	}
-	s.proof = time.Now()
-	rows, err := s.execLeft(ctx, answerWithin(0, deadline), beatStatement(s.held, set, s.settings.nonce), s.held[0], true)
+	rows, err := s.execLeft(ctx, answerWithin(0, deadline), beatStatement(s.held, "", s.settings.nonce), s.held[0], true)
 	switch {
 	case err != nil:
 		return err
@@ -904,7 +893,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	defer turn.leave()
 	a.turn = turn
 	s, err := a.keepTrying(func(s *session) error {
-		s.settings.lent = true
+		s.settings.lent, s.settings.checks = true, !s.refusals().check
 		_ = raw(s.conn, func(dc any) error {
 			s.dc = dc
 			return nil
@@ -912,10 +901,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		if cfg.given.has(optHolderTimeout) {
 			s.settings.silence = cfg.holderTimeout
 		}
-		if err := s.acquire(ctx, key, cfg.noWait, a.began, a.deadline); err != nil {
-			return err
-		}
-		return s.confirm(ctx, math.MaxInt64, s.settings.silence > 0, a.deadline)
+		return s.acquire(ctx, key, cfg.noWait, a.began, a.deadline)
 	})
 	ctx, err = o.acquired(ctx, a.error(err), func() { s.discard() })
 	if err != nil {

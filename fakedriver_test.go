@@ -41,8 +41,12 @@ type server struct {
 	// statement by the deadline of the network's connection. Contexts are not looked at.
 	direct bool
 
+	// checkless: the server does not make the setting of checkCall.
+	checkless bool
+
 	mu     sync.Mutex
 	log    []string
+	raw    []string // the log with the setting of checkCall
 	opened int
 	closed int
 }
@@ -94,7 +98,23 @@ func inOrder(replies ...reply) func(context.Context, int, string) (int64, error)
 func (s *server) write(format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.log = append(s.log, plainly(fmt.Sprintf(format, args...)))
+	line := fmt.Sprintf(format, args...)
+	s.raw = append(s.raw, plainly(line))
+	s.log = append(s.log, unchecked(plainly(line)))
+}
+
+// unchecked is a statement without the setting of checkCall, but for which it is as if there were no
+// such thing: the tests of that setting look at what was really sent.
+func unchecked(query string) string {
+	for _, c := range []struct{ old, new string }{
+		{"SELECT " + checkCall(true) + "; ", ""},
+		{"SELECT " + checkCall(false) + " WHERE", "SELECT WHERE"},
+		{", " + checkCall(false), ""},
+		{"RESET client_connection_check_interval; ", ""},
+	} {
+		query = strings.Replace(query, c.old, c.new, 1)
+	}
+	return query
 }
 
 var (
@@ -170,12 +190,23 @@ func (c *fakeConn) send(ctx context.Context, query string) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
+	if c.s.checkless && strings.Contains(query, "set_config('client_connection_check_interval'") {
+		return 0, checkRefused{}
+	}
 	if c.s.script == nil {
 		// Yes; and so many rows as locks are tried together.
 		return max(1, int64(strings.Count(query, "WHEN NOT pg_catalog.pg_try_"))), nil
 	}
-	return c.s.script(ctx, c.no, query)
+	return c.s.script(ctx, c.no, unchecked(query))
 }
+
+// checkRefused is what a server on Windows says.
+type checkRefused struct{}
+
+func (checkRefused) Error() string {
+	return `invalid value for parameter "client_connection_check_interval": 1000`
+}
+func (checkRefused) SQLState() string { return "22023" }
 
 // begin begins a statement.
 func (c *fakeConn) begin(ctx context.Context, line string) (context.Context, error) {

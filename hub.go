@@ -30,10 +30,17 @@ type hub struct {
 	sessions int  // carriers, and those that wait in the server's queue
 	polling  int  // those who wait, and do not have such a session
 	asking   bool // somebody asks who holds a lock
-	mustTry  bool // the server does not execute the statement that waits
 	seed     uint64
 
 	outage *outage // that waits are in; nil: none are
+
+	refused refusals
+}
+
+// refusals are what the server has been found not to execute.
+type refusals struct {
+	wait  bool // the statement that waits
+	check bool // the setting of checkCall
 }
 
 // An opening is what those wait for who find another opening the shared session.
@@ -520,7 +527,7 @@ func (a *acquisition) wait(k Key, q *queue) (*carrier, time.Time, error) {
 		if err := a.ctx.Err(); err != nil {
 			return err
 		}
-		return s.confirm(a.ctx, a.cfg.heartbeat, false, a.deadline)
+		return s.confirm(a.ctx, a.cfg.heartbeat, a.deadline)
 	})
 	if err != nil {
 		return nil, time.Time{}, err
@@ -573,7 +580,7 @@ func (h *hub) mayWait(db *sql.DB) bool {
 	if h.shared == nil {
 		sessions++ // there is always room for that
 	}
-	if h.mustTry || exhausted(stats) || sessions >= limit {
+	if h.refused.wait || exhausted(stats) || sessions >= limit {
 		return false
 	}
 	h.sessions++

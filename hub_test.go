@@ -859,7 +859,7 @@ func TestADriversPanicWhileASessionIsCleaned(t *testing.T) {
 		a := newAcquisition(t, db)
 		c, _, err := a.session()
 		wantError(t, err)
-		c.armed = true
+		c.armed, c.settings.silence = true, time.Second
 		func() {
 			defer func() {
 				if recover() != "driver" {

@@ -257,7 +257,7 @@ func TestTimesAreSentInMillisecondsRoundedUp(t *testing.T) {
 	} {
 		db, srv := newServer(t)
 		wantError(t, WithConnLock(t.Context(), db, key, func(context.Context, *sql.Conn) error { return nil }, HolderTimeout(d)))
-		srv.want(t, on(1, "open", tryQuery, "/* advisory: 42 */ "+strings.ReplaceAll(armLent, "60000", want)+beatAnswer, disarmLent+unlockLentQuery)...)
+		srv.want(t, on(1, "open", strings.ReplaceAll(tryLent, "60000", want), disarmLent+unlockLentQuery)...)
 	}
 }
 

@@ -69,27 +69,74 @@ type sessionSettings struct {
 	// lent: a caller may open a transaction, which is not idle in the sense of
 	// idle_session_timeout.
 	lent bool
+
+	// checks: the server looks during each statement whether this process is still there.
+	checks bool
+}
+
+// A parameter is a setting of the server's.
+type parameter struct{ name, from string }
+
+// parameters are those that depend on values, and where each has its value from.
+func (w sessionSettings) parameters() []parameter {
+	switch {
+	case w.silence == 0:
+		return nil
+	case w.lent:
+		return []parameter{{"advisory.session", "nonce"}, {"idle_session_timeout", "silence"}, {"idle_in_transaction_session_timeout", "silence"}}
+	default:
+		return []parameter{{"advisory.session", "nonce"}, {"idle_session_timeout", "silence"}}
+	}
+}
+
+func (w sessionSettings) value(from string) string {
+	if from == "nonce" {
+		return w.nonce
+	}
+	return milliseconds(w.silence)
+}
+
+// calls are the calls that make the settings.
+func (w sessionSettings) calls() string {
+	var calls []string
+	for _, p := range w.parameters() {
+		calls = append(calls, "pg_catalog.set_config('"+p.name+"', '"+w.value(p.from)+"', false)")
+	}
+	if w.checks {
+		calls = append(calls, checkCall(false))
+	}
+	return strings.Join(calls, ", ")
+}
+
+const checkInterval = "client_connection_check_interval"
+
+// checkCall has the server look every second, or as often as it does anyway, whether this process is
+// still there (PostgreSQL 14). Otherwise a lock outlives a process that dies by the statement that is
+// under way.
+func checkCall(local bool) string {
+	const current = "pg_catalog.current_setting('" + checkInterval + "')"
+	return "pg_catalog.set_config('" + checkInterval + "', CASE" +
+		" WHEN " + current + "::pg_catalog.interval OPERATOR(pg_catalog.>) '0' AND " + current + "::pg_catalog.interval OPERATOR(pg_catalog.<) '1s'" +
+		" THEN " + current + " ELSE '1s' END, " + strconv.FormatBool(local) + ")"
 }
 
 // setStatement is put before another statement, as resetStatement is. The nonce is set once: another
 // session must not get it.
 func (w sessionSettings) setStatement(first bool) string {
-	silence := milliseconds(w.silence)
-	s := "SELECT "
-	if first {
-		s += "pg_catalog.set_config('advisory.session', '" + w.nonce + "', false), "
+	calls := w.calls()
+	if !first {
+		_, calls, _ = strings.Cut(calls, ", false), ")
 	}
-	s += "pg_catalog.set_config('idle_session_timeout', '" + silence + "', false)"
-	if w.lent {
-		s += ", pg_catalog.set_config('idle_in_transaction_session_timeout', '" + silence + "', false)"
-	}
-	return s + "; "
+	return "SELECT " + calls + "; "
 }
 
 func (w sessionSettings) resetStatement() string {
-	s := "RESET advisory.session; RESET idle_session_timeout; "
-	if w.lent {
-		s += "RESET idle_in_transaction_session_timeout; "
+	var s string
+	for _, p := range w.parameters() {
+		s += "RESET " + p.name + "; "
+	}
+	if w.checks {
+		s += "RESET " + checkInterval + "; "
 	}
 	return s
 }
@@ -175,15 +222,16 @@ func waitStatement(on place, restart string, k Key, shared bool, bound time.Dura
 		set("key", fmt.Sprintf("'%d'", k.id))
 		block.WriteString("(" + get("key", "int8") + ")")
 	}
+	// With the grant, because this process may be out of reach by then.
 	if w.silence > 0 {
-		// With the grant, because this process may be out of reach by then.
-		set("nonce", "'"+w.nonce+"'")
-		set("silence", "'"+milliseconds(w.silence)+"'")
-		apply("advisory.session", "nonce", "false")
-		apply("idle_session_timeout", "silence", "false")
-		if w.lent {
-			apply("idle_in_transaction_session_timeout", "silence", "false")
-		}
+		set("nonce", "'"+w.value("nonce")+"'")
+		set("silence", "'"+w.value("silence")+"'")
+	}
+	for _, p := range w.parameters() {
+		apply(p.name, p.from, "false")
+	}
+	if w.checks {
+		block.WriteString(", " + checkCall(false))
 	}
 	if on == inTx {
 		set("lock_timeout", "old.lock_timeout")

@@ -51,6 +51,7 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
 	s, err := a.keepTrying(func(s *session) error {
 		attempt := &txn{s: s, cfg: &cfg, oneSnapshot: oneSnapshot}
+		s.settings.checks = !s.refusals().check
 		s.unwind = func() { _ = attempt.rollback() }
 		t = attempt
 		err := t.beginLocked(ctx, key, a.began, a.deadline)
@@ -114,7 +115,8 @@ func (t *txn) beginLocked(ctx context.Context, k Key, since, deadline time.Time)
 // beginThenLock takes the transaction-scoped lock. If it finds that the transaction
 // has one snapshot, it sets oneSnapshot and leaves nothing behind.
 func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Time) error {
-	t.s.on, t.s.restart = inTx, restartStatement+t.settings()
+	t.s.on = inTx
+	t.s.restart = restartStatement + t.settings()
 	if err := t.begin(ctx, deadline); err != nil {
 		return err
 	}
@@ -124,6 +126,11 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 	}
 	rows, err := t.s.execLeft(ctx, answerWithin(0, deadline), t.settings()+try(k, t.s.shared), k, false)
 	switch {
+	case t.s.refusesCheck(err):
+		if err := t.rollback(); err != nil {
+			return err
+		}
+		return t.beginThenLock(ctx, k, since, deadline)
 	case err != nil || rows == 1:
 		return err
 	case rows == 2:
@@ -136,12 +143,15 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 }
 
 // settings is put before a statement, and makes the transaction's own settings.
-func (t *txn) settings() string {
-	if !t.cfg.given.has(optHolderTimeout) {
-		return ""
+func (t *txn) settings() (s string) {
+	if t.cfg.given.has(optHolderTimeout) {
+		// SET takes no snapshot.
+		s = "SET LOCAL idle_in_transaction_session_timeout = " + milliseconds(t.cfg.holderTimeout) + "; "
 	}
-	// SET takes no snapshot.
-	return "SET LOCAL idle_in_transaction_session_timeout = " + milliseconds(t.cfg.holderTimeout) + "; "
+	if t.s.on == inTx && t.s.settings.checks {
+		s += "SELECT " + checkCall(true) + "; "
+	}
+	return s
 }
 
 func (t *txn) begin(ctx context.Context, deadline time.Time) error {

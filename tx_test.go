@@ -23,9 +23,56 @@ func isolation(level sql.IsolationLevel) Option {
 	return TxOptions(&sql.TxOptions{Isolation: level})
 }
 
+// A server on a platform that cannot check its connections is asked to once, and that costs no lock.
+func TestAServerThatDoesNotCheckItsConnectionsIsAskedOnce(t *testing.T) {
+	t.Parallel()
+	for _, f := range waiters() {
+		if !strings.HasPrefix(f.name, "WithConnLock") && !strings.HasPrefix(f.name, "WithTxLock") {
+			continue
+		}
+		for _, contended := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, contended %v", f.name, contended), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					p, dbs, srvs := newTable(t, 2)
+					srvs[0].checkless = true
+					if contended {
+						holdFor(t, dbs[1], key, 250*time.Millisecond)
+					}
+					var log logBuffer
+					for range 3 {
+						wantError(t, f.run(t.Context(), dbs[0], key, nothing, log.option()))
+					}
+					asked := 0
+					for _, line := range srvs[0].raw {
+						if strings.Contains(line, "set_config('client_connection_check_interval'") {
+							asked++
+						}
+					}
+					if n := strings.Count(log.String(), "does not check its connections"); asked == 0 || asked > 2 || n != 1 {
+						t.Errorf("asked %d times, %d warnings: %q", asked, n, srvs[0].raw)
+					}
+					if srvs[0].opened != 1 {
+						t.Errorf("%d connections", srvs[0].opened)
+					}
+					wantIdle(t, dbs[0])
+					p.clean()
+				})
+			})
+		}
+	}
+}
+
 func TestStatementsOfWithTxLock(t *testing.T) {
 	t.Parallel()
 	one, none := sqlmock.NewResult(0, 1), sqlmock.NewResult(0, 0)
+	const (
+		current = "pg_catalog.current_setting('client_connection_check_interval')"
+		check   = "pg_catalog.set_config('client_connection_check_interval', CASE" +
+			" WHEN " + current + "::pg_catalog.interval OPERATOR(pg_catalog.>) '0' AND " + current + "::pg_catalog.interval OPERATOR(pg_catalog.<) '1s'" +
+			" THEN " + current + " ELSE '1s' END, "
+		own = "SELECT " + check + "true); "
+	)
+	wait := strings.Replace(waitTxQuery, "CHAIN; ", "CHAIN; "+own, 1)
 	for _, test := range []struct {
 		name   string
 		opts   []Option
@@ -33,30 +80,30 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 	}{
 		{"by default", nil, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec(tryFirstQuery).WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(own + tryFirstQuery).WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
 		}},
 		{"at READ COMMITTED, shared", []Option{isolation(sql.LevelReadCommitted), Shared()}, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec("SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)").WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(own + "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)").WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
 		}},
 		{"contended", nil, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec(tryFirstQuery).WithoutArgs().WillReturnResult(none)
-			m.ExpectExec(waitTxQuery).WithoutArgs().WillReturnResult(none)
-			m.ExpectExec(waitTxQuery).WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(own + tryFirstQuery).WithoutArgs().WillReturnResult(none)
+			m.ExpectExec(wait).WithoutArgs().WillReturnResult(none)
+			m.ExpectExec(wait).WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
 		}},
 		{"at REPEATABLE READ", []Option{isolation(sql.LevelRepeatableRead)}, func(m sqlmock.Sqlmock) {
-			m.ExpectExec(tryQuery).WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(strings.Replace(tryQuery, "SELECT", "SELECT "+check+"false)", 1)).WithoutArgs().WillReturnResult(one)
 			m.ExpectBegin()
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
-			m.ExpectExec(unlockQuery).WithoutArgs().WillReturnResult(one)
+			m.ExpectExec("RESET client_connection_check_interval; " + unlockQuery).WithoutArgs().WillReturnResult(one)
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -58,7 +58,7 @@ func (s *session) acquire(ctx context.Context, k Key, noWait bool, since, deadli
 // waitOrTry waits for the lock of k, which a try has just refused.
 func (s *session) waitOrTry(ctx context.Context, k Key, since, deadline time.Time) error {
 	s.waited = true
-	if !s.mustTry() {
+	if !s.refusals().wait {
 		if err := s.wait(ctx, k, since, deadline); !s.refused(err) {
 			return err
 		}
@@ -83,13 +83,30 @@ func (timeoutError) Timeout() bool { return true }
 // errStandby is the error of a lock on a standby.
 var errStandby = errors.New("the server is a hot standby: its locks exclude nobody on the primary; connect to the primary (target_session_attrs=read-write)")
 
-// try tries to take the lock of k.
+// try tries to take the lock of k, and makes the settings with the grant.
 func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted bool, err error) {
 	query := tryStatement([]Key{k}, s.shared)
-	if s.on == inTx {
+	calls := s.settings.calls()
+	armed := s.armed
+	switch {
+	case s.on == inTx:
 		query = s.restart + tryTxStatement(k, s.shared)
+	case calls != "":
+		query = "SELECT " + calls + strings.TrimPrefix(query, "SELECT")
+		s.armed = true
 	}
 	rows, err := s.execLeft(ctx, answerWithin(0, deadline), query, k, false)
+	if s.refusesCheck(err) {
+		// The lock was taken before the setting was refused.
+		if _, err := s.exec(context.WithoutCancel(ctx), lateBound, freeStatement); err != nil {
+			return false, err
+		}
+		s.armed = armed
+		return s.try(ctx, k, deadline)
+	}
+	if err == nil && rows == 0 {
+		s.armed = armed
+	}
 	return rows > 0, err
 }
 
@@ -129,12 +146,13 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 		return false, errTimeout
 	}
 	armed, settings := s.armed, s.settings
-	if armed {
-		settings.silence = 0
+	if armed || s.on == inTx { // which has its own
+		settings = sessionSettings{}
 	}
-	s.armed = armed || settings.silence > 0
+	s.armed = armed || settings.calls() != ""
 	s.waitingFor, s.proof = k, time.Now()
 	rows, err := s.execLeft(ctx, answerWithin(bound, deadline), waitStatement(s.on, s.restart, k, s.shared, bound, settings), k, true)
+	checkRefused := s.refusesCheck(err)
 	switch {
 	case err == nil && rows == standbyRows:
 		return false, errStandby
@@ -143,18 +161,17 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 	case err == nil:
 		s.waited, s.armed = true, armed
 		return false, nil
-	case refusesWait(err), sqlState(err) == queryCanceled:
+	case checkRefused, refusesWait(err), sqlState(err) == queryCanceled:
 		// It ended in the moment before its block, or after it: what it got is not known.
 		s.armed = armed
 		undo := map[place]string{onOwn: freeStatement, onCalled: unlockHeldStatement([]Key{k}, s.shared), inTx: "ROLLBACK AND CHAIN"}[s.on]
 		if _, err := s.exec(context.WithoutCancel(ctx), lateBound, undo); err != nil {
 			return false, err
 		}
-		if refusesWait(err) {
-			err = waitRefused{err}
-		} else {
-			err = nil
+		if checkRefused || !refusesWait(err) {
+			return false, nil
 		}
+		err = waitRefused{err}
 	}
 	return false, err
 }
@@ -175,32 +192,49 @@ func (s *session) refused(err error) bool {
 	if !errors.As(err, new(waitRefused)) {
 		return false
 	}
-	first := true
-	if s.db != nil {
-		h := hubOf(s.db)
-		h.mu.Lock()
-		first = !h.mustTry
-		h.mustTry = true
-		h.mu.Unlock()
-	}
-	if first {
-		s.log.Warn("advisory: waits try again and again, because the server does not execute the statement that waits", "error", err)
-	}
+	s.refuse(refusals{wait: true}, "advisory: waits try again and again, because the server does not execute the statement that waits", err)
 	return true
 }
 
-// mustTry tells whether the server has refused a wait through this pool before.
-func (s *session) mustTry() bool {
-	if s.db == nil {
+// refusesCheck tells whether err is that of a server that does not make the setting of checkCall: it
+// runs on a platform that cannot, or is no PostgreSQL. Then the session does without.
+func (s *session) refusesCheck(err error) bool {
+	if !s.settings.checks || sqlState(err) == "" || !strings.Contains(err.Error(), checkInterval) {
 		return false
+	}
+	s.settings.checks = false
+	s.refuse(refusals{check: true}, "advisory: a lock may outlive this process until the statement under way ends, because the server does not check its connections", err)
+	return true
+}
+
+// refuse notes what the server of the pool does not execute. The first time it is reported to the Logger.
+func (s *session) refuse(what refusals, message string, err error) {
+	before := s.refusals()
+	if s.db != nil {
+		h := hubOf(s.db)
+		h.mu.Lock()
+		before = h.refused
+		h.refused.wait = before.wait || what.wait
+		h.refused.check = before.check || what.check
+		h.mu.Unlock()
+	}
+	if what.wait && !before.wait || what.check && !before.check {
+		s.log.Warn(message, "error", err)
+	}
+}
+
+// refusals are those that are known of the session's pool.
+func (s *session) refusals() refusals {
+	if s.db == nil {
+		return refusals{}
 	}
 	h := hubOf(s.db)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.mustTry
+	return h.refused
 }
 
-// waitByTrying is wait where mustTry says so.
+// waitByTrying is wait where the server refuses that.
 func (s *session) waitByTrying(ctx context.Context, k Key, deadline time.Time) error {
 	s.waitingFor = k
 	for pause := pollMin; ; pause = min(2*pause, pollMax) {
