@@ -110,6 +110,7 @@ func unchecked(query string) string {
 		{"SELECT " + checkCall(true) + "; ", ""},
 		{"SELECT " + checkCall(false) + " WHERE", "SELECT WHERE"},
 		{", " + checkCall(false), ""},
+		{", " + checkCall(true), ""},
 		{"RESET client_connection_check_interval; ", ""},
 	} {
 		query = strings.Replace(query, c.old, c.new, 1)

@@ -120,6 +120,14 @@ func checkCall(local bool) string {
 		" THEN " + current + " ELSE '1s' END, " + strconv.FormatBool(local) + ")"
 }
 
+// checkStatement is put before a try in a transaction. A wait makes the same setting with its grant.
+func (w sessionSettings) checkStatement() string {
+	if !w.checks {
+		return ""
+	}
+	return "SELECT " + checkCall(true) + "; "
+}
+
 // setStatement is put before another statement, as resetStatement is. The nonce is set once: another
 // session must not get it.
 func (w sessionSettings) setStatement(first bool) string {
@@ -231,7 +239,7 @@ func waitStatement(on place, restart string, k Key, shared bool, bound time.Dura
 		apply(p.name, p.from, "false")
 	}
 	if w.checks {
-		block.WriteString(", " + checkCall(false))
+		block.WriteString(", " + checkCall(on == inTx))
 	}
 	if on == inTx {
 		set("lock_timeout", "old.lock_timeout")

@@ -103,8 +103,8 @@ func (t *txn) beginLocked(ctx context.Context, k Key, since, deadline time.Time)
 		if err := t.begin(ctx, deadline); err != nil {
 			return err
 		}
-		if settings := t.settings(); settings != "" {
-			if _, err := t.s.execLeft(ctx, answerWithin(0, deadline), settings, k, false); err != nil {
+		if silence := t.silence(); silence != "" {
+			if _, err := t.s.execLeft(ctx, answerWithin(0, deadline), silence, k, false); err != nil {
 				return err
 			}
 		}
@@ -116,7 +116,7 @@ func (t *txn) beginLocked(ctx context.Context, k Key, since, deadline time.Time)
 // has one snapshot, it sets oneSnapshot and leaves nothing behind.
 func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Time) error {
 	t.s.on = inTx
-	t.s.restart = restartStatement + t.settings()
+	t.s.restart = restartStatement + t.silence()
 	if err := t.begin(ctx, deadline); err != nil {
 		return err
 	}
@@ -124,7 +124,7 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 	if t.cfg.txOptions.Isolation == sql.LevelDefault {
 		try = tryFirstStatement
 	}
-	rows, err := t.s.execLeft(ctx, answerWithin(0, deadline), t.settings()+try(k, t.s.shared), k, false)
+	rows, err := t.s.execLeft(ctx, answerWithin(0, deadline), t.silence()+t.s.settings.checkStatement()+try(k, t.s.shared), k, false)
 	switch {
 	case t.s.refusesCheck(err):
 		if err := t.rollback(); err != nil {
@@ -142,16 +142,13 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 	return t.s.waitOrTry(ctx, k, since, deadline)
 }
 
-// settings is put before a statement, and makes the transaction's own settings.
-func (t *txn) settings() (s string) {
-	if t.cfg.given.has(optHolderTimeout) {
-		// SET takes no snapshot.
-		s = "SET LOCAL idle_in_transaction_session_timeout = " + milliseconds(t.cfg.holderTimeout) + "; "
+// silence is put before a statement, and has the server end a transaction that has fallen silent.
+func (t *txn) silence() string {
+	if !t.cfg.given.has(optHolderTimeout) {
+		return ""
 	}
-	if t.s.on == inTx && t.s.settings.checks {
-		s += "SELECT " + checkCall(true) + "; "
-	}
-	return s
+	// SET takes no snapshot.
+	return "SET LOCAL idle_in_transaction_session_timeout = " + milliseconds(t.cfg.holderTimeout) + "; "
 }
 
 func (t *txn) begin(ctx context.Context, deadline time.Time) error {

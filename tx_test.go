@@ -72,7 +72,7 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 			" THEN " + current + " ELSE '1s' END, "
 		own = "SELECT " + check + "true); "
 	)
-	wait := strings.Replace(waitTxQuery, "CHAIN; ", "CHAIN; "+own, 1)
+	wait := waitStatement(inTx, restartStatement, key, false, sliceMin, sessionSettings{checks: true})
 	for _, test := range []struct {
 		name   string
 		opts   []Option

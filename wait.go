@@ -90,7 +90,7 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 	armed := s.armed
 	switch {
 	case s.on == inTx:
-		query = s.restart + tryTxStatement(k, s.shared)
+		query = s.restart + s.settings.checkStatement() + tryTxStatement(k, s.shared)
 	case calls != "":
 		query = "SELECT " + calls + strings.TrimPrefix(query, "SELECT")
 		s.armed = true
@@ -146,10 +146,14 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 		return false, errTimeout
 	}
 	armed, settings := s.armed, s.settings
-	if armed || s.on == inTx { // which has its own
+	switch {
+	case s.on == inTx: // whose settings go with it
+		settings = sessionSettings{checks: settings.checks}
+	case armed:
 		settings = sessionSettings{}
+	default:
+		s.armed = settings.calls() != ""
 	}
-	s.armed = armed || settings.calls() != ""
 	s.waitingFor, s.proof = k, time.Now()
 	rows, err := s.execLeft(ctx, answerWithin(bound, deadline), waitStatement(s.on, s.restart, k, s.shared, bound, settings), k, true)
 	checkRefused := s.refusesCheck(err)
