@@ -87,6 +87,7 @@ func newHostilePlace(t testing.TB) hostilePlace {
 	dsn := inDatabase(t)
 	h := hostilePlace{name: databaseOf(t, dsn), role: testkit.Unique("hostile"), limited: testkit.Unique("limited")}
 	h.other = openPlain(t, withParams(t, dsn, "search_path", "pg_catalog"))
+	h.other.SetMaxIdleConns(32)
 	for _, role := range []string{h.role, h.limited} {
 		setUp(t, adminDB(t), "CREATE ROLE "+role)
 		t.Cleanup(func() {
@@ -205,6 +206,7 @@ var lead = way{name: "Lead", opens: true, beats: true,
 // useEverything uses all of the package.
 func (p *hostilePool) useEverything(t *testing.T) {
 	var g errgroup.Group
+	g.SetLimit(8) // the server has other tests' sessions, too
 	do := func(name string, f func(ctx context.Context) error) {
 		g.Go(func() error {
 			if err := f(soon(t)); err != nil {
@@ -216,6 +218,7 @@ func (p *hostilePool) useEverything(t *testing.T) {
 	all := append(slices.Clone(ways), isolated(sql.LevelReadCommitted), isolated(sql.LevelRepeatableRead), isolated(sql.LevelSerializable))
 	for _, w := range all {
 		for _, shared := range []bool{false, true} {
+			w := w
 			w.shared = shared
 			name := fmt.Sprintf("%s %s, shared: %t", t.Name(), w.name, shared)
 			key := advisory.Name(name)
@@ -311,13 +314,13 @@ func (p *hostilePool) contend(ctx context.Context, t *testing.T, w way, key advi
 // beat holds locks for several heartbeats.
 func (p *hostilePool) beat(ctx context.Context, t *testing.T) error {
 	db := p.another(t)
-	lock, err := advisory.Acquire(ctx, db, advisory.Name(t.Name()+"beat"), advisory.Heartbeat(200*time.Millisecond), advisory.HolderTimeout(20*time.Second), p.log.option())
+	lock, err := advisory.Acquire(ctx, db, advisory.Name(t.Name()+"beat"), advisory.Heartbeat(500*time.Millisecond), advisory.HolderTimeout(20*time.Second), p.log.option())
 	if err != nil {
 		return err
 	}
 	select {
 	case <-lock.Context().Done():
-	case <-time.After(500 * time.Millisecond):
+	case <-time.After(1200 * time.Millisecond):
 	}
 	return errors.Join(context.Cause(lock.Context()), lock.Release())
 }
@@ -374,8 +377,7 @@ func (p *hostilePool) crowd(t *testing.T) {
 		})
 	}
 	p.waitUntilSent(t, "pg_catalog.unnest(")
-	p.waitUntilSent(t, "SELECT") // what an answer is enough for
-	time.Sleep(100 * time.Millisecond)
+	time.Sleep(100 * time.Millisecond) // for more than the first of them
 	cancel()
 	if err := g.Wait(); err != nil {
 		t.Errorf("a crowd: %v", err)
@@ -386,14 +388,16 @@ func (p *hostilePool) crowd(t *testing.T) {
 func (p *hostilePool) limit(t *testing.T) {
 	allowLog(t, "ERROR:  permission denied for language plpgsql")
 	var g errgroup.Group
+	g.SetLimit(8)
 	for _, w := range queuers {
 		for _, shared := range []bool{false, true} {
+			w := w
 			w.shared = shared
 			key := advisory.Name(fmt.Sprint(t.Name(), "limit", w.name, shared))
 			hold(t, p.other, key)
 			db := p.another(t, "role", p.limited)
 			g.Go(func() error {
-				err := w.with(soon(t), db, key, noWork, newLogbook().option(), advisory.Timeout(100*time.Millisecond))
+				err := w.with(soon(t), db, key, noWork, newLogbook().option(), advisory.Timeout(300*time.Millisecond))
 				if !errors.Is(err, advisory.ErrNotAcquired) {
 					t.Errorf("%s without PL/pgSQL: %v", w.name, err)
 				}
@@ -402,6 +406,7 @@ func (p *hostilePool) limit(t *testing.T) {
 		}
 	}
 	_ = g.Wait()
+	p.waitUntilSent(t, "OFFSET 0) AS held") // the undoing, made of parts that others have, too
 }
 
 // wantAllSent fails the test unless every text in the package's source that looks like a part of a
