@@ -6,23 +6,30 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"time"
 )
 
 const (
-	// checkConns is how many connections Check compares, if the pool has as many.
-	// Two would do, but for a balancer that picks servers at random.
-	checkConns = 4
+	// checkOthers is how many sessions Check compares with the first. One would do, but for a balancer
+	// that picks servers at random.
+	checkOthers = 3
 
-	// checkRounds is how often Check asks each of them which session it is. Behind a
-	// busy pooler, a client may get the same session back a few times by chance.
-	checkRounds = 12
+	// checkRounds is how often Check asks two sessions in turn whether they are still the same. Behind
+	// a busy pooler, a client may get the same session back by chance.
+	checkRounds = 3
+
+	// checkPatience is how long Check waits for its second connection at first, before it gives the
+	// first one back for others that may wait for theirs.
+	checkPatience = 500 * time.Millisecond
 )
 
 // Check tells whether mutual exclusion really works through db, by locking: it
-// returns nil if a session-level lock that is taken on one connection is held by it
-// and excludes another. It is meant for program start, and for tests of a
-// deployment. It needs two connections of the pool for a moment, uses up to four,
-// and leaves nothing behind.
+// returns nil if a session-level lock that is taken on one connection excludes another, and a wait for
+// it waits. It is meant for program start, and for tests of a deployment.
+//
+// It uses two connections at a time, of four that it makes and closes again, and sends about a dozen
+// statements. It leaves nothing behind. Several at a time, in one process or in many, do not wait for each other's
+// connections for ever: one that does not get its second gives back its first, and begins anew.
 //
 // It finds, and its error explains,
 //
@@ -30,7 +37,8 @@ const (
 //     to a server connection that others use next,
 //   - a hot standby, whose locks exclude nobody on the primary,
 //   - a db whose connections lead to several servers or databases,
-//   - a server whose advisory lock functions do nothing.
+//   - a server whose advisory lock functions do nothing,
+//   - a role that may not execute them, or may not use PL/pgSQL, in which the waits are written.
 //
 // What works behind a transaction pooler is [WithTxLock], at READ COMMITTED.
 func Check(ctx context.Context, db *sql.DB) error {
@@ -45,39 +53,73 @@ func Check(ctx context.Context, db *sql.DB) error {
 	return nil
 }
 
-func check(ctx context.Context, db *sql.DB, cfg *config) (err error) {
-	limit := db.Stats().MaxOpenConnections
-	if limit == 1 {
+func check(ctx context.Context, db *sql.DB, cfg *config) error {
+	if db.Stats().MaxOpenConnections == 1 {
 		return errors.New("the pool is limited to one connection, and it takes two to see whether they exclude each other (SetMaxOpenConns)")
 	}
-	n := checkConns
-	if limit > 0 {
-		n = min(n, max(2, limit/2))
+	h := hubOf(db)
+	select {
+	case h.checking <- struct{}{}:
+		defer func() { <-h.checking }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	sessions := make([]*session, 0, n)
-	defer func() {
-		for _, s := range sessions {
-			if err != nil {
-				s.discard()
-			} else {
-				s.handBack()
-			}
+	for patience := checkPatience; ; patience = min(2*patience, answerBound) {
+		err := checkOnce(ctx, db, cfg, patience)
+		if !errors.Is(err, errNoSecond) {
+			return err
 		}
-	}()
-	for range n {
-		s, err := openChecked(ctx, db, cfg)
+		sleep(ctx, rand.N(patience))
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", err, context.Cause(ctx))
+		}
+	}
+}
+
+var errNoSecond = errors.New("no second connection was to be had, and it takes two to see whether they exclude each other")
+
+// checkOnce checks with connections of its own. It waits for the second one, and for each one after
+// that, for as long as patience.
+func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration) error {
+	holder, err := openChecked(ctx, db, cfg)
+	if err != nil {
+		return err
+	}
+	defer holder.discard()
+	keys := []Key{ID(rand.Int64())}
+	for i := range checkOthers {
+		other, err := openSecond(ctx, db, cfg, patience)
 		if err != nil {
 			return err
 		}
-		sessions = append(sessions, s)
+		if i == 0 {
+			err = checkSame(ctx, holder, other)
+			if err == nil {
+				err = holder.step(ctx, tryStatement(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work")
+			}
+		}
+		if err == nil {
+			err = checkExclusion(ctx, other, keys, i)
+		}
+		if err == nil && i == checkOthers-1 {
+			err = checkRelease(ctx, holder, other, keys)
+		}
+		other.discard()
+		if err != nil {
+			return err
+		}
 	}
-	if err := checkSessions(ctx, sessions); err != nil {
-		return err
-	}
-	return checkExclusion(ctx, sessions)
+	return nil
 }
 
-// openChecked opens a session and checks that it leads to a primary. Its first
+// openSecond is openChecked for as long as patience.
+func openSecond(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration) (*session, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
+	defer cancel()
+	return openChecked(ctx, db, cfg)
+}
+
+// openChecked opens a session, marks it, and checks that it leads to a primary. Its first
 // statement also finds the dead connections of the pool.
 func openChecked(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
 	for stale := db.Stats().OpenConnections; ; stale-- {
@@ -85,13 +127,9 @@ func openChecked(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 		if err != nil {
 			return nil, err
 		}
-		standby, err := s.exec(ctx, answerBound, inRecoveryStatement)
-		switch {
-		case err == nil && standby == 0:
+		err = s.step(ctx, markStatement(s.settings.nonce), 1, changes)
+		if err == nil {
 			return s, nil
-		case err == nil:
-			s.handBack()
-			return nil, errStandby
 		}
 		s.discard()
 		if stale <= 0 || ctx.Err() != nil || !sessionGone(err) {
@@ -100,68 +138,59 @@ func openChecked(ctx context.Context, db *sql.DB, cfg *config) (*session, error)
 	}
 }
 
-// checkSessions checks that each session stays the same and no two are one, without
-// locking anything.
-func checkSessions(ctx context.Context, sessions []*session) error {
-	low, high := make([]int64, len(sessions)), make([]int64, len(sessions))
-	for round := range checkRounds {
-		for i, s := range sessions {
-			digit, err := s.exec(ctx, answerBound, pidLowStatement)
-			if err != nil {
-				return err
-			}
-			if round > 0 && digit != low[i] {
-				return errors.New("the session of a connection changes between statements: " + pooled)
-			}
-			low[i] = digit
-		}
+// step sends a statement, and returns an error if its answer does not have as many rows as wanted.
+func (s *session) step(ctx context.Context, query string, want int64, otherwise string) error {
+	rows, err := s.exec(ctx, answerBound, query)
+	switch {
+	case err != nil:
+		return err
+	case rows == want:
+		return nil
+	case rows == standbyRows:
+		return errStandby
+	default:
+		return errors.New(otherwise)
 	}
-	for i, s := range sessions {
-		var err error
-		if high[i], err = s.exec(ctx, answerBound, pidHighStatement); err != nil {
-			return err
-		}
-		for j := range i {
-			// Where there are no process IDs, there is nothing to tell by.
-			if low[i] == low[j] && high[i] == high[j] && low[i]+high[i] > 0 {
-				return errors.New("two connections share a session: " + pooled)
+}
+
+const (
+	changes = "the session of a connection changes between statements: " + pooled
+	gone    = "a lock was gone when it was to be released: " + pooled
+	pooled  = "a pooler in transaction or statement mode stands between, and session-level locks mean nothing there: use its session mode, connect directly, or use WithTxLock"
+)
+
+// checkSame checks that two sessions stay the same, and are not one, without locking anything.
+func checkSame(ctx context.Context, sessions ...*session) error {
+	for range checkRounds {
+		for _, s := range sessions {
+			if err := s.step(ctx, markedStatement(s.settings.nonce), 1, changes); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-const pooled = "a pooler in transaction or statement mode stands between, and session-level locks mean nothing there: use its session mode, connect directly, or use WithTxLock"
+// checkExclusion checks that a session cannot have the lock that another has. The first one waits for it.
+func checkExclusion(ctx context.Context, s *session, keys []Key, i int) error {
+	otherwise := fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
+	if i > 0 {
+		return s.step(ctx, tryStatement(keys, false), 0, otherwise)
+	}
+	err := s.step(ctx, waitStatement(onOwn, "", keys[0], false, time.Millisecond, sessionSettings{}), 0, otherwise)
+	if refusesWait(err) {
+		err = fmt.Errorf("the server does not execute the statement that waits, and waits would try again and again: %w", err)
+	}
+	return err
+}
 
-// checkExclusion locks a random key on the first session and tries it on the others.
-func checkExclusion(ctx context.Context, sessions []*session) error {
-	const gone = "a lock was gone when it was to be released: " + pooled
-	keys := []Key{ID(rand.Int64())}
-	holder := sessions[0]
-	step := func(s *session, query string, want int64, otherwise string) error {
-		rows, err := s.exec(ctx, answerBound, query)
-		if err == nil && rows != want {
-			err = errors.New(otherwise)
-		}
+// checkRelease checks that a lock that is released is another's to have.
+func checkRelease(ctx context.Context, holder, other *session, keys []Key) error {
+	if err := holder.step(ctx, unlockStatement(keys, false), 1, gone); err != nil {
 		return err
 	}
-	if err := step(holder, tryStatement(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work"); err != nil {
+	if err := other.step(ctx, tryStatement(keys, false), 1, "a released lock was not free: "+pooled); err != nil {
 		return err
 	}
-	if err := step(holder, heldStatement(keys[0], false), 1, "the server grants a lock and does not hold it: its advisory lock functions do nothing, or "+pooled); err != nil {
-		return err
-	}
-	for i, s := range sessions[1:] {
-		if err := step(s, tryStatement(keys, false), 0, fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases; connect to one", i+2)); err != nil {
-			return err
-		}
-	}
-	if err := step(holder, unlockStatement(keys, false), 1, gone); err != nil {
-		return err
-	}
-	other := sessions[1]
-	if err := step(other, tryStatement(keys, false), 1, "a released lock was not free: "+pooled); err != nil {
-		return err
-	}
-	return step(other, unlockStatement(keys, false), 1, gone)
+	return other.step(ctx, unlockStatement(keys, false), 1, gone)
 }

@@ -3,54 +3,57 @@ package advisory
 import (
 	"context"
 	"database/sql/driver"
+	"fmt"
 	"io"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
-const (
-	standbyQuery = "SELECT WHERE pg_catalog.pg_is_in_recovery()"
-	pidLow       = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.%) 4096)"
-	pidHigh      = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog./) 4096)"
-)
-
-// locks is a server that Check is content with: with locks that exclude each other.
-// The process of connection n is 10000 + n.
-func locks() func(context.Context, int, string) (int64, error) {
+// locks is a server that Check is content with: with sessions of their own, and locks that exclude each
+// other. session names the session that a connection has; nil: each has its own.
+func locks(session func(conn int) int) func(context.Context, int, string) (int64, error) {
 	var mu sync.Mutex
-	holder := map[string]int{}
-	one := map[bool]int64{true: 1}
+	holder, marks := map[string]int{}, map[int]string{}
+	yes := map[bool]int64{true: 1}
 	return func(_ context.Context, conn int, query string) (int64, error) {
 		mu.Lock()
 		defer mu.Unlock()
+		if session != nil {
+			conn = session(conn)
+		}
 		_, arg, _ := strings.Cut(query, "lock(")
+		arg, _, _ = strings.Cut(arg, ")")
+		_, mark, _ := strings.Cut(query, "OPERATOR(pg_catalog.=) ")
 		switch {
-		case query == standbyQuery:
-			return 0, nil
-		case query == pidLow:
-			return int64(10000+conn) % 4096, nil
-		case query == pidHigh:
-			return int64(10000+conn) / 4096, nil
+		case strings.HasPrefix(query, "SELECT pg_catalog.set_config('advisory.session'"):
+			marks[conn] = mark
+			return 1, nil
+		case strings.Contains(query, "current_setting('advisory.session', true)"):
+			return yes[marks[conn] == mark], nil
 		case strings.HasPrefix(query, "SELECT WHERE pg_catalog.pg_try_advisory_lock("):
-			if holder[arg] != 0 {
+			if holder[arg] != 0 && holder[arg] != conn {
 				return 0, nil
 			}
 			holder[arg] = conn
 			return 1, nil
-		case strings.HasPrefix(query, heldPrefix):
-			for _, c := range holder {
-				if c == conn {
-					return 1, nil
-				}
-			}
-			return 0, nil
+		case isWait(query):
+			return yes[len(holder) == 0], nil
 		case strings.HasPrefix(query, "SELECT WHERE pg_catalog.pg_advisory_unlock("):
 			held := holder[arg] == conn
 			if held {
 				delete(holder, arg)
 			}
-			return one[held], nil
+			return yes[held], nil
+		case query == freeQuery:
+			for k, c := range holder {
+				if c == conn {
+					delete(holder, k)
+				}
+			}
+			return 1, nil
 		}
 		return 0, pgError("42601")
 	}
@@ -58,72 +61,88 @@ func locks() func(context.Context, int, string) (int64, error) {
 
 func TestCheckIsContentAndLeavesNothingBehind(t *testing.T) {
 	t.Parallel()
-	for limit, conns := range map[int]int{0: 4, 2: 2, 3: 2, 6: 3, 8: 4, 100: 4} {
+	for _, limit := range []int{0, 2, 3, 8} {
 		db, srv := newServer(t)
 		db.SetMaxOpenConns(limit)
-		db.SetMaxIdleConns(10)
-		srv.script = locks()
+		srv.script = locks(nil)
 		wantError(t, Check(t.Context(), db))
-		if srv.opened != conns || srv.open() != conns || db.Stats().InUse != 0 {
-			t.Errorf("limit %d: %d connections of %d open, want %d", limit, srv.open(), srv.opened, conns)
-		}
+		wantNone(t, srv)
 		all := strings.Join(srv.lines(), "\n")
-		if tried, unlocked := strings.Count(all, "pg_try_advisory_lock"), strings.Count(all, "pg_advisory_unlock"); tried != conns+1 || unlocked != 2 {
-			t.Errorf("limit %d: %d tries, %d unlocks", limit, tried, unlocked)
+		if n := strings.Count(all, "SELECT") - strings.Count(all, freeQuery); srv.opened != 4 || n > 22 {
+			t.Errorf("limit %d: %d connections, %d SELECTs: %s", limit, srv.opened, n, all)
 		}
 	}
+}
+
+// wantNone waits until no connection is open.
+func wantNone(t *testing.T, srv *server) {
+	t.Helper()
+	for range 500 {
+		if srv.open() == 0 {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("%d of %d connections open", srv.open(), srv.opened)
 }
 
 func TestCheckFindsWhatMakesLocksMeanNothing(t *testing.T) {
 	t.Parallel()
-	var pid int64
+	turn := 0
 	for _, test := range []struct {
-		name string
+		name    string
+		session func(conn int) int
 		// answer is asked before a good server, and tells whether it answers.
 		answer func(conn int, query string) (rows int64, answers bool)
 		says   string
 	}{
-		{"a hot standby", func(_ int, query string) (int64, bool) { return 1, query == standbyQuery }, "hot standby"},
-		{"a session that changes", func(_ int, query string) (int64, bool) { pid++; return pid, query == pidLow }, "changes between statements"},
-		{"a session that is shared", func(_ int, query string) (int64, bool) { return 7, query == pidLow || query == pidHigh }, "two connections share a session"},
-		{"locks that nobody gets", func(_ int, query string) (int64, bool) { return 0, strings.Contains(query, "_try_") }, "refuses a lock that nobody can hold"},
-		{"locks that do nothing", func(_ int, query string) (int64, bool) { return 1, strings.Contains(query, "advisory_") }, "does not hold it"},
-		{"locks that are not held", func(_ int, query string) (int64, bool) { return 0, strings.Contains(query, "pg_locks") }, "does not hold it"},
-		{"two servers", func(conn int, query string) (int64, bool) { return 1, conn == 2 && strings.Contains(query, "_try_") }, "two connections (1 and 2) held the same lock"},
-		{"a lock that is gone", func(_ int, query string) (int64, bool) { return 0, strings.Contains(query, "unlock") }, "gone when it was to be released"},
-		{"a lock that is not free", func(_ int, query string) (int64, bool) { return 1, strings.Contains(query, "unlock") }, "released lock was not free"},
+		{"a hot standby", nil, func(_ int, query string) (int64, bool) { return 2, strings.Contains(query, "pg_is_in_recovery") }, "hot standby"},
+		{"a second one that is", nil, func(conn int, query string) (int64, bool) {
+			return 2, conn > 1 && strings.Contains(query, "pg_is_in_recovery")
+		}, "hot standby"},
+		{"a session that changes", func(int) int { turn++; return turn }, nil, "changes between statements"},
+		{"a session that is shared", func(int) int { return 1 }, nil, "changes between statements"},
+		{"settings that do nothing", nil, func(_ int, query string) (int64, bool) { return 0, strings.Contains(query, "advisory.session") }, "changes between statements"},
+		{"locks that nobody gets", nil, func(_ int, query string) (int64, bool) { return 0, strings.Contains(query, "_try_") }, "refuses a lock that nobody can hold"},
+		{"locks that do nothing", nil, func(_ int, query string) (int64, bool) {
+			return 1, strings.Contains(query, "advisory_") || isWait(query)
+		}, "lock functions do nothing"},
+		{"two servers", nil, func(conn int, query string) (int64, bool) { return 1, conn == 2 && isWait(query) }, "two connections (1 and 2) held the same lock"},
+		{"one server of several", nil, func(conn int, query string) (int64, bool) { return 1, conn == 4 && strings.Contains(query, "_try_") }, "two connections (1 and 4) held the same lock"},
+		{"a lock that is gone", nil, func(_ int, query string) (int64, bool) { return 0, strings.Contains(query, "unlock(") }, "gone when it was to be released"},
+		{"a lock that is not free", nil, func(_ int, query string) (int64, bool) {
+			return 1, strings.Contains(query, "unlock(")
+		}, "released lock was not free"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			db, srv := newServer(t)
-			good := locks()
+			good := locks(test.session)
 			srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-				if rows, answers := test.answer(conn, query); answers {
-					return rows, nil
+				if test.answer != nil {
+					if rows, answers := test.answer(conn, query); answers {
+						return rows, nil
+					}
 				}
 				return good(ctx, conn, query)
 			}
 			wantError(t, Check(t.Context(), db), "advisory: check: ", test.says)
-			if db.Stats().InUse != 0 {
-				t.Error("connections not handed back")
-			}
-			if strings.Contains(strings.Join(srv.lines(), "\n"), "_try_") && srv.open() != 0 {
-				t.Error("a connection that may hold a lock was handed back")
-			}
+			wantNone(t, srv)
 		})
 	}
 }
 
-func TestSessionsWithoutProcessIDsAreNotTakenForOne(t *testing.T) {
+// A role that may not wait is told so, and by which of the server's errors.
+func TestCheckTriesTheStatementThatWaits(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
-	good := locks()
+	good := locks(nil)
 	srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-		if query == pidLow || query == pidHigh {
-			return 0, nil
+		if isWait(query) {
+			return 0, pgError("42501")
 		}
 		return good(ctx, conn, query)
 	}
-	wantError(t, Check(t.Context(), db))
+	wantError(t, Check(t.Context(), db), pgError("42501"), "does not execute the statement that waits")
 }
 
 func TestCheckReturnsTheErrorOfEachStep(t *testing.T) {
@@ -131,9 +150,12 @@ func TestCheckReturnsTheErrorOfEachStep(t *testing.T) {
 	for _, died := range []error{io.ErrUnexpectedEOF, pgError("XX000")} {
 		for step := 1; ; step++ {
 			db, srv := newServer(t)
-			good := locks()
+			good := locks(nil)
 			sent := 0
 			srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+				if query == freeQuery {
+					return 1, nil
+				}
 				if sent++; sent == step {
 					return 0, died
 				}
@@ -144,15 +166,84 @@ func TestCheckReturnsTheErrorOfEachStep(t *testing.T) {
 				wantError(t, err)
 				break
 			}
-			if step <= 4 && step > 1 && died == error(io.ErrUnexpectedEOF) {
-				wantError(t, err) // the pool's connection was dead, and is replaced
-				continue
+			wantNone(t, srv)
+			if died == error(io.ErrUnexpectedEOF) && err == nil && strings.Contains(strings.Join(srv.lines(), "\n"), "close") {
+				continue // a connection of the pool was dead, and is replaced
 			}
 			wantError(t, err, died, "advisory: check: ")
-			if srv.open() != 0 {
-				t.Errorf("step %d: %d connections open", step, srv.open())
-			}
 		}
+	}
+}
+
+// Several Checks of a pool go one after the other. Those of other processes may have the connections that
+// this one needs, and it has one that they need.
+func TestChecksDoNotWaitForEachOther(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		db.SetMaxOpenConns(2)
+		srv.script = locks(nil)
+		var all sync.WaitGroup
+		for range 5 {
+			all.Go(func() { wantError(t, Check(t.Context(), db)) })
+		}
+		all.Wait()
+
+		// Two programs behind a pooler that has two sessions.
+		const sessions = 2
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		slots := make(chan struct{}, sessions)
+		for range 2 {
+			db, srv := newServer(t)
+			good, has := locks(nil), map[int]bool{}
+			var mu sync.Mutex
+			srv.script = func(_ context.Context, conn int, query string) (int64, error) {
+				mu.Lock()
+				waits := !has[conn]
+				has[conn] = true
+				mu.Unlock()
+				if waits {
+					select {
+					case slots <- struct{}{}:
+					case <-ctx.Done():
+						return 0, ctx.Err()
+					}
+				}
+				return good(ctx, conn, query)
+			}
+			srv.ended = func(int) { <-slots }
+			all.Go(func() { wantError(t, Check(ctx, db)) })
+		}
+		all.Wait()
+	})
+}
+
+func TestCheckEndsWithCtx(t *testing.T) {
+	t.Parallel()
+	for step := 1; step <= 12; step++ {
+		t.Run(fmt.Sprint("step ", step), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newServer(t)
+				good := locks(nil)
+				sent := 0
+				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+					if sent++; sent >= step {
+						time.Sleep(time.Hour) // whatever becomes of ctx
+						return 0, ctx.Err()
+					}
+					return good(ctx, conn, query)
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				defer cancel()
+				start := time.Now()
+				wantError(t, Check(ctx, db), context.DeadlineExceeded)
+				if d := time.Since(start); d > 3*time.Second {
+					t.Errorf("after %v", d)
+				}
+				time.Sleep(3 * time.Hour)
+			})
+		})
 	}
 }
 
@@ -160,7 +251,7 @@ func TestCheckDropsDeadConnectionsOfThePool(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
 	idle(t, db, 3)
-	good := locks()
+	good := locks(nil)
 	srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
 		if conn <= 3 {
 			return 0, driver.ErrBadConn

@@ -15,27 +15,23 @@ import (
 // returned.
 var db = sql.OpenDB(&exampleServer{})
 
+// takenDB is one whose lock another program holds.
+var takenDB = sql.OpenDB(&exampleServer{holder: new(exampleConn)})
+
 var ctx = context.Background()
 
 type exampleServer struct {
 	mu     sync.Mutex
-	conns  int64
 	holder *exampleConn
 }
 
 func (s *exampleServer) Driver() driver.Driver { return nil }
 
 func (s *exampleServer) Connect(context.Context) (driver.Conn, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.conns++
-	return &exampleConn{s, s.conns}, nil
+	return &exampleConn{s}, nil
 }
 
-type exampleConn struct {
-	server *exampleServer
-	pid    int64
-}
+type exampleConn struct{ server *exampleServer }
 
 func (c *exampleConn) Prepare(string) (driver.Stmt, error) { return nil, driver.ErrSkip }
 func (c *exampleConn) Close() error                        { return nil }
@@ -49,10 +45,6 @@ func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.Na
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
 	switch {
-	case query == "SELECT WHERE pg_catalog.pg_is_in_recovery()", strings.Contains(query, "4096") && strings.Contains(query, "/"):
-		return driver.RowsAffected(0), nil
-	case strings.Contains(query, "4096"):
-		return driver.RowsAffected(c.pid), nil
 	case strings.Contains(query, "pg_try_advisory_lock"):
 		if c.server.holder != nil {
 			return driver.RowsAffected(0), nil
@@ -62,7 +54,7 @@ func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.Na
 	case strings.Contains(query, "DO $advisory$"): // waits, and is never granted
 		time.Sleep(20 * time.Millisecond)
 		return driver.RowsAffected(0), nil
-	case strings.Contains(query, "pg_advisory_unlock"):
+	case strings.Contains(query, "pg_advisory_unlock") && c.server.holder == c:
 		c.server.holder = nil
 	}
 	return driver.RowsAffected(1), nil

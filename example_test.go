@@ -281,14 +281,8 @@ func ExampleNoWait() {
 
 // The error names who holds the lock.
 func ExampleTimeout() {
-	key := advisory.Name("import")
-	lock, err := advisory.Acquire(ctx, db, key)
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer lock.Release()
-
-	_, err = advisory.Acquire(ctx, db, key, advisory.Timeout(20*time.Millisecond))
+	db := takenDB // another program holds the lock
+	_, err := advisory.Acquire(ctx, db, advisory.Name("import"), advisory.Timeout(20*time.Millisecond))
 	fmt.Println(err)
 	// Output: advisory: acquire import (bigint -2791398027664323193): not acquired within 20ms: held by pid 4711 (app "billing", 10.0.0.7)
 }

@@ -35,6 +35,8 @@ type hub struct {
 	outage *outage // that waits are in; nil: none are
 
 	refused refusals
+
+	checking chan struct{} // filled by the Check that is under way
 }
 
 // refusals are what the server has been found not to execute.
@@ -61,7 +63,7 @@ func hubOf(db *sql.DB) *hub {
 	defer hubs.mu.Unlock()
 	h := hubs.of[p]
 	if h == nil {
-		h = &hub{queues: make(map[lockID]*queue), seed: rand.Uint64()}
+		h = &hub{queues: make(map[lockID]*queue), seed: rand.Uint64(), checking: make(chan struct{}, 1)}
 		if hubs.of == nil {
 			hubs.of = make(map[weak.Pointer[sql.DB]]*hub)
 		}

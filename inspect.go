@@ -31,13 +31,16 @@ type Holder struct {
 
 // holdersStatement compares as pg_locks spreads a bigint, or two ints, over its
 // columns: the manual's section "pg_locks".
-const holdersStatement = `SELECT coalesce(l.pid, 0), l.granted, l.mode = 'ShareLock',
-	coalesce(a.usename::text, ''), coalesce(a.application_name, ''), coalesce(pg_catalog.host(a.client_addr), ''), coalesce(a.state, ''),
-	CASE WHEN a.query = '<insufficient privilege>' THEN '' ELSE coalesce(a.query, '') END,
+const holdersStatement = `SELECT COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
+	COALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),
+	CASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,
 	a.backend_start, l.waitstart
-FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-WHERE l.locktype = 'advisory' AND l.classid = $1::bigint::oid AND l.objid = $2::bigint::oid AND l.objsubid = $3::int
-	AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid
+WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
+	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
+	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
+	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4
+	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
 ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 // Holders returns who holds the lock of key in q's database, and then who waits for it,

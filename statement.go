@@ -152,7 +152,7 @@ func (w sessionSettings) resetStatement() string {
 // beatStatement: an answer, with one row if the session is still the one with the nonce. set is put
 // before it, and may set that.
 func beatStatement(keys []Key, set, nonce string) string {
-	return comment(keys) + set + answer("pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) '"+nonce+"'")
+	return comment(keys) + set + markedStatement(nonce)
 }
 
 // answer has one row if condition is true, none if it is not, and standbyRows on a standby.
@@ -425,13 +425,12 @@ const (
 	rollbackToStatement = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 )
 
-// The statements of Check. Like all of this package they have no arguments, so that
-// they work behind any pooler with any driver, and answer with a number of rows,
-// even where the answer is an integer.
-const (
-	inRecoveryStatement = "SELECT WHERE pg_catalog.pg_is_in_recovery()"
+// markStatement marks a session for Check: an answer, with one row if that has worked. markedStatement
+// has one row if the session is the one that was marked.
+func markStatement(nonce string) string {
+	return "SELECT pg_catalog.set_config('advisory.session', '" + nonce + "', false); " + markedStatement(nonce)
+}
 
-	// A process ID in two digits to the base of 4096.
-	pidLowStatement  = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.%) 4096)"
-	pidHighStatement = "SELECT FROM pg_catalog.generate_series(1, pg_catalog.pg_backend_pid() OPERATOR(pg_catalog./) 4096)"
-)
+func markedStatement(nonce string) string {
+	return answer("pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) '" + nonce + "'")
+}

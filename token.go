@@ -16,8 +16,8 @@ import (
 // knows.
 const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text" +
 	" FROM pg_catalog.pg_logical_emit_message(true, 'advisory', '')," +
-	" pg_catalog.set_config('synchronous_commit', CASE pg_catalog.current_setting('synchronous_commit')" +
-	" WHEN 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
+	" pg_catalog.set_config('synchronous_commit', CASE WHEN pg_catalog.current_setting('synchronous_commit')" +
+	" OPERATOR(pg_catalog.=) 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
 
 // Token returns the fencing token of the innermost lock that ctx carries: a number
 // that is larger than the token of every earlier holder of the lock on this server.
