@@ -18,8 +18,8 @@ import (
 	"github.com/pgadvisory/advisory"
 )
 
-// lead is Lead as a way to wait: it leads once, and steps down.
-var lead = way{name: "Lead", closure: true, opens: true, beats: true,
+// leadOnce is Lead as a way to wait: it leads once, and steps down.
+var leadOnce = way{name: "Lead", closure: true, opens: true, beats: true,
 	run: func(ctx context.Context, db *sql.DB, key advisory.Key, fn work, o options) error {
 		return advisory.Lead(ctx, db, key, func(ctx context.Context) error { return fn(ctx, db) }, o.acquire...)
 	}}
@@ -130,7 +130,7 @@ func TestOutageIsOneEventForAllWaits(t *testing.T) {
 		ctx := soon(t)
 		var g errgroup.Group
 		for i, key := range keys {
-			w := []way{withLock, withLock, lead, withTxLock, withLock, withConnLock, withLocks, acquire, withLock, withLock}[i%10]
+			w := []way{withLock, withLock, leadOnce, withTxLock, withLock, withConnLock, withLocks, acquire, withLock, withLock}[i%10]
 			g.Go(func() error {
 				if err := w.with(ctx, db, key, noWork, logger); err != nil {
 					return fmt.Errorf("%s: %w", w.name, err)
@@ -204,7 +204,7 @@ func TestFollowersOfAServerThatStartsUp(t *testing.T) {
 		began := time.Now()
 		var g errgroup.Group
 		for i := range followers {
-			g.Go(func() error { return lead.with(ctx, db, advisory.Name(fmt.Sprint(t.Name(), i)), noWork, logger) })
+			g.Go(func() error { return leadOnce.with(ctx, db, advisory.Name(fmt.Sprint(t.Name(), i)), noWork, logger) })
 		}
 		time.Sleep(time.Until(began.Add(lasts)))
 		r.answerDials(nil)
@@ -263,7 +263,7 @@ func TestLeadOnAWrongDatabaseGoesOnAndSaysWhy(t *testing.T) {
 				began := time.Now()
 				ctx, cancel := context.WithTimeout(t.Context(), lasts)
 				defer cancel()
-				err := lead.with(ctx, db, testKey(t), noWork, log.option())
+				err := leadOnce.with(ctx, db, testKey(t), noWork, log.option())
 				if took := time.Since(began); took < lasts || took > lasts+time.Second {
 					t.Errorf("Lead returned after %v, want %v", took, lasts)
 				}
@@ -299,7 +299,7 @@ func TestLeadLogsToTheDefaultLogger(t *testing.T) {
 		r.answerDials(refusing("28P01", says))
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
-		if err := lead.with(ctx, d.open(t, r.dsn), testKey(t), noWork); !errors.Is(err, context.DeadlineExceeded) {
+		if err := leadOnce.with(ctx, d.open(t, r.dsn), testKey(t), noWork); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("error %v, want the end of ctx", err)
 		}
 		if lines := log.lines(); len(lines) == 0 || !strings.Contains(lines[0], says) {
