@@ -385,7 +385,7 @@ func (h *hold) release() error {
 
 func (h *hold) released(err error) {
 	switch {
-	case errors.Is(err, errLeftOpen):
+	case errors.Is(err, errLeftOpen), errors.Is(err, errConnClosed):
 		h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
 	case err != nil:
 		h.err = lostError("release", h.keys, err)
