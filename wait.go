@@ -119,7 +119,7 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 
 // errInTransaction is the error of a session-level lock on a conn that is in a transaction. It would outlive
 // that, and to wait for it could end it.
-var errInTransaction = errors.New("conn is in a transaction: take the lock before BEGIN, or use AcquireTx")
+var errInTransaction = errors.New("conn is in a transaction: take the lock before that begins, or use AcquireTx")
 
 // wait waits for the lock of k in the server's queue. A try has just refused it.
 func (s *session) wait(ctx context.Context, k Key, since, deadline time.Time) error {
