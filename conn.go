@@ -879,7 +879,8 @@ func (s *session) whoHolds(k Key) string {
 // Therefore there is no heartbeat. [HolderTimeout] has no default here, because
 // the server counts as silence whatever fn does between two statements; if the
 // option is given, the server ends the session, and with it the lock, after such a
-// silence, in a transaction or not.
+// silence, in a transaction or not. If the process dies while a statement runs, the server
+// notices within about a second (client_connection_check_interval), and ends both.
 //
 // conn is handed back to the pool after fn, without any advisory lock on it. fn must
 // not close it, nor leave rows or a transaction open or a setting changed on it. If it does one of the
