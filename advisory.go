@@ -73,7 +73,11 @@
 // ones try again and again instead, after pauses that grow from 5 to 250 ms. So do all waits where
 // the server has no PL/pgSQL, or this role may not use it; the [Logger] is told.
 //
-// Waits outlive a restart and a failover of the server, if it is back within 30 s. They end
+// Waits outlive a restart and a failover of the server, if it is back within 30 s, and those of Lead any
+// outage. All waits through one sql.DB go through it together: one of them at a time tries to reach the server,
+// after pauses that grow from 50 ms to 2 s, and each Logger is told once that the server is missed, and once that
+// it is back. They pass over every refusal of a connection but those that stay: a wrong password, or a database or a
+// privilege that is missing. They end
 // with ctx, at once and without costing the connection, with [Timeout], or, with [NoWait], before they
 // begin. Taking a key again with the
 // ctx that fn was given is an error at once, [ErrReentrant], and not a wait for oneself.
@@ -95,7 +99,10 @@
 // at once, and its holder is told within two heartbeats.
 //
 // WithConnLock and WithTxLock have no heartbeat: their work is on the session that has the
-// lock, and ends with it.
+// lock, and ends with it. They have the server look every second, during a statement, whether the process
+// is still there (client_connection_check_interval, unless it is shorter), and put that back afterwards: otherwise the
+// lock of a process that dies lasts as long as its statement. With the other functions the lock of such a process is
+// free at once, and its statements may still run in the server beside its successor's.
 //
 // # What it does not promise
 //
@@ -385,7 +392,7 @@ func (h *hold) release() error {
 
 func (h *hold) released(err error) {
 	switch {
-	case errors.Is(err, errLeftOpen):
+	case errors.Is(err, errLeftOpen), errors.Is(err, errConnClosed):
 		h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
 	case err != nil:
 		h.err = lostError("release", h.keys, err)

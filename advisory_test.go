@@ -23,6 +23,7 @@ const (
 	unlockQuery     = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
 	unlockLentQuery = "SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock(42)) THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
 	unlockHeldQuery = "SELECT pg_catalog.pg_advisory_unlock(42) FROM (" + heldQuery + " OFFSET 0) AS held"
+	tryCalledQuery  = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3 WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " + heldRow + ") THEN 4 WHEN pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"
 	freeQuery       = "SELECT pg_catalog.pg_advisory_unlock_all()"
 	heldPrefix      = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
 	heldRow         = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"

@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -226,9 +227,9 @@ func TestCheckEndsWithCtx(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				db, srv := newServer(t)
 				good := locks(nil)
-				sent := 0
+				var sent atomic.Int64
 				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-					if sent++; sent >= step {
+					if sent.Add(1) >= int64(step) {
 						time.Sleep(time.Hour) // whatever becomes of ctx
 						return 0, ctx.Err()
 					}

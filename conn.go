@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -528,14 +529,14 @@ func (s *session) release() error {
 	switch {
 	case err == nil && rows == 0:
 		err = errNotHeld
-	case err == nil && rows > 1, s.settings.lent && sqlState(err) == inFailedTransaction:
-		// Closing it properly would wait for the transaction.
+	case err == nil && rows > 1, s.settings.lent && (sqlState(err) == inFailedTransaction || busy(err)):
+		// Closing it properly would wait for what is open.
 		s.gone.Store(true)
 		err = errLeftOpen
 	}
 	if err != nil {
-		if s.settings.lent && errors.Is(err, sql.ErrConnDone) {
-			s.reclaim()
+		if s.settings.lent && errors.Is(err, sql.ErrConnDone) && s.reclaim() {
+			err = errConnClosed
 		}
 		s.discard()
 		return err
@@ -544,9 +545,16 @@ func (s *session) release() error {
 	return nil
 }
 
+// busy tells whether err is that of a driver on whose connection rows are open.
+func busy(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), "conn busy") || // pgx
+		strings.Contains(err.Error(), "already a query being processed")) // lib/pq
+}
+
 // reclaim closes the driver's connection if fn has closed the Conn, and it lies in the pool, with
-// the lock on it. (database/sql also closes the Conn, together with that, if it finds it dead.)
-func (s *session) reclaim() {
+// the lock on it. (database/sql also closes the Conn, together with that, if it finds it dead.) It tells whether
+// the lock was on it until then.
+func (s *session) reclaim() (held bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), clearBound)
 	defer cancel()
 	found := false
@@ -557,26 +565,32 @@ func (s *session) reclaim() {
 		}
 		_ = raw(conn, func(dc any) error {
 			if found = reflect.TypeOf(dc).Comparable() && dc == s.dc; found {
+				rows, err := execOn(ctx, dc, s.disarm()+unlockLentStatement(s.held, s.shared))
+				held = err == nil && rows == 1
 				s.clear(dc)
 				return driver.ErrBadConn
 			}
 			return nil
 		})
 		if found {
-			return
+			return held
 		}
 		defer conn.Close() // when all have been looked at
 	}
 	s.log.Warn("advisory: conn was closed while fn ran, by fn or because its session died; if by fn, the pool still has the lock",
 		"key", keyList(s.held))
+	return false
 }
 
 // errLostBeforeUse is for keepTrying: another session may do.
 var errLostBeforeUse = fmt.Errorf("the lock was lost as soon as it was granted: %w", driver.ErrBadConn)
 
 var (
-	errNotHeld  = errors.New("this session did not hold it (behind a transaction pooler, use WithTxLock; Check tells)")
-	errLeftOpen = errors.New("fn left a transaction open on its conn, which has been closed")
+	errNotHeld = errors.New("this session did not hold it (behind a transaction pooler, use WithTxLock; Check tells)")
+
+	// What fn must not do on a conn that it is lent.
+	errLeftOpen   = errors.New("fn left rows or a transaction open on its conn, which has been closed")
+	errConnClosed = errors.New("fn closed its conn, with the lock on it; the session has been ended")
 )
 
 // disarm is put before the last statement on the session.
@@ -625,7 +639,7 @@ func (s *session) giveUp(ctx context.Context, err error, ended func()) {
 
 // usable tells whether an acquisition under ctx that failed with err has left a session that is known.
 func usable(ctx context.Context, err error) bool {
-	return errors.Is(err, errRefused) || errors.Is(err, errTimeout) || errors.Is(err, errYield) || errors.As(err, new(waitRefused)) ||
+	return errors.Is(err, errRefused) || errors.Is(err, errTimeout) || errors.Is(err, ErrReentrant) || errors.Is(err, errInTransaction) || errors.Is(err, errYield) || errors.As(err, new(waitRefused)) ||
 		ctx.Err() != nil && errors.Is(err, ctx.Err()) // which statements do not see
 }
 
@@ -865,11 +879,12 @@ func (s *session) whoHolds(k Key) string {
 // Therefore there is no heartbeat. [HolderTimeout] has no default here, because
 // the server counts as silence whatever fn does between two statements; if the
 // option is given, the server ends the session, and with it the lock, after such a
-// silence, in a transaction or not.
+// silence, in a transaction or not. If the process dies while a statement runs, the server
+// notices within about a second (client_connection_check_interval), and ends both.
 //
 // conn is handed back to the pool after fn, without any advisory lock on it. fn must
-// not close it, nor leave rows or a transaction open or a setting changed on it. If it
-// leaves a transaction open, that is rolled back, and an error.
+// not close it, nor leave rows or a transaction open or a setting changed on it. If it does one of the
+// first three, the session is ended, and that is an error.
 //
 // It uses one connection, which it takes when no other caller in this process holds key
 // through db, or asks for it: until then it waits without one.
@@ -915,11 +930,14 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // AcquireConn takes the session-level lock of key on the caller's conn, where it
 // stays until [ReleaseConn], or until the session ends; the end of ctx does not end it.
 // Nothing watches the session: a lost lock is noticed by the next statement on it.
-// conn must not be in a transaction, and must not be used by others until AcquireConn
-// returns. It waits in the server's queue.
+// conn must not be used by others until AcquireConn returns. It waits in the server's queue.
+//
+// In a transaction, AcquireConn refuses: take the lock before BEGIN, or use [AcquireTx]. If conn's session
+// holds a lock of key already, shared or not, the error matches [ErrReentrant]: the server would count the two,
+// and one ReleaseConn would leave one behind. To see that, it reads pg_locks, as ReleaseConn does.
 //
 // It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that
-// matches [ErrReentrant] or [ErrNotAcquired], conn is as it was before. If ctx ends during the wait,
+// matches [ErrReentrant] or [ErrNotAcquired], or in a transaction, conn is as it was before. If ctx ends during the wait,
 // AcquireConn returns at once, and the next statement on conn, or its Close, may have to wait for
 // up to 400 ms, until the server's is over. After any other error, the state of the session would be in
 // doubt, and conn has been closed for good.
@@ -952,6 +970,9 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 	if s.broken || !usable(ctx, err) {
 		s.discard()
 	}
+	if errors.Is(err, ErrReentrant) {
+		return &lockError{op: "acquire", key: keyList(keys), msg: "conn's session holds it already, and one ReleaseConn would leave it behind", errs: []error{ErrReentrant}}
+	}
 	return acquireError(ctx, keys, cfg, err, hint)
 }
 
@@ -959,8 +980,9 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 // [Shared] option, and takes Logger. It is not bounded by ctx, which may have ended,
 // but takes no more than a few seconds.
 //
-// If the server does not confirm that the session held the lock, the error matches
-// [ErrLost], and conn has been closed for good: whatever it still held is free.
+// If the session does not hold the lock, the error matches [ErrLost], and conn is as it was. If the
+// server does not answer, or with an error, it matches ErrLost, too, and conn has been closed for good: whatever it
+// still held is free.
 func ReleaseConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
 	return releaseConn(ctx, conn, key, releaseConnOptions, opts)
 }
@@ -973,9 +995,14 @@ func releaseConn(ctx context.Context, conn *sql.Conn, key Key, allowed optionSet
 		return err
 	}
 	s := newSession(conn, nil, &cfg)
-	s.held = keys
-	if err := s.release(); err != nil {
-		return lostError("release", keys, err)
+	rows, err := s.exec(context.Background(), releaseBound, unlockHeldStatement(keys, cfg.shared))
+	switch {
+	case err != nil:
+		s.discard()
+	case rows == 0:
+		err = errNotHeld
+	default:
+		return nil
 	}
-	return nil
+	return lostError("release", keys, err)
 }

@@ -540,7 +540,7 @@ func TestADriverThatDoesNotReturnFromAWaitOfAcquireConnIsAbandoned(t *testing.T)
 			time.Sleep(time.Hour)
 			free()
 			synctest.Wait()
-			srv.want(t, on(1, "open", tryQuery, calledWaitQuery, unlockQuery)...)
+			srv.want(t, on(1, "open", tryCalledQuery, calledWaitQuery, unlockQuery)...)
 		})
 	}
 }
@@ -642,8 +642,8 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 		}
 		return conn.Close()
 	}, log.option())
-	wantError(t, err, ErrLost, sql.ErrConnDone)
-	srv.want(t, slices.Concat(on(1, "open", tryQuery), on(2, "open"), on(3, "open"), on(1, freeQuery, "close"))...)
+	wantError(t, err, errConnClosed, "advisory: release bigint 42: fn closed its conn")
+	srv.want(t, slices.Concat(on(1, "open", tryQuery), on(2, "open"), on(3, "open"), on(1, unlockLentQuery, freeQuery, "close"))...)
 	if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 2 || log.String() != "" {
 		t.Errorf("%d connections in use, %d idle; log: %s", stats.InUse, stats.Idle, log.String())
 	}
@@ -668,7 +668,7 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 func TestAcquireConn(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
-	const sharedTry = "SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)"
+	sharedTry := strings.Replace(tryCalledQuery, "_lock(", "_lock_shared(", 1)
 	sharedWait := waitStatement(onCalled, "", key, true, sliceMin, sessionSettings{})
 	for _, test := range []struct {
 		name    string
@@ -677,25 +677,28 @@ func TestAcquireConn(t *testing.T) {
 		want    []string // after open
 		wants   []any
 	}{
-		{"granted", nil, nil, []string{tryQuery}, nil},
+		{"granted", nil, nil, []string{tryCalledQuery}, nil},
 		{"shared", nil, []Option{Shared()}, []string{sharedTry}, nil},
-		{"granted after waiting", []reply{refused}, nil, []string{tryQuery, calledWaitQuery}, nil},
-		{"granted after two slices", []reply{refused, refused}, nil, []string{tryQuery, calledWaitQuery, calledWaitQuery}, nil},
+		{"granted after waiting", []reply{refused}, nil, []string{tryCalledQuery, calledWaitQuery}, nil},
+		{"granted after two slices", []reply{refused, refused}, nil, []string{tryCalledQuery, calledWaitQuery, calledWaitQuery}, nil},
 		{"shared, after two slices", []reply{refused, refused}, []Option{Shared()}, []string{sharedTry, sharedWait, sharedWait}, nil},
-		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryQuery}, []any{ErrNotAcquired}},
+		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryCalledQuery}, []any{ErrNotAcquired}},
 		{
 			"Timeout", []reply{refused, refused, refused}, []Option{Timeout(150 * time.Millisecond)},
-			[]string{tryQuery, calledWaitQuery, calledWaitQuery, holdersQuery}, []any{ErrNotAcquired, "not acquired within 150ms"},
+			[]string{tryCalledQuery, calledWaitQuery, calledWaitQuery, holdersQuery}, []any{ErrNotAcquired, "not acquired within 150ms"},
 		},
-		{"the try fails", []reply{fails(died)}, nil, []string{tryQuery, "close"}, []any{died}},
-		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryQuery, freeQuery, "close"}, []any{pgError("53200")}},
-		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryQuery, calledWaitQuery, "close"}, []any{died}},
-		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{ErrDeadlock}},
+		{"the try fails", []reply{fails(died)}, nil, []string{tryCalledQuery, "close"}, []any{died}},
+		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryCalledQuery, freeQuery, "close"}, []any{pgError("53200")}},
+		{"the wait fails", []reply{refused, fails(died)}, nil, []string{tryCalledQuery, calledWaitQuery, "close"}, []any{died}},
+		{"a deadlock", []reply{refused, fails(pgError("40P01"))}, nil, []string{tryCalledQuery, calledWaitQuery, freeQuery, "close"}, []any{ErrDeadlock}},
 		{
 			"a slice that is cancelled outside of its block: what it got is unlocked", []reply{refused, fails(err57014)}, nil,
-			[]string{tryQuery, calledWaitQuery, unlockHeldQuery, calledWaitQuery}, nil,
+			[]string{tryCalledQuery, calledWaitQuery, unlockHeldQuery, calledWaitQuery}, nil,
 		},
-		{"a standby", []reply{refused, {rows: 2}}, nil, []string{tryQuery, calledWaitQuery, freeQuery, "close"}, []any{"hot standby", "primary"}},
+		{"in a transaction", []reply{{rows: 3}}, nil, []string{tryCalledQuery}, []any{"in a transaction"}},
+		{"in one that has failed", []reply{fails(pgError("25P02"))}, nil, []string{tryCalledQuery}, []any{"in a transaction"}},
+		{"twice", []reply{{rows: 4}}, nil, []string{tryCalledQuery}, []any{ErrReentrant}},
+		{"a standby", []reply{refused, {rows: 2}}, nil, []string{tryCalledQuery, calledWaitQuery, freeQuery, "close"}, []any{"hot standby", "primary"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -737,11 +740,11 @@ func TestReleaseConn(t *testing.T) {
 		want  []string
 		wants []any
 	}{
-		{"held", granted, nil, []string{unlockQuery}, nil},
-		{"held shared", granted, []Option{Shared()}, []string{"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)"}, nil},
-		{"not held", refused, nil, []string{unlockQuery, freeQuery, "close"}, []any{ErrLost, "release bigint 42"}},
-		{"fails", fails(died), nil, []string{unlockQuery, "close"}, []any{ErrLost, died}},
-		{"refused", fails(pgError("25P02")), nil, []string{unlockQuery, freeQuery, "close"}, []any{ErrLost, pgError("25P02")}},
+		{"held", granted, nil, []string{unlockHeldQuery}, nil},
+		{"held shared", granted, []Option{Shared()}, []string{strings.NewReplacer("_unlock(", "_unlock_shared(", "ExclusiveLock", "ShareLock").Replace(unlockHeldQuery)}, nil},
+		{"not held", refused, nil, []string{unlockHeldQuery}, []any{ErrLost, "release bigint 42"}},
+		{"fails", fails(died), nil, []string{unlockHeldQuery, "close"}, []any{ErrLost, died}},
+		{"refused", fails(pgError("25P02")), nil, []string{unlockHeldQuery, freeQuery, "close"}, []any{ErrLost, pgError("25P02")}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -928,7 +931,7 @@ func TestADiscardedSessionLeavesNoLockEvenIfCloseDoesNotEndIt(t *testing.T) {
 			wantError(t, withConnLock(t.Context(), db), ErrLost, internal)
 		}},
 		{"the release of the caller's conn fails", func(t *testing.T, db *sql.DB, failing func(string, error)) {
-			failing(unlockQuery, internal)
+			failing(unlockHeldQuery, internal)
 			conn, err := db.Conn(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -1016,7 +1019,7 @@ func TestADiscardThatIsNotAnsweredEndsInAClose(t *testing.T) {
 func TestWhatFnLeavesOpenOnItsConnDoesNotHoldUpTheRelease(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
-	leftOpen := []any{"advisory: release bigint 42: fn left a transaction open on its conn"}
+	leftOpen := []any{"advisory: release bigint 42: fn left rows or a transaction open on its conn"}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for _, test := range []struct {

@@ -296,6 +296,15 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		return one(granted)
 	case beatOf.MatchString(query):
 		return one(beatOf.FindStringSubmatch(query)[1] == b.nonce)
+	case strings.Contains(query, "statement_timestamp() THEN 3 "):
+		k, _ := callKey(calls[0])
+		switch {
+		case b.inTx:
+			return calledInTx, nil
+		case len(modes(p.lock(k.lockID()), b)) > 0:
+			return calledHeld, nil
+		}
+		return one(p.do(b, k.lockID(), true, calls[0][4] != "", false))
 	case strings.Contains(query, " OFFSET 0) AS held"): // unlocks what is held
 		n := int64(0)
 		for _, call := range calls {

@@ -25,13 +25,14 @@ const (
 // Lead campaigns until ctx ends. If the lock is lost, the ctx that fn was given ends,
 // with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
 // in one process, fn never runs twice at a time. If fn goes on after a loss, Lead waits for it
-// and warns the Logger once every HolderTimeout. Errors of the database are reported to the
-// Logger and retried, after pauses that grow to 5 s; so is a lock that was lost within 5 s.
+// and warns the Logger once every HolderTimeout. An outage of the server is reported to the Logger at its
+// beginning and its end, and lasts as long as it lasts. Other errors of the database are reported when they are new, and
+// once a minute, and retried after pauses that grow to 5 s; so is a lock that was lost within 5 s.
 //
 // When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
 // a planned step-down. So fn should try again by itself what fails because the database is away
 // for a moment. Lead also returns when ctx ends before fn has run, with an error
-// that matches ctx's, if the db is closed, and, with [ErrReentrant], if ctx carries the key
+// that matches ctx's and the last of the database, if that is why fn has not run; if the db is closed, and, with [ErrReentrant], if ctx carries the key
 // already.
 //
 // Before fn runs, the server is asked whether it is a primary. A leader on a standby would lead
@@ -41,7 +42,7 @@ const (
 // second. If its pool has none to spare for that (see the package documentation, "How large
 // a pool"), it holds none, and tries up to every 250 ms instead.
 //
-// It takes the options Heartbeat, HolderTimeout, Logger and Observe.
+// It takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is [slog.Default].
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}

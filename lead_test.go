@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -296,18 +297,18 @@ func TestALeaderWhoseFirstHeartbeatFailsDoesNotLead(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				db, srv := newServer(t)
-				failed := 0
+				var failed atomic.Int64
 				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-					if isBeat(query) && failed < 6 {
-						failed++
+					if isBeat(query) && failed.Load() < 6 {
+						failed.Add(1)
 						return answer(ctx)
 					}
 					return 1, nil
 				}
 				ran := 0
 				wantError(t, Lead(t.Context(), db, key, func(context.Context) error { ran++; return nil }))
-				if ran != 1 || failed != 6 {
-					t.Errorf("fn ran %d times, %d heartbeats failed", ran, failed)
+				if ran != 1 || failed.Load() != 6 {
+					t.Errorf("fn ran %d times, %d heartbeats failed", ran, failed.Load())
 				}
 				wantIdle(t, db)
 				if srv.open() != 1 {

@@ -108,14 +108,14 @@ func TestTheCallersNextStatementComesAfterAWaitThatWasLeft(t *testing.T) {
 						cancel()
 						<-free
 						return test.rows, ctx.Err()
-					case query == tryQuery:
+					case query == tryCalledQuery:
 						return 0, nil
 					}
 					return 1, nil
 				}
 				wantError(t, AcquireConn(ctx, conn, key), ErrNotAcquired, context.Canceled)
 				time.AfterFunc(20*time.Millisecond, func() { close(free) })
-				want := append([]string{"open", tryQuery, calledWaitQuery}, test.unlocks...)
+				want := append([]string{"open", tryCalledQuery, calledWaitQuery}, test.unlocks...)
 				switch next {
 				case "a statement":
 					if _, err := conn.ExecContext(t.Context(), "mine"); err != nil {
@@ -124,7 +124,7 @@ func TestTheCallersNextStatementComesAfterAWaitThatWasLeft(t *testing.T) {
 					want = append(want, "mine")
 				case "AcquireConn":
 					wantError(t, AcquireConn(t.Context(), conn, key, NoWait()), ErrNotAcquired)
-					want = append(want, tryQuery)
+					want = append(want, tryCalledQuery)
 				case "Close":
 					if err := conn.Close(); err != nil {
 						t.Error(err)
@@ -173,7 +173,7 @@ func TestAWaitOfAcquireConnThatFailsAfterItWasLeft(t *testing.T) {
 							cancel()
 							<-free
 							return test.wait.rows, test.wait.err
-						case query == tryQuery:
+						case query == tryCalledQuery:
 							return 0, nil
 						case query == unlockQuery:
 							return test.unlock.rows, test.unlock.err
@@ -187,7 +187,7 @@ func TestAWaitOfAcquireConnThatFailsAfterItWasLeft(t *testing.T) {
 					} else {
 						close(free)
 					}
-					want := on(1, append([]string{"open", tryQuery, calledWaitQuery}, test.sent...)...)
+					want := on(1, append([]string{"open", tryCalledQuery, calledWaitQuery}, test.sent...)...)
 					for i := 0; len(srv.lines()) < len(want) && i < 2000; i++ {
 						time.Sleep(time.Millisecond)
 					}

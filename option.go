@@ -45,10 +45,11 @@ func NoWait() Option {
 	return func(c *config) { c.given |= optNoWait; c.noWait = true }
 }
 
-// Timeout gives up after d, with [ErrNotAcquired]; waiting for a pooled
-// connection counts. d must be positive. The default is to wait until ctx ends.
+// Timeout gives up after d, with [ErrNotAcquired]. Everything counts: the wait for a pooled
+// connection, BEGIN, an outage. d must be positive. The default is to wait until ctx ends.
 //
-// The error names who holds the lock, if one more query can tell, which may take a second.
+// It is at most a second late, if the server does not answer, say. The error names who holds the lock, if one
+// more query can tell in that time.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }
@@ -61,11 +62,10 @@ func Heartbeat(d time.Duration) Option {
 	return func(c *config) { c.given |= optHeartbeat; c.heartbeat = d }
 }
 
-// HolderTimeout sets the longest that a lock outlives a holder that went silent
-// (power loss, partition, SIGSTOP): the server itself ends a session from which
-// it has heard nothing for d. The default is 15 s. d must be at least three
-// heartbeats, so that the old holder's context has ended before the server lets
-// a new holder begin; the server counts in milliseconds, up to 24 days.
+// HolderTimeout sets how long a lock outlives a holder that went silent (power loss, partition,
+// SIGSTOP): the server itself ends a session that has waited for its next statement for d. The
+// default is 15 s. d must be at least three heartbeats, so that the old holder's context has ended
+// before the server lets a new holder begin; the server counts in milliseconds, up to 24 days.
 //
 // The server learns d with the first heartbeat, or with the grant of a lock that was
 // waited for in the server's queue, as idle_session_timeout, and forgets it with the last
@@ -79,7 +79,10 @@ func Heartbeat(d time.Duration) Option {
 //
 // On [WithTxLock] and [WithConnLock], where the caller drives the session, there
 // is no heartbeat and no default: if the option is given, the server ends the
-// session once the caller has sent nothing for d, at work or not.
+// session once it has waited for fn's next statement for d, whether fn is at work or not. While a statement
+// runs, the server does not count. Then it looks every second whether the process is still there
+// (client_connection_check_interval), which finds one that has died, and not a network that is cut: that
+// is for the server's tcp_keepalives settings.
 func HolderTimeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optHolderTimeout; c.holderTimeout = d }
 }
@@ -90,9 +93,9 @@ func TxOptions(o *sql.TxOptions) Option {
 	return func(c *config) { c.given |= optTxOptions; c.txOptions = o }
 }
 
-// Logger sets where to report what cannot be returned as an error: a session lost
-// while waiting and replaced, a release that failed while fn panicked, a [Lock]
-// that was never released. The default, and nil, is silent.
+// Logger sets where to report what cannot be returned as an error: a server that waits cannot reach, and
+// that it is back; a session lost while waiting and replaced; a release that failed while fn panicked; a [Lock]
+// that was never released. The default, and nil, is silent, but for [Lead], where it is [slog.Default].
 func Logger(l *slog.Logger) Option {
 	return func(c *config) { c.given |= optLogger; c.logger = l }
 }

@@ -27,6 +27,22 @@ func tryStatement(keys []Key, shared bool) string {
 	return b.String()
 }
 
+// tryCalledStatement is tryStatement on the caller's session, whose state is not known: calledInTx rows if it
+// is in a transaction, whose clock stands still, and calledHeld if it holds the lock already.
+func tryCalledStatement(k Key, shared bool) string {
+	classid, objid := lockColumns(k)
+	return "SELECT FROM pg_catalog.generate_series(1, CASE" +
+		" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3" +
+		" WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " +
+		lockRows("'"+classid+"'", "'"+objid+"'", k.space) + ") THEN 4" +
+		statement(" WHEN ", "pg_try_advisory_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
+}
+
+const (
+	calledInTx = 3
+	calledHeld = 4
+)
+
 // unlockStatement: one row if all the locks were held.
 func unlockStatement(keys []Key, shared bool) string {
 	return statement("SELECT WHERE ", "pg_advisory_unlock", keys, shared)

@@ -30,7 +30,8 @@ import (
 // Timeout, TxOptions, HolderTimeout, Logger and Observe; errors are as with [WithLock], and
 // the driver's for BEGIN and COMMIT. There is no heartbeat. HolderTimeout has no
 // default here; if it is given, the server ends the transaction once it has waited
-// for a statement for that long (idle_in_transaction_session_timeout).
+// for a statement for that long (idle_in_transaction_session_timeout). If the process dies while a statement runs, the
+// server notices within about a second (client_connection_check_interval).
 func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Tx) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "WithTxLock", options: txOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
@@ -271,7 +272,8 @@ func (t *txn) end(keys []Key) error {
 // that is older than the lock). It works behind a transaction pooler.
 //
 // It takes the options Shared, NoWait, Timeout, Logger and Observe. tx stays usable after any
-// error that ends a wait: NoWait, Timeout, the end of ctx, a deadlock. Its settings stay as they are.
+// error that ends a wait: NoWait, Timeout, the end of ctx, a deadlock; but for one under which the server does not
+// answer. Its settings stay as they are.
 //
 // It does not wait in the server's queue, but tries again after pauses that grow to 100 ms.
 // CREATE INDEX CONCURRENTLY, having met a transaction in the middle of a statement, waits

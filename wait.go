@@ -89,6 +89,8 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 	calls := s.settings.calls()
 	armed := s.armed
 	switch {
+	case s.on == onCalled:
+		query = tryCalledStatement(k, s.shared)
 	case s.on == inTx:
 		query = s.restart + s.settings.checkStatement() + tryTxStatement(k, s.shared)
 	case calls != "":
@@ -104,11 +106,20 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 		s.armed = armed
 		return s.try(ctx, k, deadline)
 	}
-	if err == nil && rows == 0 {
+	switch {
+	case s.on == onCalled && (rows == calledInTx || sqlState(err) == inFailedTransaction):
+		return false, errInTransaction
+	case s.on == onCalled && rows == calledHeld:
+		return false, ErrReentrant
+	case err == nil && rows == 0:
 		s.armed = armed
 	}
 	return rows > 0, err
 }
+
+// errInTransaction is the error of a session-level lock on a conn that is in a transaction. It would outlive
+// that, and to wait for it could end it.
+var errInTransaction = errors.New("conn is in a transaction: take the lock before that begins, or use AcquireTx")
 
 // wait waits for the lock of k in the server's queue. A try has just refused it.
 func (s *session) wait(ctx context.Context, k Key, since, deadline time.Time) error {

@@ -514,7 +514,7 @@ func wantNoQualificationInVain(t *testing.T, place hostilePlace, sent []string) 
 				break
 			}
 			i += next
-			if strings.HasPrefix(s[i+len(qualification):], "interval)") {
+			if strings.HasPrefix(s[i+len(qualification):], "interval") {
 				continue // a word of the language, which means PostgreSQL's own
 			}
 			left++

@@ -112,12 +112,31 @@ func parseFlags(args []string) (options, error) {
 	return o, nil
 }
 
+// makeWritable makes the directory, unless it is "", and returns an error if files cannot be made in it:
+// before the run, which takes minutes.
+func makeWritable(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("-out: %w", err)
+	}
+	f, err := os.CreateTemp(dir, ".bench")
+	if err != nil {
+		return fmt.Errorf("-out: %w", err)
+	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
+}
+
 func run(o options) (err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// The first Ctrl-C cleans up; the second one does not wait for that.
 	context.AfterFunc(ctx, stop)
 
+	if err := makeWritable(o.out); err != nil {
+		return err
+	}
 	start := time.Now()
 	b, err := newBench(ctx, o)
 	if err != nil {

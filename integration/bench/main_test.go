@@ -89,3 +89,23 @@ func TestRun(t *testing.T) {
 		}
 	}
 }
+
+// A directory that cannot be written to is found before the run.
+func TestTheDirectoryOfTheResultsIsMadeFirst(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a", "b")
+	if err := makeWritable(dir); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	if err := run(options{out: file}); err == nil || time.Since(began) > time.Second {
+		t.Errorf("%v after %v", err, time.Since(began))
+	}
+}
