@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"fmt"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -49,7 +50,7 @@ func sleeper() int {
 		opts = append(opts, advisory.TxOptions(&sql.TxOptions{Isolation: a.Isolation}))
 	}
 	err = w.with(context.Background(), db, advisory.Name(a.Key), func(ctx context.Context, q querier) error {
-		_, err := q.ExecContext(ctx, "SELECT pg_sleep(10)")
+		_, err := q.ExecContext(ctx, "SELECT pg_sleep(18)")
 		return err
 	}, opts...)
 	tell("failed", "", err)
@@ -104,7 +105,11 @@ func killings() (all []killing) {
 func TestProcessKilledInTheMiddleOfAStatementFreesItsLock(t *testing.T) {
 	t.Parallel()
 	for some := range slices.Chunk(killings(), 17) { // as many processes at a time
+		var starting sync.WaitGroup // which takes the machine so long that nothing is measured meanwhile
+		starting.Add(len(some))
 		allAtOnce(t, some, killing.name, func(t *testing.T, k killing) {
+			started := sync.OnceFunc(starting.Done)
+			defer started()
 			allowLog(t, clientGone)
 			key, app := testKey(t), appName(t)
 			release := func() {}
@@ -129,9 +134,15 @@ func TestProcessKilledInTheMiddleOfAStatementFreesItsLock(t *testing.T) {
 			if n, err := locks(t.Context(), adminDB(t), key, true); n != 1 || err != nil {
 				t.Fatalf("%d hold the lock, want the process (%v)", n, err)
 			}
+			started()
+			starting.Wait()
 			killed := time.Now()
 			c.signal(syscall.SIGKILL)
-			wantFree(t, adminDB(t), key)
+			waitFor(t, "the lock is free", func() (bool, error) {
+				time.Sleep(20 * time.Millisecond)
+				n, err := locks(t.Context(), adminDB(t), key, true)
+				return n == 0, err
+			})
 			took := time.Since(killed)
 			t.Logf("free after %v", took.Round(time.Millisecond))
 			if took > k.limit {
