@@ -81,8 +81,10 @@ func (k killing) name() string {
 	return name
 }
 
+// How long a lock may outlive its process, whose statement is on another session, or on that of the lock.
+const onAnother, onTheSame = time.Second, 2500 * time.Millisecond
+
 func killings() (all []killing) {
-	const onAnother, onTheSame = time.Second, 2500 * time.Millisecond
 	for _, d := range drivers[:2] {
 		for _, contended := range []bool{false, true} {
 			for _, w := range []way{withLock, withLocks, acquire, leadOnce} {
@@ -105,11 +107,8 @@ func killings() (all []killing) {
 func TestProcessKilledInTheMiddleOfAStatementFreesItsLock(t *testing.T) {
 	t.Parallel()
 	for some := range slices.Chunk(killings(), 17) { // as many processes at a time
-		var starting sync.WaitGroup // which takes the machine so long that nothing is measured meanwhile
-		starting.Add(len(some))
-		allAtOnce(t, some, killing.name, func(t *testing.T, k killing) {
-			started := sync.OnceFunc(starting.Done)
-			defer started()
+		var oneByOne sync.Mutex
+		allTogether(t, some, killing.name, func(t *testing.T, k killing, meet func()) {
 			allowLog(t, clientGone)
 			key, app := testKey(t), appName(t)
 			release := func() {}
@@ -134,8 +133,11 @@ func TestProcessKilledInTheMiddleOfAStatementFreesItsLock(t *testing.T) {
 			if n, err := locks(t.Context(), adminDB(t), key, true); n != 1 || err != nil {
 				t.Fatalf("%d hold the lock, want the process (%v)", n, err)
 			}
-			started()
-			starting.Wait()
+			meet() // to start processes takes the machine so long that nothing is measured meanwhile
+			if k.limit == onAnother {
+				oneByOne.Lock()
+				defer oneByOne.Unlock()
+			}
 			killed := time.Now()
 			c.signal(syscall.SIGKILL)
 			waitFor(t, "the lock is free", func() (bool, error) {

@@ -21,6 +21,7 @@ import (
 type relay struct {
 	server *pgtest.Server
 	dsn    string
+	port   string
 	closed chan struct{} // with the test
 
 	mu       sync.Mutex
@@ -45,8 +46,8 @@ type dial struct{ began, ended time.Time }
 func newRelay(t testing.TB, server *pgtest.Server) *relay {
 	t.Helper()
 	r := &relay{server: server, closed: make(chan struct{}), links: map[*link]bool{}}
-	_, port, _ := net.SplitHostPort(testkit.Serve(t, r.serve).String())
-	r.dsn = withParams(t, server.DSN(), "host", "127.0.0.1", "port", port, "sslmode", "disable")
+	_, r.port, _ = net.SplitHostPort(testkit.Serve(t, r.serve).String())
+	r.dsn = withParams(t, server.DSN(), "host", "127.0.0.1", "port", r.port, "sslmode", "disable")
 	t.Cleanup(r.close)
 	return r
 }
@@ -267,9 +268,26 @@ func refusing(code, text string) func() []byte {
 // they wait, most of the time.
 func allAtOnce[C any](t *testing.T, cases []C, name func(C) string, body func(t *testing.T, c C)) {
 	t.Helper()
-	var parts sync.WaitGroup
+	allTogether(t, cases, name, func(t *testing.T, c C, _ func()) { body(t, c) })
+}
+
+// allTogether is allAtOnce. Each part may call meet, which returns when all have called it or have ended.
+func allTogether[C any](t *testing.T, cases []C, name func(C) string, body func(t *testing.T, c C, meet func())) {
+	t.Helper()
+	var parts, missing sync.WaitGroup
+	missing.Add(len(cases))
 	for _, c := range cases {
-		parts.Go(func() { t.Run(name(c), func(t *testing.T) { body(t, c) }) })
+		parts.Go(func() {
+			come := sync.OnceFunc(missing.Done)
+			defer come() // also if -run leaves it out
+			t.Run(name(c), func(t *testing.T) {
+				defer come()
+				body(t, c, func() {
+					come()
+					missing.Wait()
+				})
+			})
+		})
 	}
 	parts.Wait()
 }

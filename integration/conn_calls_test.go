@@ -1,0 +1,259 @@
+package integration
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/pgadvisory/advisory"
+)
+
+// What callers may do with a conn that is theirs, or lent to them, and should not.
+
+func newConn(t testing.TB, db *sql.DB) *sql.Conn {
+	t.Helper()
+	conn, err := db.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// execOn executes statements, each of which must succeed.
+func execOn(t testing.TB, q querier, statements ...string) {
+	t.Helper()
+	for _, s := range statements {
+		if _, err := q.ExecContext(t.Context(), s); err != nil {
+			t.Errorf("%s: %v", s, err)
+		}
+	}
+}
+
+// wantHeld fails the test unless the key is held once.
+func wantHeld(t testing.TB, key advisory.Key) {
+	t.Helper()
+	if n, err := locks(t.Context(), adminDB(t), key, true); n != 1 || err != nil {
+		t.Errorf("%d hold %v, want one (%v)", n, key, err)
+	}
+}
+
+// A session-level lock in a transaction outlives its rollback, and a wait in one holds a snapshot for
+// as long as it lasts.
+func TestAcquireConnInATransactionIsRefused(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		for _, contended := range []bool{false, true} {
+			for _, begin := range []string{"BeginTx", "BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ"} {
+				for name, opts := range someOptions {
+					t.Run(fmt.Sprintf("contended %t %s %s", contended, begin, name), func(t *testing.T) {
+						key := testKey(t)
+						if contended {
+							hold(t, adminDB(t), key)
+						}
+						conn := newConn(t, db)
+						var q querier = conn
+						end := func() error {
+							_, err := conn.ExecContext(t.Context(), "COMMIT")
+							return err
+						}
+						if begin == "BeginTx" {
+							tx, err := conn.BeginTx(t.Context(), nil)
+							if err != nil {
+								t.Fatal(err)
+							}
+							defer tx.Rollback()
+							q, end = tx, tx.Commit
+						} else {
+							execOn(t, conn, begin)
+						}
+						execOn(t, q, "CREATE TEMPORARY TABLE work (n int) ON COMMIT DROP", "INSERT INTO work VALUES (1)")
+
+						err := advisory.AcquireConn(soon(t), conn, key, opts...)
+						if err == nil || !strings.Contains(err.Error(), "transaction") {
+							t.Errorf("error %v, want one that says transaction", err)
+						}
+						if errors.Is(err, advisory.ErrNotAcquired) && name == "waiting" {
+							t.Errorf("error %v matches ErrNotAcquired", err)
+						}
+						if !contended {
+							if n, err := locks(t.Context(), adminDB(t), key, true); n != 0 || err != nil {
+								t.Errorf("%d hold the lock (%v)", n, err)
+							}
+						}
+						// The transaction is the same, and goes on.
+						execOn(t, q, "UPDATE work SET n = n + 1")
+						if err := end(); err != nil {
+							t.Errorf("COMMIT: %v", err)
+						}
+						if !contended { // and afterwards conn is good for a lock
+							if err := advisory.AcquireConn(soon(t), conn, key, opts...); err != nil {
+								t.Errorf("after COMMIT: %v", err)
+							} else if err := advisory.ReleaseConn(soon(t), conn, key); err != nil {
+								t.Errorf("after COMMIT: %v", err)
+							}
+						}
+						wantCleanSession(t, conn)
+						conn.Close()
+					})
+				}
+			}
+		}
+		wantClean(t, db)
+	})
+}
+
+// The server would count two locks, and each ReleaseConn release one.
+func TestAcquireConnTwiceIsAnError(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		for name, opts := range someOptions {
+			for _, waited := range []bool{false, true} {
+				t.Run(fmt.Sprint(name, " waited ", waited), func(t *testing.T) {
+					key, another := testKey(t), advisory.Name(t.Name()+" another")
+					conn := newConn(t, db)
+					if waited && name != "NoWait" {
+						release := hold(t, adminDB(t), key)
+						done := make(chan error, 1)
+						go func() { done <- advisory.AcquireConn(soon(t), conn, key, opts...) }()
+						waitForWaiters(t, adminDB(t), key, 1)
+						release()
+						if err := await(t, "AcquireConn returns", done); err != nil {
+							t.Fatal(err)
+						}
+					} else if err := advisory.AcquireConn(soon(t), conn, key, opts...); err != nil {
+						t.Fatal(err)
+					}
+					for range 2 {
+						if err := advisory.AcquireConn(soon(t), conn, key, opts...); !errors.Is(err, advisory.ErrReentrant) {
+							t.Errorf("the second time: %v, want ErrReentrant", err)
+						}
+						wantHeld(t, key)
+					}
+					if err := advisory.AcquireConn(soon(t), conn, another, opts...); err != nil {
+						t.Errorf("another key: %v", err)
+					}
+					if err := advisory.ReleaseConn(t.Context(), conn, key); err != nil {
+						t.Errorf("ReleaseConn: %v", err)
+					}
+					wantFree(t, adminDB(t), key)
+					wantHeld(t, another)
+					if err := advisory.ReleaseConn(t.Context(), conn, another); err != nil {
+						t.Errorf("ReleaseConn of the other: %v", err)
+					}
+					wantCleanSession(t, conn)
+					conn.Close()
+				})
+			}
+		}
+		wantClean(t, db)
+	})
+}
+
+// The server would warn of it.
+func TestReleaseConnOfWhatIsNotHeld(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		conn := newConn(t, db)
+		key, other, elsewhere := testKey(t), advisory.Name(t.Name()+" other"), advisory.Name(t.Name()+" elsewhere")
+		shared := advisory.Name(t.Name() + " shared")
+		pid := 0
+		if err := conn.QueryRowContext(t.Context(), "SELECT pg_backend_pid()").Scan(&pid); err != nil {
+			t.Fatal(err)
+		}
+		hold(t, adminDB(t), elsewhere)
+		if err := advisory.AcquireConn(t.Context(), conn, other); err != nil {
+			t.Fatal(err)
+		}
+		if err := advisory.AcquireConn(t.Context(), conn, shared, advisory.Shared()); err != nil {
+			t.Fatal(err)
+		}
+		for name, release := range map[string]func() error{
+			"never held":           func() error { return advisory.ReleaseConn(t.Context(), conn, key) },
+			"held by another":      func() error { return advisory.ReleaseConn(t.Context(), conn, elsewhere) },
+			"shared, not held":     func() error { return advisory.ReleaseConn(t.Context(), conn, key, advisory.Shared()) },
+			"shared, as exclusive": func() error { return advisory.ReleaseConn(t.Context(), conn, shared) },
+			"exclusive, as shared": func() error { return advisory.ReleaseConn(t.Context(), conn, other, advisory.Shared()) },
+		} {
+			if err := release(); err == nil {
+				t.Errorf("%s: no error", name)
+			}
+			var now int
+			if err := conn.QueryRowContext(t.Context(), "SELECT pg_backend_pid()").Scan(&now); err != nil || now != pid {
+				t.Fatalf("%s: conn is not usable any more, or another session: %v", name, err)
+			}
+			for _, k := range []advisory.Key{other, shared, elsewhere} {
+				wantHeld(t, k)
+			}
+		}
+		if err := errors.Join(advisory.ReleaseConn(t.Context(), conn, other), advisory.ReleaseConn(t.Context(), conn, shared, advisory.Shared())); err != nil {
+			t.Errorf("ReleaseConn of what is held: %v", err)
+		}
+		if err := advisory.ReleaseConn(t.Context(), conn, other); err == nil {
+			t.Error("ReleaseConn once more: no error")
+		}
+		wantCleanSession(t, conn)
+		conn.Close()
+		wantClean(t, db)
+	})
+}
+
+// leavings are what fn of WithConnLock may leave behind, and what the error then says.
+var leavings = []struct {
+	name, says string
+	leave      func(ctx context.Context, conn *sql.Conn) error
+}{
+	{"rows", "rows", func(ctx context.Context, conn *sql.Conn) error { return leaveRows(ctx, conn, 1, 0) }},
+	{"rows, context of its own", "rows", func(_ context.Context, conn *sql.Conn) error { return leaveRows(context.Background(), conn, 1, 0) }},
+	{"many rows", "rows", func(ctx context.Context, conn *sql.Conn) error { return leaveRows(ctx, conn, 100_000, 0) }},
+	{"rows, some of them read", "rows", func(ctx context.Context, conn *sql.Conn) error { return leaveRows(ctx, conn, 100_000, 3) }},
+	{"rows, some of them read, context of its own", "rows", func(_ context.Context, conn *sql.Conn) error {
+		return leaveRows(context.Background(), conn, 100_000, 3)
+	}},
+	{"closed conn", "close", func(_ context.Context, conn *sql.Conn) error { return conn.Close() }},
+}
+
+// leaveRows reads some of n rows, and leaves the others.
+func leaveRows(ctx context.Context, conn *sql.Conn, n, read int) error {
+	rows, err := conn.QueryContext(ctx, fmt.Sprintf("SELECT n, repeat('x', 100) FROM generate_series(1, %d) AS n", n))
+	for range read {
+		rows.Next()
+	}
+	return errors.Join(err, rows.Err())
+}
+
+func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		for _, l := range leavings {
+			for _, limit := range []int{0, 1} {
+				for _, timeout := range []bool{false, true} {
+					t.Run(fmt.Sprintf("%s, pool of %d, HolderTimeout %t", l.name, limit, timeout), func(t *testing.T) {
+						db := d.open(t, server.DSN())
+						db.SetMaxOpenConns(limit)
+						key := testKey(t)
+						var opts []advisory.Option
+						if timeout {
+							opts = append(opts, advisory.HolderTimeout(20_000_000_000))
+						}
+						err := advisory.WithConnLock(soon(t), db, key, l.leave, opts...)
+						if err == nil || !strings.Contains(err.Error(), l.says) || errors.Is(err, advisory.ErrLost) || errors.Is(err, advisory.ErrNotAcquired) {
+							t.Errorf("error %v, want one that says %q and is not ErrLost", err, l.says)
+						}
+						wantFree(t, adminDB(t), key)
+						if err := withConnLock.with(soon(t), db, key, noWork); err != nil {
+							t.Errorf("the next one: %v", err)
+						}
+						wantClean(t, db)
+					})
+				}
+			}
+		}
+	})
+}
