@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"slices"
@@ -40,6 +41,7 @@ func init() { children["candidate"] = candidate }
 // compared to its looks at ctx: most often, a freeze comes between the look and the write.
 func candidate() int {
 	proctest.EndWithParent()
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // losses are what is tested
 	var a struct{ Driver, DSN, Key, Table string }
 	if err := json.Unmarshal([]byte(os.Getenv(candidateEnv)), &a); err != nil {
 		panic(err)

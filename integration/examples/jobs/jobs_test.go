@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http/httptest"
 	"os"
 	"slices"
@@ -56,6 +57,7 @@ type report struct {
 
 func replica(text string) int {
 	proctest.EndWithParent()
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // losses are what is tested
 	var b brief
 	if err := json.Unmarshal([]byte(text), &b); err != nil {
 		panic(err)
