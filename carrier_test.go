@@ -251,7 +251,7 @@ func TestABatchThatIsLost(t *testing.T) {
 					wantError(t, context.Cause(l.Context()), ErrLost, "hold bigint 42")
 					wantError(t, l.Release(), ErrLost)
 					time.Sleep(time.Minute)
-					if lines := srv.lines(); !slices.Contains(lines, "1 close") || srv.open() != 1 {
+					if lines := srv.lines(); !slices.Contains(lines, "1 close") || srv.open() != srv.opened-1 {
 						t.Errorf("%d connections of %d open", srv.open(), srv.opened)
 					}
 					wantIdle(t, dbs[0])

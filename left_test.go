@@ -443,7 +443,7 @@ func TestTheEndOfCtxDoesNotKeepACancelledWaitFromBeingUnlocked(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	unlocked := false
+	var unlocked atomic.Bool
 	srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
 		switch {
 		case query == tryQuery:
@@ -452,12 +452,14 @@ func TestTheEndOfCtxDoesNotKeepACancelledWaitFromBeingUnlocked(t *testing.T) {
 			return 0, err57014
 		case strings.HasSuffix(query, freeQuery):
 			cancel()
-			unlocked = unlocked || ctx.Err() == nil
+			if ctx.Err() == nil {
+				unlocked.Store(true)
+			}
 		}
 		return 1, ctx.Err()
 	}
 	wantError(t, withConnLock(ctx, db), ErrNotAcquired, context.Canceled)
-	if !unlocked {
+	if !unlocked.Load() {
 		t.Errorf("sent: %q", srv.lines())
 	}
 }
