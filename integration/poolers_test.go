@@ -31,6 +31,9 @@ func requirePooler(t *testing.T, name string) func(*pgtest.Pooler, error) *pgtes
 			if log, err := p.Log(); t.Failed() && err == nil {
 				t.Logf("the end of %s's log:\n%s", name, log[max(0, len(log)-4000):])
 			}
+			if err := p.Stop(); err != nil {
+				t.Error(err)
+			}
 		})
 		return p
 	}
@@ -44,54 +47,57 @@ func settings(params ...string) (opts []pgtest.PoolOption) {
 	return opts
 }
 
-// inParallel runs body over the two drivers at the same time.
-func inParallel(t *testing.T, body func(t *testing.T, d driver)) {
-	bothDrivers(t, func(t *testing.T, d driver) {
-		t.Parallel()
-		body(t, d)
-	})
-}
-
 // A balancer cuts off who is silent for longer than its timeouts. Neither a holder nor a waiter is.
 func TestSilenceThatABalancerCutsOff(t *testing.T) {
 	t.Parallel()
-	const holds = 20 * time.Second
 	s := ownServer(t)
 	dsn := requirePooler(t, "haproxy")(s.HAProxy(t.Context(), settings("timeout client", "3s", "timeout server", "3s")...)).DSN()
-	inParallel(t, func(t *testing.T, d driver) {
+	// Not as parallel tests: all that it takes is time.
+	var wg sync.WaitGroup
+	for _, d := range drivers[:2] {
 		silent, err := d.open(t, dsn).Conn(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer silent.Close()
-		key, direct := testKey(t), d.open(t, s.DSN())
-		waited := make(chan error, 1)
-		err = advisory.WithLock(t.Context(), d.open(t, dsn), key, func(ctx context.Context) error {
-			began, other := time.Now(), d.open(t, dsn)
-			go func() {
-				err := advisory.WithLock(t.Context(), other, key, func(context.Context) error { return nil }, advisory.Timeout(2*holds))
-				if took := time.Since(began); took < holds {
-					err = errors.Join(err, fmt.Errorf("it was granted after %v", took))
+		key, holder, waiter, direct := advisory.Name(t.Name()+d.name), d.open(t, dsn), d.open(t, dsn), d.open(t, s.DSN())
+		wg.Go(func() {
+			const holds = 20 * time.Second
+			waited := make(chan error, 1)
+			err := advisory.WithLock(t.Context(), holder, key, func(ctx context.Context) error {
+				began := time.Now()
+				go func() {
+					err := withLock.with(t.Context(), waiter, key, noWork, advisory.Timeout(2*holds))
+					if took := time.Since(began); took < holds {
+						err = errors.Join(err, fmt.Errorf("it was granted after %v", took))
+					}
+					waited <- err
+				}()
+				select {
+				case <-ctx.Done():
+				case <-time.After(holds / 2):
 				}
-				waited <- err
-			}()
-			waitForWaiters(t, direct, key, 1)
-			select {
-			case <-ctx.Done():
-			case <-time.After(holds):
+				if n, err := locks(t.Context(), direct, key, false); err != nil || n != 1 {
+					t.Errorf("%s: %d wait (%v)", d.name, n, err)
+				}
+				select {
+				case <-ctx.Done():
+				case <-time.After(holds / 2):
+				}
+				return context.Cause(ctx)
+			})
+			if err != nil {
+				t.Errorf("%s: holder: %v", d.name, err)
 			}
-			return context.Cause(ctx)
+			if err := <-waited; err != nil {
+				t.Errorf("%s: waiter: %v", d.name, err)
+			}
+			if err := silent.PingContext(t.Context()); err == nil {
+				t.Errorf("%s: the balancer has not cut off who was silent", d.name)
+			}
 		})
-		if err != nil {
-			t.Errorf("holder: %v", err)
-		}
-		if err := <-waited; err != nil {
-			t.Errorf("waiter: %v", err)
-		}
-		if err := silent.PingContext(t.Context()); err == nil {
-			t.Error("the balancer has not cut off who was silent")
-		}
-	})
+	}
+	wg.Wait()
 }
 
 // A wait goes on over a restart of the server, whatever a pooler says meanwhile.
@@ -120,7 +126,7 @@ func TestWaitOutlivesARestartBehindAPooler(t *testing.T) {
 					if mode == "fast" {
 						allowLog(t, terminated)
 					}
-					bothDrivers(t, func(t *testing.T, d driver) { testWaitOutlivesARestart(t, d, s, p.DSN(), mode) })
+					testWaitOutlivesARestart(t, drivers[:2], s, p.DSN(), mode)
 				})
 			}
 		})
@@ -138,15 +144,15 @@ func TestPgpool(t *testing.T) {
 		return settings(append([]string{"backend_weight0", "0"}, params...)...)
 	}
 	listed := []string{"write_function_list", "nextval,setval"}
-	for _, test := range []struct {
+	for i, test := range []struct {
 		name     string
 		standbys []*pgtest.Server
 		opts     []pgtest.PoolOption
+		holds    time.Duration
 		wrong    bool // Check may say so
 	}{
-		{name: "one server", opts: settings("load_balance_mode", "off")},
-		{name: "balanced", standbys: standbys, opts: balanced()},
-		{name: "balanced by statement", standbys: standbys,
+		{name: "one server", opts: settings("load_balance_mode", "off"), holds: 3 * time.Second},
+		{name: "balanced", standbys: standbys, holds: 3 * time.Second,
 			opts: balanced("statement_level_load_balance", "on", "allow_sql_comments", "on", "disable_load_balance_on_write", "off")},
 		{name: "listed functions", standbys: standbys, opts: balanced(listed...), wrong: true},
 		{name: "listed functions and patterns", standbys: standbys,
@@ -156,20 +162,28 @@ func TestPgpool(t *testing.T) {
 		{name: "listed functions and applications", standbys: standbys,
 			opts: balanced(append(listed, "app_name_redirect_preference_list", "TestPgpool.*:primary")...)},
 	} {
+		ds := drivers[:2]
+		if test.holds == 0 {
+			ds = ds[i%2 : i%2+1] // both would show the same
+		}
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			p := requirePooler(t, "pgpool")(primary.Pgpool(t.Context(), test.standbys, test.opts...))
-			inParallel(t, func(t *testing.T, d driver) {
-				if err := advisory.Check(soon(t), d.open(t, p.DSN())); err != nil && !(test.wrong && strings.Contains(err.Error(), "hot standby")) {
-					t.Errorf("Check: %v", err)
-				}
-				testLocksBehindPgpool(t, d, primary, p)
-			})
+			for _, d := range ds {
+				t.Run(d.name, func(t *testing.T) {
+					t.Parallel()
+					if err := advisory.Check(soon(t), d.open(t, p.DSN())); err != nil && !(test.wrong && strings.Contains(err.Error(), "hot standby")) {
+						t.Errorf("Check: %v", err)
+					}
+					testLocksBehindPgpool(t, d, primary, p, max(test.holds, 100*time.Millisecond))
+				})
+			}
 		})
 	}
 }
 
-func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pgtest.Pooler) {
+// testLocksBehindPgpool wants no two holders at a time, or to be told that a lock is on a standby.
+func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pgtest.Pooler, holds time.Duration) {
 	const goroutines, increments = 4, 4
 	direct := d.open(t, primary.DSN())
 	pools := []*sql.DB{d.open(t, p.DSN()), d.open(t, p.DSN())}
@@ -182,8 +196,30 @@ func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pg
 		o.acquire = append(o.acquire, advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelSerializable}))
 		return withTxLock.run(ctx, db, key, fn, o)
 	}
-	// allowed: it says that something is wrong, and so there is no lock.
-	allowed := func(err error) bool { return strings.Contains(err.Error(), "hot standby") }
+	told := func(err error) bool { return err != nil && strings.Contains(err.Error(), "hot standby") }
+
+	// The holder's heartbeats go on while others come and go.
+	held, release := make(chan error, 1), make(chan error, 1)
+	key, granted := testKey(t), make(chan struct{})
+	go func() {
+		held <- advisory.WithLock(t.Context(), pools[0], key, func(ctx context.Context) error {
+			close(granted)
+			select {
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			case err := <-release:
+				return err
+			}
+		})
+		close(held)
+	}()
+	began, waited := time.Now(), make(chan error, 1)
+	select {
+	case <-granted:
+		go func() { waited <- withLock.with(soon(t), pools[1], key, noWork) }()
+	case <-time.After(10 * time.Second):
+		t.Error("no lock")
+	}
 
 	eachWay(t, []way{withLock, withConnLock, withTxLock, serializable}, func(t *testing.T, w way) {
 		key, c := testKey(t), newCounter(t, direct)
@@ -193,7 +229,7 @@ func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pg
 				done.Add(1)
 				return c.increment(ctx, direct) // a standby would be behind
 			})
-			if err != nil && allowed(err) {
+			if told(err) {
 				return nil
 			}
 			return err
@@ -204,32 +240,8 @@ func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pg
 		c.wantValue(t, direct, int(done.Load()))
 		wantFree(t, direct, key)
 	})
-	t.Run("heartbeats", func(t *testing.T) {
-		key := testKey(t)
-		granted := make(chan error, 1)
-		err := advisory.WithLock(t.Context(), pools[0], key, func(ctx context.Context) error {
-			go func() { granted <- withLock.with(soon(t), pools[1], key, noWork) }()
-			select {
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			case err := <-granted:
-				return errors.Join(err, errors.New("another has got the lock, too"))
-			case <-time.After(3 * time.Second):
-				return nil
-			}
-		})
-		if err != nil {
-			if !allowed(err) {
-				t.Error(err)
-			}
-			return
-		}
-		if err := <-granted; err != nil {
-			t.Error(err)
-		}
-	})
 	t.Run("Lead", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
 		key := testKey(t)
 		var leaders, most atomic.Int64
@@ -251,6 +263,27 @@ func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pg
 		}
 		wantFree(t, direct, key)
 	})
+
+	select {
+	case err := <-waited:
+		t.Errorf("another has got the lock, too (%v)", err)
+	case err := <-held:
+		if !told(err) {
+			t.Errorf("holder: %v", err)
+		}
+	case <-time.After(time.Until(began.Add(holds))):
+	}
+	release <- nil
+	for who, errs := range map[string]chan error{"holder": held, "waiter": waited} {
+		select {
+		case err := <-errs:
+			if err != nil && !told(err) {
+				t.Errorf("%s: %v", who, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s: no end", who)
+		}
+	}
 }
 
 // pg_terminate_backend is how a lock is broken by hand. To Pgpool-II it is a failure of the server, if
@@ -258,7 +291,7 @@ func testLocksBehindPgpool(t *testing.T, d driver, primary *pgtest.Server, p *pg
 func TestLockThatIsBrokenBehindPgpool(t *testing.T) {
 	t.Parallel()
 	allowLog(t, terminated)
-	for _, test := range []struct {
+	for i, test := range []struct {
 		name     string
 		opts     []pgtest.PoolOption
 		detached bool
@@ -272,18 +305,20 @@ func TestLockThatIsBrokenBehindPgpool(t *testing.T) {
 			t.Parallel()
 			s := ownServer(t)
 			p := requirePooler(t, "pgpool")(s.Pgpool(t.Context(), nil, test.opts...))
-			bothDrivers(t, func(t *testing.T, d driver) {
-				key, direct := testKey(t), d.open(t, s.DSN())
+			ds := drivers[:2]
+			wait := 10 * time.Second
+			if test.detached {
+				ds, wait = ds[i:i+1], 2*time.Second // there will be no second one
+			}
+			for _, d := range ds {
+				key, direct := advisory.Name(t.Name()+d.name), d.open(t, s.DSN())
 				db := d.open(t, p.DSN())
-				if test.detached && d.name != drivers[0].name {
-					t.Skip("the server is detached")
-				}
 				lock, err := advisory.Acquire(t.Context(), db, key)
 				if err != nil {
 					t.Fatal(err)
 				}
 				waiter := make(chan error, 1)
-				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), wait)
 				defer cancel()
 				other := d.open(t, p.DSN())
 				go func() { waiter <- withLock.with(ctx, other, key, noWork) }()
@@ -306,7 +341,7 @@ func TestLockThatIsBrokenBehindPgpool(t *testing.T) {
 				case err != nil || detached != nil:
 					t.Errorf("the waiter: %v; a new connection: %v", err, detached)
 				}
-			})
+			}
 		})
 	}
 }
