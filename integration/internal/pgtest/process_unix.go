@@ -24,7 +24,7 @@ import (
 // how long the watchdog has after that.
 const killTimeout = 10 * time.Second
 
-// endInterval is how often a process is told to exit.
+// endInterval is how often the children are killed of a process that is to exit.
 const endInterval = 500 * time.Millisecond
 
 // A sandbox is a temporary directory and the processes that run in it. They
@@ -62,8 +62,8 @@ await() {
 		n=0
 		until gone "$pid"; do
 			n=$((n + 1))
-			# A child of a Pgpool-II may miss what its parent sends it.
-			case $f:$((n % 10)) in */pgpool-*:0) kill -s QUIT -- "-$pid" ;; esac
+			# A Pgpool-II waits for its children, who may wait for one another.
+			case $f:$((n % 10)) in */pgpool-*:0) pkill -KILL -P "$pid" ;; esac
 			if [ $n -gt 200 ]; then
 				kill -s KILL -- "-$pid" "$pid"
 				break
@@ -321,8 +321,8 @@ func (p *process) waitOrKill() {
 	}
 }
 
-// end sends sig to the process, and then to all of its group until it exits: a
-// child of a Pgpool-II may miss what its parent sends it.
+// end sends sig to the process, and then kills its children until it exits: a
+// Pgpool-II waits for its children, who may wait for one another.
 func (p *process) end(sig syscall.Signal) {
 	p.signal(sig)
 	for range killTimeout / endInterval {
@@ -330,7 +330,10 @@ func (p *process) end(sig syscall.Signal) {
 		case <-p.done:
 			return
 		case <-time.After(endInterval):
-			_ = syscall.Kill(-p.cmd.Process.Pid, sig)
+		}
+		children, _ := childrenOf(p.pid())
+		for _, child := range children {
+			_ = syscall.Kill(child, syscall.SIGKILL)
 		}
 	}
 	p.waitOrKill()
