@@ -2,13 +2,13 @@ package integration
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/pgadvisory/advisory"
+	"github.com/pgadvisory/advisory/integration/internal/pgtest"
 )
 
 // A crash of the server ends all sessions and keeps no lock.
@@ -98,43 +98,50 @@ func TestWaitOutlivesARestart(t *testing.T) {
 			if mode == "fast" {
 				allowLog(t, terminated)
 			}
-			bothDrivers(t, func(t *testing.T, d driver) {
-				key := testKey(t)
-				// A pool for each, or they would wait for each other and not for the server.
-				db := d.open(t, s.DSN())
-				lock, err := advisory.Acquire(t.Context(), db, key)
-				if err != nil {
-					t.Fatal(err)
-				}
-				ways := []way{withLock, withTxLock, withConnLock}
-				var took []time.Duration
-				failed := make(chan error, len(ways))
-				for _, w := range ways {
-					other := d.open(t, s.DSN())
-					go func() {
-						err := w.with(soon(t), other, key, noWork)
-						if err != nil {
-							err = fmt.Errorf("%s: %w", w.name, err)
-						}
-						failed <- err
-					}()
-				}
-				waitForWaiters(t, db, key, len(ways))
-				if err := s.Restart(t.Context(), mode); err != nil {
-					t.Fatal(err)
-				}
-				restarted := time.Now()
-				for range ways {
-					if err := <-failed; err != nil {
-						t.Error(err)
-					}
-					took = append(took, time.Since(restarted))
-				}
-				logBound(t, mode+" restart "+d.name, "waiter goes on, from ready", 2*time.Second, took)
-				if err := lock.Release(); !errors.Is(err, advisory.ErrLost) {
-					t.Errorf("Release: %v, want ErrLost", err)
-				}
-			})
+			bothDrivers(t, func(t *testing.T, d driver) { testWaitOutlivesARestart(t, []driver{d}, s, s.DSN(), mode) })
 		})
+	}
+}
+
+// testWaitOutlivesARestart restarts the server, to which dsn leads, while there are waits with the
+// drivers.
+func testWaitOutlivesARestart(t *testing.T, ds []driver, s *pgtest.Server, dsn, mode string) {
+	ways := []way{withLock, withTxLock, withConnLock}
+	var locks []*advisory.Lock
+	failed := make(chan error, len(ds)*len(ways))
+	for _, d := range ds {
+		key := advisory.Name(t.Name() + d.name)
+		// A pool for each, or they would wait for each other and not for the server.
+		lock, err := advisory.Acquire(t.Context(), d.open(t, dsn), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		locks = append(locks, lock)
+		for _, w := range ways {
+			other := d.open(t, dsn)
+			go func() {
+				err := w.with(soon(t), other, key, noWork)
+				if err != nil {
+					err = fmt.Errorf("%s, %s: %w", d.name, w.name, err)
+				}
+				failed <- err
+			}()
+		}
+		waitForWaiters(t, d.open(t, s.DSN()), key, len(ways))
+	}
+	if err := s.Restart(t.Context(), mode); err != nil {
+		t.Fatal(err)
+	}
+	restarted := time.Now()
+	var took []time.Duration
+	for range cap(failed) {
+		if err := <-failed; err != nil {
+			t.Error(err)
+		}
+		took = append(took, time.Since(restarted))
+	}
+	logBound(t, mode+" restart", "waiter goes on, from ready", 2*time.Second, took)
+	for _, lock := range locks {
+		wantLost(t, "Release", lock.Release())
 	}
 }

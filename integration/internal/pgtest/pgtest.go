@@ -1,5 +1,6 @@
-// Package pgtest runs real PostgreSQL servers, streaming standbys and
-// PgBouncer poolers for tests and demonstrations.
+// Package pgtest runs real PostgreSQL servers, streaming standbys, and what
+// stands between them and their clients (PgBouncer, Pgpool-II, HAProxy), for tests
+// and demonstrations.
 //
 // A server that [Start] creates is throw-away: its data, its log and its
 // sockets live in one temporary directory, and both the processes and the

@@ -54,17 +54,34 @@ func child() error {
 	if err != nil {
 		return err
 	}
-	p, err := s.Pooler(ctx, Session)
-	if err == nil {
-		fmt.Println(s.box.dir, p.proc.pid())
-	} else if !errors.Is(err, exec.ErrNotFound) {
-		return err
+	for _, start := range poolerStarters(s) {
+		p, err := start(ctx)
+		if err == nil {
+			children, err := childrenOf(p.proc.pid())
+			if err != nil {
+				return err
+			}
+			for _, pid := range append(children, p.proc.pid()) {
+				fmt.Println(s.box.dir, pid)
+			}
+		} else if !errors.Is(err, exec.ErrNotFound) {
+			return err
+		}
 	}
 	fmt.Println(s.box.dir, s.proc.pid())
 	fmt.Println(standby.box.dir, standby.proc.pid())
 	fmt.Println("ready")
 	// A busy session must not keep the server.
 	return pingForever(s.DSN())
+}
+
+// poolerStarters start each of the poolers in front of a server.
+func poolerStarters(s *Server) map[string]func(context.Context) (*Pooler, error) {
+	return map[string]func(context.Context) (*Pooler, error){
+		"pgbouncer": func(ctx context.Context) (*Pooler, error) { return s.Pooler(ctx, Session) },
+		"haproxy":   func(ctx context.Context) (*Pooler, error) { return s.HAProxy(ctx) },
+		"pgpool":    func(ctx context.Context) (*Pooler, error) { return s.Pgpool(ctx, nil) },
+	}
 }
 
 func pingForever(dsn string) error {
@@ -571,8 +588,49 @@ func TestPooler(t *testing.T) {
 	}
 }
 
+func TestEveryPooler(t *testing.T) {
+	s := start(t)
+	for name, start := range poolerStarters(s) {
+		t.Run(name, func(t *testing.T) {
+			p, err := start(t.Context())
+			if errors.Is(err, exec.ErrNotFound) {
+				t.Skip(err)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantQuery(t, p.DSN(), "select inet_server_port()", fmt.Sprint(s.Port()))
+			if log, err := p.Log(); err != nil || log == "" {
+				t.Errorf("its log is %q, %v", log, err)
+			}
+			pids, err := childrenOf(p.proc.pid())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if err := p.Stop(); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, pid := range append(pids, p.proc.pid()) {
+				if alive(pid) {
+					t.Errorf("process %d is alive", pid)
+				}
+			}
+		})
+	}
+	for what, start := range map[string]func() (*Pooler, error){
+		"HAProxy's setting":   func() (*Pooler, error) { return s.HAProxy(t.Context(), PoolSetting("no such", "setting")) },
+		"Pgpool-II's setting": func() (*Pooler, error) { return s.Pgpool(t.Context(), nil, PoolSetting("port", "no port")) },
+	} {
+		if _, err := start(); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func TestPoolerNotInstalled(t *testing.T) {
-	if path, err := findPgBouncer([]string{"no-such-pgbouncer", "/no/such/pgbouncer"}); !errors.Is(err, exec.ErrNotFound) {
+	if path, err := findProgram([]string{"no-such-pgbouncer", "/no/such/pgbouncer"}); !errors.Is(err, exec.ErrNotFound) {
 		t.Errorf("%s, %v; want exec.ErrNotFound", path, err)
 	}
 }
@@ -598,7 +656,12 @@ func TestGivenDSN(t *testing.T) {
 		}
 		wantQuery(t, named, "show application_name", `it's a \ test`)
 		_, errStandby := s.Standby(ctx)
-		_, errPooler := s.Pooler(ctx, Session)
+		var errPooler error
+		for _, start := range poolerStarters(s) {
+			if _, errPooler = start(ctx); !errors.Is(errPooler, ErrNotOwn) {
+				break
+			}
+		}
 		_, errLogSize := s.LogSize()
 		_, errLogSince := s.LogSince(0)
 		for _, err := range []error{s.Restart(ctx, "fast"), s.Kill(), s.Promote(ctx), errStandby, errPooler, errLogSize, errLogSince} {

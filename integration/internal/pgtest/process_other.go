@@ -29,6 +29,7 @@ func (*sandbox) start(_, _ string, _ []string, _ ...string) (*process, error) {
 type process struct{ done chan struct{} }
 
 func (*process) signal(syscall.Signal) {}
+func (*process) end(syscall.Signal)    {}
 func (*process) waitOrKill()           {}
 func (*process) crash() error          { return ErrNoServer }
 func (*process) state() string         { return "" }

@@ -24,6 +24,9 @@ import (
 // how long the watchdog has after that.
 const killTimeout = 10 * time.Second
 
+// endInterval is how often the children are killed of a process that is to exit.
+const endInterval = 500 * time.Millisecond
+
 // A sandbox is a temporary directory and the processes that run in it. They
 // do not outlive this process: a watchdog cleans up when this process closes
 // its end of a pipe, or is no more.
@@ -40,9 +43,10 @@ type sandbox struct {
 // empty file run/NAME.PID in it, which it makes itself before it becomes what
 // it is to be: once that directory has another name, no more can start.
 //
-// A PostgreSQL that is killed leaves shared memory behind. A server gets
-// SIGQUIT, upon which it ends its sessions and itself, and initdb gets SIGTERM,
-// upon which it waits for those that it runs.
+// A PostgreSQL that is killed leaves shared memory behind, and so does a
+// Pgpool-II. These get SIGQUIT, upon which they end their sessions and
+// themselves, and initdb gets SIGTERM, upon which it waits for those that it
+// runs. A Pgpool-II comes first: it does not end while it looks for its server.
 const watchdog = `
 trap '' HUP INT QUIT TERM
 gone() {
@@ -52,28 +56,36 @@ gone() {
 	case $stat in *') Z '*) return 0 ;; esac
 	return 1
 }
+await() {
+	for f; do
+		pid=${f##*.}
+		n=0
+		until gone "$pid"; do
+			n=$((n + 1))
+			# A Pgpool-II waits for its children, who may wait for one another.
+			case $f:$((n % 10)) in */pgpool-*:0) pkill -KILL -P "$pid" ;; esac
+			if [ $n -gt 200 ]; then
+				kill -s KILL -- "-$pid" "$pid"
+				break
+			fi
+			sleep 0.05
+		done
+	done
+}
 while IFS= read -r line; do dir=$line; done
 [ -d "$dir" ] || exit 0
 mv "$dir/run" "$dir/dead"
+for f in "$dir"/dead/pgpool-*; do kill -s QUIT "${f##*.}"; done
+await "$dir"/dead/pgpool-*
 for f in "$dir"/dead/*; do
 	case $f in
+	*/pgpool-*) ;;
 	*/postgres-*) kill -s QUIT "${f##*.}" ;;
 	*/initdb.*) kill -s TERM "${f##*.}" ;;
 	*) kill -s KILL "${f##*.}" ;;
 	esac
 done
-for f in "$dir"/dead/*; do
-	pid=${f##*.}
-	n=0
-	until gone "$pid"; do
-		n=$((n + 1))
-		if [ $n -gt 200 ]; then
-			kill -s KILL -- "-$pid" "$pid"
-			break
-		fi
-		sleep 0.05
-	done
-done
+await "$dir"/dead/*
 for n in 1 2 3 4 5; do
 	rm -rf "$dir" && exit
 	sleep 0.2
@@ -307,6 +319,24 @@ func (p *process) waitOrKill() {
 		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 		<-p.done
 	}
+}
+
+// end sends sig to the process, and then kills its children until it exits: a
+// Pgpool-II waits for its children, who may wait for one another.
+func (p *process) end(sig syscall.Signal) {
+	p.signal(sig)
+	for range killTimeout / endInterval {
+		select {
+		case <-p.done:
+			return
+		case <-time.After(endInterval):
+		}
+		children, _ := childrenOf(p.pid())
+		for _, child := range children {
+			_ = syscall.Kill(child, syscall.SIGKILL)
+		}
+	}
+	p.waitOrKill()
 }
 
 // pid returns the id of the process, which the prefix may have forked.
