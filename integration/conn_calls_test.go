@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pgadvisory/advisory"
 )
@@ -207,25 +208,38 @@ func TestReleaseConnOfWhatIsNotHeld(t *testing.T) {
 // leavings are what fn of WithConnLock may leave behind, and what the error then says.
 var leavings = []struct {
 	name, says string
-	leave      func(ctx context.Context, conn *sql.Conn) error
+	leave      func(t testing.TB, ctx context.Context, conn *sql.Conn) error
+	stays      bool // database/sql counts the connection until the rows are closed, whoever is done with it
 }{
-	{"rows", "rows", func(ctx context.Context, conn *sql.Conn) error { return leaveRows(ctx, conn, 1, 0) }},
-	{"rows, context of its own", "rows", func(_ context.Context, conn *sql.Conn) error { return leaveRows(context.Background(), conn, 1, 0) }},
-	{"many rows", "rows", func(ctx context.Context, conn *sql.Conn) error { return leaveRows(ctx, conn, 100_000, 0) }},
-	{"rows, some of them read", "rows", func(ctx context.Context, conn *sql.Conn) error { return leaveRows(ctx, conn, 100_000, 3) }},
-	{"rows, some of them read, context of its own", "rows", func(_ context.Context, conn *sql.Conn) error {
-		return leaveRows(context.Background(), conn, 100_000, 3)
+	{name: "rows", says: "rows", leave: func(t testing.TB, ctx context.Context, conn *sql.Conn) error {
+		return leaveRows(t, ctx, conn, 1, 0)
 	}},
-	{"closed conn", "close", func(_ context.Context, conn *sql.Conn) error { return conn.Close() }},
+	{name: "many rows", says: "rows", leave: func(t testing.TB, ctx context.Context, conn *sql.Conn) error {
+		return leaveRows(t, ctx, conn, 100_000, 0)
+	}},
+	{name: "rows, some read", says: "rows", leave: func(t testing.TB, ctx context.Context, conn *sql.Conn) error {
+		return leaveRows(t, ctx, conn, 100_000, 3)
+	}},
+	{name: "rows, another ctx", says: "rows", stays: true, leave: func(t testing.TB, _ context.Context, conn *sql.Conn) error {
+		return leaveRows(t, context.Background(), conn, 1, 0)
+	}},
+	{name: "rows, some read, another ctx", says: "rows", stays: true, leave: func(t testing.TB, _ context.Context, conn *sql.Conn) error {
+		return leaveRows(t, context.Background(), conn, 100_000, 3)
+	}},
+	{name: "closed conn", says: "close", leave: func(_ testing.TB, _ context.Context, conn *sql.Conn) error { return conn.Close() }},
 }
 
-// leaveRows reads some of n rows, and leaves the others.
-func leaveRows(ctx context.Context, conn *sql.Conn, n, read int) error {
+// leaveRows reads some of n rows, and leaves the others until the test ends.
+func leaveRows(t testing.TB, ctx context.Context, conn *sql.Conn, n, read int) error {
 	rows, err := conn.QueryContext(ctx, fmt.Sprintf("SELECT n, repeat('x', 100) FROM generate_series(1, %d) AS n", n))
+	if err != nil {
+		return err
+	}
+	t.Cleanup(func() { rows.Close() })
 	for range read {
 		rows.Next()
 	}
-	return errors.Join(err, rows.Err())
+	return rows.Err()
 }
 
 func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
@@ -233,6 +247,9 @@ func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		for _, l := range leavings {
 			for _, limit := range []int{0, 1} {
+				if l.stays && limit > 0 {
+					continue
+				}
 				for _, timeout := range []bool{false, true} {
 					t.Run(fmt.Sprintf("%s, pool of %d, HolderTimeout %t", l.name, limit, timeout), func(t *testing.T) {
 						db := d.open(t, server.DSN())
@@ -240,9 +257,12 @@ func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
 						key := testKey(t)
 						var opts []advisory.Option
 						if timeout {
-							opts = append(opts, advisory.HolderTimeout(20_000_000_000))
+							opts = append(opts, advisory.HolderTimeout(20*time.Second))
 						}
-						err := advisory.WithConnLock(soon(t), db, key, l.leave, opts...)
+						began := time.Now()
+						err := advisory.WithConnLock(soon(t), db, key, func(ctx context.Context, conn *sql.Conn) error {
+							return l.leave(t, ctx, conn)
+						}, opts...)
 						if err == nil || !strings.Contains(err.Error(), l.says) || errors.Is(err, advisory.ErrLost) || errors.Is(err, advisory.ErrNotAcquired) {
 							t.Errorf("error %v, want one that says %q and is not ErrLost", err, l.says)
 						}
@@ -250,7 +270,12 @@ func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
 						if err := withConnLock.with(soon(t), db, key, noWork); err != nil {
 							t.Errorf("the next one: %v", err)
 						}
-						wantClean(t, db)
+						if took := time.Since(began); took > 5*time.Second {
+							t.Errorf("all of it took %v", took)
+						}
+						if !l.stays {
+							wantClean(t, db)
+						}
 					})
 				}
 			}
