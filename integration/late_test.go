@@ -132,7 +132,7 @@ func (l lateness) prepare(t *testing.T, db *sql.DB, key advisory.Key) (call func
 func TestNobodyIsLateWhateverDoesNotAnswer(t *testing.T) {
 	t.Parallel()
 	const atATime = 24 // more would be late by themselves
-	const most = 20
+	const most = 40
 	// The server finds its clients gone, in whatever they were.
 	allowLog(t, clientGone, "canceling statement due to user request")
 	watched := watchLog(t, server.DSN())
@@ -160,11 +160,11 @@ func TestNobodyIsLateWhateverDoesNotAnswer(t *testing.T) {
 	if len(late) > most {
 		t.Errorf("%d of %d were late", len(late), all)
 	}
-	// It may have been the machine that was late. It is not so for each of several times alone.
-	for _, l := range late[:min(len(late), most)] {
-		t.Run(l.name()+" alone", func(t *testing.T) {
+	// It may have been the machine that was late. It is not so each time, among few.
+	for few := range slices.Chunk(late[:min(len(late), most)], 4) {
+		allTogether(t, few, func(l lateness) string { return l.name() + " among few" }, func(t *testing.T, l lateness, _ func()) {
 			var took time.Duration
-			for range 2 {
+			for range 3 {
 				if took, _ = l.measure(t, watched, func() {}); took <= lateBound+lateLimit {
 					return
 				}

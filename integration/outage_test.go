@@ -85,6 +85,7 @@ func wantOneAtATime(t testing.TB, dials []dial) (gaps []time.Duration) {
 		gap := d.began.Sub(dials[i].ended)
 		switch {
 		case gap < 0:
+			t.Logf("attempt %d began %v after the first, and %v before the end of the one before", i+2, d.began.Sub(dials[0].began), -gap)
 			overlaps++
 		case gap > 15*time.Millisecond:
 			gaps = append(gaps, gap.Round(time.Millisecond))
