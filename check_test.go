@@ -34,7 +34,7 @@ func locks(session func(conn int) int) func(context.Context, int, string) (int64
 			return 1, nil
 		case strings.Contains(query, "current_setting('advisory.session', true)"):
 			return yes[marks[conn] == mark], nil
-		case strings.HasPrefix(query, "SELECT WHERE pg_catalog.pg_try_advisory_lock("):
+		case strings.HasPrefix(query, "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock("):
 			if holder[arg] != 0 && holder[arg] != conn {
 				return 0, nil
 			}
