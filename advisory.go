@@ -146,10 +146,10 @@
 //
 // # Poolers and standbys
 //
-// Session-level locks mean nothing behind a pooler in transaction or statement mode, and exclude
-// nobody on the primary if they are taken on a standby. [Check] finds that out. A standby is also found by
-// waits, by heartbeats, and by Lead before fn runs: an endpoint may lead to one for a while
-// after a switch-over. The drivers' own setting against that is target_session_attrs=read-write.
+// Session-level locks mean nothing behind a pooler in transaction or statement mode, and would exclude
+// nobody on the primary if they were taken on a standby. [Check] finds that out. On a standby, a try is refused, as if
+// another held the lock, and a wait ends with an error that says so; heartbeats ask, too: an endpoint may lead to
+// a standby for a while after a switch-over. The drivers' own setting against that is target_session_attrs=read-write.
 // WithTxLock at READ COMMITTED and AcquireTx work behind a transaction pooler.
 //
 // # Looking at locks

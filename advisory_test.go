@@ -19,11 +19,11 @@ import (
 
 // The statements for key, as they must go out.
 const (
-	tryQuery        = "SELECT WHERE pg_catalog.pg_try_advisory_lock(42)"
+	tryQuery        = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(42) END"
 	unlockQuery     = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
 	unlockLentQuery = "SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock(42)) THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
 	unlockHeldQuery = "SELECT pg_catalog.pg_advisory_unlock(42) FROM (" + heldQuery + " OFFSET 0) AS held"
-	tryCalledQuery  = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3 WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " + heldRow + ") THEN 4 WHEN pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"
+	tryCalledQuery  = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3 WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " + heldRow + ") THEN 4 WHEN pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"
 	freeQuery       = "SELECT pg_catalog.pg_advisory_unlock_all()"
 	heldPrefix      = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
 	heldRow         = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
@@ -35,8 +35,8 @@ const (
 	armQuery        = "/* advisory: 42 */ " + setQuery + beatAnswer
 	disarmQuery     = resetQuery + unlockQuery
 	probeQuery      = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN true THEN 1 ELSE 0 END)"
-	tryTxQuery      = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock(42)"
-	tryFirstQuery   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
+	tryTxQuery      = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock(42) END"
+	tryFirstQuery   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
 	savepointQuery  = "SAVEPOINT advisory"
 	rollbackToQuery = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 	deadlockQuery   = "SELECT FROM pg_catalog.pg_locks WHERE " + heldRow + " AND granted AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
@@ -145,24 +145,24 @@ func TestStatementsOfWithLock(t *testing.T) {
 		expect []string // each is answered with one row, but "0: …" with none
 	}{
 		{"bigint", ID(8675309), nil, []string{
-			"SELECT WHERE pg_catalog.pg_try_advisory_lock(8675309)",
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(8675309) END",
 			"SELECT WHERE pg_catalog.pg_advisory_unlock(8675309)",
 		}},
 		{"name", Name("nightly-report"), nil, []string{
-			"SELECT WHERE pg_catalog.pg_try_advisory_lock(7440995589958059143)",
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(7440995589958059143) END",
 			"SELECT WHERE pg_catalog.pg_advisory_unlock(7440995589958059143)",
 		}},
 		{"pair", Pair(-7, 42), nil, []string{
-			"SELECT WHERE pg_catalog.pg_try_advisory_lock(-7, 42)",
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(-7, 42) END",
 			"SELECT WHERE pg_catalog.pg_advisory_unlock(-7, 42)",
 		}},
 		{"shared", Pair(-7, 42), []Option{Shared()}, []string{
-			"SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(-7, 42)",
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock_shared(-7, 42) END",
 			"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(-7, 42)",
 		}},
 		{"contended", key, nil, []string{"0: " + tryQuery, armedWaitQuery, disarmQuery}},
 		{"contended, shared", key, []Option{Shared()}, []string{
-			"0: SELECT WHERE pg_catalog.pg_try_advisory_lock_shared(42)",
+			"0: SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock_shared(42) END",
 			strings.Replace(armedWaitQuery, "pg_advisory_lock(", "pg_advisory_lock_shared(", 1),
 			resetQuery + "SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)",
 		}},
@@ -189,7 +189,7 @@ func TestWithLocksSortsAndDropsRepeats(t *testing.T) {
 	t.Parallel()
 	const (
 		try = "SELECT FROM pg_catalog.generate_series(1, CASE" +
-			" WHEN NOT pg_catalog.pg_try_advisory_lock(-5) THEN 0" +
+			" WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock(-5) THEN 0" +
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(3) THEN 1" +
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(7440995589958059143) THEN 2" +
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(-1, 9) THEN 3" +
@@ -218,7 +218,7 @@ func TestWithLocksSortsAndDropsRepeats(t *testing.T) {
 func TestWithLocksContended(t *testing.T) {
 	t.Parallel()
 	const (
-		tries   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN NOT pg_catalog.pg_try_advisory_lock(42) THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock(43) THEN 1 WHEN NOT pg_catalog.pg_try_advisory_lock(44) THEN 2 ELSE 3 END)"
+		tries   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock(42) THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock(43) THEN 1 WHEN NOT pg_catalog.pg_try_advisory_lock(44) THEN 2 ELSE 3 END)"
 		unlocks = "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43) AND pg_catalog.pg_advisory_unlock(44)"
 		first   = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
 		two     = "SELECT WHERE pg_catalog.pg_advisory_unlock(42) AND pg_catalog.pg_advisory_unlock(43)"

@@ -81,14 +81,14 @@ var errNoSecond = errors.New("no second connection was to be had, and it takes t
 // checkOnce checks with connections of its own. It waits for the second one, and for each one after
 // that, for as long as patience.
 func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration) error {
-	holder, err := openChecked(ctx, db, cfg)
+	holder, err := openHolder(ctx, db, cfg)
 	if err != nil {
 		return err
 	}
 	defer holder.discard()
 	keys := []Key{ID(rand.Int64())}
 	for i := range checkOthers {
-		other, err := openSecond(ctx, db, cfg, patience)
+		other, err := openOther(ctx, db, cfg, patience, keys[0], i)
 		if err != nil {
 			return err
 		}
@@ -98,8 +98,8 @@ func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Durat
 				err = holder.step(ctx, tryStatement(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work")
 			}
 		}
-		if err == nil {
-			err = checkExclusion(ctx, other, keys, i)
+		if err == nil && i == 0 {
+			err = checkWait(ctx, other, keys[0])
 		}
 		if err == nil && i == checkOthers-1 {
 			err = checkRelease(ctx, holder, other, keys)
@@ -112,23 +112,39 @@ func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Durat
 	return nil
 }
 
-// openSecond is openChecked for as long as patience.
-func openSecond(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration) (*session, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
-	defer cancel()
-	return openChecked(ctx, db, cfg)
+// openHolder opens a session, marks it, and checks that it leads to a primary.
+func openHolder(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
+	return openChecked(ctx, db, cfg, func(s *session) error {
+		return s.step(ctx, markStatement(s.settings.nonce), 1, changes)
+	})
 }
 
-// openChecked opens a session, marks it, and checks that it leads to a primary. Its first
-// statement also finds the dead connections of the pool.
-func openChecked(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
+// openOther opens the session of the other number i, for as long as patience. The first one is marked. The
+// lock of k, which the holder has, is tried on the others.
+func openOther(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration, k Key, i int) (*session, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
+	defer cancel()
+	if i == 0 {
+		return openHolder(ctx, db, cfg)
+	}
+	return openChecked(ctx, db, cfg, func(s *session) error {
+		return s.step(ctx, answer("pg_catalog.pg_try_advisory_lock("+k.SQL()+")"), 0, both(i))
+	})
+}
+
+// both is what is said if the first connection and the other number i have the same lock.
+func both(i int) string {
+	return fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
+}
+
+// openChecked opens a session. Its first statement also finds the dead connections of the pool.
+func openChecked(ctx context.Context, db *sql.DB, cfg *config, first func(*session) error) (*session, error) {
 	for stale := db.Stats().OpenConnections; ; stale-- {
 		s, err := openSession(ctx, db, cfg)
 		if err != nil {
 			return nil, err
 		}
-		err = s.step(ctx, markStatement(s.settings.nonce), 1, changes)
-		if err == nil {
+		if err = first(s); err == nil {
 			return s, nil
 		}
 		s.discard()
@@ -171,26 +187,19 @@ func checkSame(ctx context.Context, sessions ...*session) error {
 	return nil
 }
 
-// checkExclusion checks that a session cannot have the lock that another has. The first one waits for it.
-func checkExclusion(ctx context.Context, s *session, keys []Key, i int) error {
-	otherwise := fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
-	if i > 0 {
-		return s.step(ctx, tryStatement(keys, false), 0, otherwise)
-	}
-	err := s.step(ctx, waitStatement(onOwn, "", keys[0], false, time.Millisecond, sessionSettings{}), 0, otherwise)
+// checkWait checks that a session has to wait for the lock that another has.
+func checkWait(ctx context.Context, s *session, k Key) error {
+	err := s.step(ctx, waitStatement(onOwn, "", k, false, time.Millisecond, sessionSettings{}), 0, both(0))
 	if refusesWait(err) {
 		err = fmt.Errorf("the server does not execute the statement that waits, and waits would try again and again: %w", err)
 	}
 	return err
 }
 
-// checkRelease checks that a lock that is released is another's to have.
+// checkRelease checks that a lock that is released is another's to have. What that gets goes with its session.
 func checkRelease(ctx context.Context, holder, other *session, keys []Key) error {
 	if err := holder.step(ctx, unlockStatement(keys, false), 1, gone); err != nil {
 		return err
 	}
-	if err := other.step(ctx, tryStatement(keys, false), 1, "a released lock was not free: "+pooled); err != nil {
-		return err
-	}
-	return other.step(ctx, unlockStatement(keys, false), 1, gone)
+	return other.step(ctx, tryStatement(keys, false), 1, "a released lock was not free: "+pooled)
 }

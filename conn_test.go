@@ -572,7 +572,7 @@ func TestReleaseIsBoundedEvenIfTheDriverDoesNotReturn(t *testing.T) {
 }
 
 const (
-	tryLent    = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '60000', false), pg_catalog.set_config('idle_in_transaction_session_timeout', '60000', false) WHERE pg_catalog.pg_try_advisory_lock(42)"
+	tryLent    = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '60000', false), pg_catalog.set_config('idle_in_transaction_session_timeout', '60000', false) WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(42) END"
 	disarmLent = resetQuery + "RESET idle_in_transaction_session_timeout; "
 )
 
@@ -591,7 +591,7 @@ func TestStatementsOfWithConnLock(t *testing.T) {
 			" AND pg_catalog.current_setting('client_connection_check_interval')::pg_catalog.interval OPERATOR(pg_catalog.<) '1s'" +
 			" THEN pg_catalog.current_setting('client_connection_check_interval') ELSE '1s' END, false)"
 		uncheck = "RESET client_connection_check_interval; "
-		try     = "SELECT " + check + " WHERE pg_catalog.pg_try_advisory_lock(42)"
+		try     = "SELECT " + check + " WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(42) END"
 	)
 	wantError(t, withConnLock(t.Context(), mock(t, try, uncheck+unlockLentQuery)))
 	wantError(t, withConnLock(t.Context(), mock(t,

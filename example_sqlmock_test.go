@@ -27,13 +27,13 @@ func ExampleWithLock_sqlmock() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	mock.ExpectExec(`SELECT WHERE pg_catalog\.pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 1))
+	mock.ExpectExec(`pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 1))
 	mock.ExpectExec(`DELETE FROM api_token`).WillReturnResult(sqlmock.NewResult(0, 3))
 	mock.ExpectExec(`SELECT WHERE pg_catalog\.pg_advisory_unlock\(`).WillReturnResult(sqlmock.NewResult(0, 1))
 	fmt.Println("swept:", sweep(ctx, db))
 
 	// Another holds the lock.
-	mock.ExpectExec(`SELECT WHERE pg_catalog\.pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 0))
+	mock.ExpectExec(`pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 0))
 	fmt.Println("refused:", errors.Is(sweep(ctx, db), advisory.ErrNotAcquired))
 
 	fmt.Println(mock.ExpectationsWereMet())

@@ -314,7 +314,7 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 			}
 		}
 		return n, nil
-	case strings.Contains(query, "CASE WHEN NOT pg_catalog.pg_try_advisory_lock"):
+	case strings.Contains(query, "CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock"):
 		for i, call := range calls {
 			k, _ := callKey(call)
 			if !p.do(b, k.lockID(), true, call[4] != "", false) {

@@ -13,12 +13,14 @@ import (
 // put in, and every function and operator is PostgreSQL's own, whatever the search path says.
 
 // tryStatement: so many rows as locks were granted, which are the first of keys.
+//
+// Nothing is granted on a standby, whose locks exclude nobody on the primary.
 func tryStatement(keys []Key, shared bool) string {
 	if len(keys) == 1 {
-		return statement("SELECT WHERE ", "pg_try_advisory_lock", keys, shared)
+		return statement("SELECT WHERE "+onPrimary, "pg_try_advisory_lock", keys, shared) + " END"
 	}
 	var b strings.Builder
-	b.WriteString("SELECT FROM pg_catalog.generate_series(1, CASE")
+	b.WriteString("SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0")
 	for i := range keys {
 		b.WriteString(statement(" WHEN NOT ", "pg_try_advisory_lock", keys[i:i+1], shared))
 		b.WriteString(" THEN " + strconv.Itoa(i))
@@ -31,7 +33,7 @@ func tryStatement(keys []Key, shared bool) string {
 // is in a transaction, whose clock stands still, and calledHeld if it holds the lock already.
 func tryCalledStatement(k Key, shared bool) string {
 	classid, objid := lockColumns(k)
-	return "SELECT FROM pg_catalog.generate_series(1, CASE" +
+	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 		" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3" +
 		" WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " +
 		lockRows("'"+classid+"'", "'"+objid+"'", k.space) + ") THEN 4" +
@@ -47,6 +49,9 @@ const (
 func unlockStatement(keys []Key, shared bool) string {
 	return statement("SELECT WHERE ", "pg_advisory_unlock", keys, shared)
 }
+
+// onPrimary begins a condition that is false on a standby. AND would leave the order to the planner.
+const onPrimary = "CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE "
 
 // unlockHeldStatement unlocks whichever of the locks the session holds. The server warns of an
 // unlock of what is not held, so the statement looks first.
@@ -391,6 +396,7 @@ func statement(prefix, function string, keys []Key, shared bool) string {
 // (the op, with 16 for a shared lock and 32 for a Pair) to the key in the second. Its answer
 // is a string of ones and zeros. The arrays are text, which every driver can send.
 const batchStatement = "SELECT pg_catalog.array_to_string(ARRAY(SELECT CASE" +
+	" WHEN op OPERATOR(pg_catalog.%) 16 OPERATOR(pg_catalog.=) 1 AND pg_catalog.pg_is_in_recovery() THEN 0" +
 	" WHEN op OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_try_advisory_lock(key)::pg_catalog.int4" +
 	" WHEN op OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(key)::pg_catalog.int4" +
 	" WHEN op OPERATOR(pg_catalog.=) 17 THEN pg_catalog.pg_try_advisory_lock_shared(key)::pg_catalog.int4" +
@@ -414,7 +420,7 @@ func lookStatement(k Key) string {
 
 // tryTxStatement: one row if the lock was granted.
 func tryTxStatement(k Key, shared bool) string {
-	return statement("SELECT WHERE ", "pg_try_advisory_xact_lock", []Key{k}, shared)
+	return statement("SELECT WHERE "+onPrimary, "pg_try_advisory_xact_lock", []Key{k}, shared) + " END"
 }
 
 // tryFirstStatement: like tryTxStatement, and two rows, without trying, if this
@@ -423,7 +429,7 @@ func tryTxStatement(k Key, shared bool) string {
 func tryFirstStatement(k Key, shared bool) string {
 	return statement("SELECT FROM pg_catalog.generate_series(1, CASE"+
 		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2"+
-		" WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
+		" WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
 }
 
 // deadlockStatement: a row for each holder of the lock that waits for this session.

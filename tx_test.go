@@ -86,7 +86,7 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 		}},
 		{"at READ COMMITTED, shared", []Option{isolation(sql.LevelReadCommitted), Shared()}, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec(own + "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)").WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(own + "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock_shared(42) END").WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
 		}},
@@ -526,7 +526,7 @@ func TestADriverThatDoesNotReturnFromCommitIsAbandonedWithCtx(t *testing.T) {
 func TestAcquireTx(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
-	const shared = "SELECT WHERE pg_catalog.pg_try_advisory_xact_lock_shared(42)"
+	const shared = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock_shared(42) END"
 	for _, test := range []struct {
 		name    string
 		replies []reply

@@ -111,6 +111,8 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 		return false, errInTransaction
 	case s.on == onCalled && rows == calledHeld:
 		return false, ErrReentrant
+	case s.on == onCalled && rows == standbyRows:
+		return false, errStandby
 	case err == nil && rows == 0:
 		s.armed = armed
 	}

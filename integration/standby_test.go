@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/pgadvisory/advisory"
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
@@ -78,8 +77,8 @@ func (b *syncBuffer) option() advisory.Option {
 	return advisory.Logger(slog.New(slog.NewTextHandler(b, nil)))
 }
 
-// The locks of a standby exclude nobody on the primary. Who meets one is told so, and does not
-// work beside the primary's holder for longer than a heartbeat finds out.
+// The locks of a standby would exclude nobody on the primary. There are none, and who asks for one is
+// told why.
 func TestStandbyIsNoPlaceForALock(t *testing.T) {
 	primary := ownServer(t)
 	standby := testkit.Standby(t, primary)
@@ -98,21 +97,18 @@ func TestStandbyIsNoPlaceForALock(t *testing.T) {
 				}
 			}
 		})
-		t.Run("heartbeat", func(t *testing.T) {
-			for _, w := range openers {
-				if !w.beats {
-					continue
+		t.Run("a free lock", func(t *testing.T) {
+			for _, w := range queuers {
+				works := func(context.Context, querier) error {
+					t.Errorf("%s works at the standby", w.name)
+					return nil
 				}
-				err := w.with(soon(t), there, advisory.Name(t.Name()+w.name), func(ctx context.Context, _ querier) error {
-					select {
-					case <-ctx.Done():
-						return nil
-					case <-time.After(10 * time.Second):
-						return errors.New("no heartbeat has found out")
-					}
-				}, advisory.Heartbeat(100*time.Millisecond))
-				if !errors.Is(err, advisory.ErrLost) || !strings.Contains(err.Error(), says) {
+				key := advisory.Name(t.Name() + w.name)
+				if err := w.with(soon(t), there, key, works); err == nil || !strings.Contains(err.Error(), says) {
 					t.Errorf("%s: error %v", w.name, err)
+				}
+				if err := w.with(soon(t), there, key, works, advisory.NoWait()); err == nil {
+					t.Errorf("%s, NoWait: no error", w.name)
 				}
 			}
 		})
