@@ -376,14 +376,20 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 // release ends the hold, once.
 func (h *hold) release() error {
 	h.once.Do(func() {
+		err := errPanicked
+		defer func() { h.released(err) }()
+		leftOpen := h.session != nil && h.session.leftOpen()
 		// Work that goes by the context ends before another holder's begins.
 		h.ended.Store(true)
 		h.cancel(nil)
-		err := errPanicked
-		defer func() { h.released(err) }()
-		if h.session != nil {
+		switch {
+		case leftOpen:
+			h.session.gone.Store(true) // closing it properly would wait for the rows
+			h.session.discard()
+			err = errLeftOpen
+		case h.session != nil:
 			err = h.session.release()
-		} else {
+		default:
 			err = h.hub.release(h, h.grants)
 		}
 	})

@@ -20,7 +20,7 @@ const (
 
 	// checkPatience is how long Check waits for its second connection at first, before it gives the
 	// first one back for others that may wait for theirs.
-	checkPatience = 500 * time.Millisecond
+	checkPatience = time.Second
 )
 
 // Check tells whether mutual exclusion really works through db, by locking: it

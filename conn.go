@@ -529,8 +529,8 @@ func (s *session) release() error {
 	switch {
 	case err == nil && rows == 0:
 		err = errNotHeld
-	case err == nil && rows > 1, s.settings.lent && (sqlState(err) == inFailedTransaction || busy(err)):
-		// Closing it properly would wait for what is open.
+	case err == nil && rows > 1, s.settings.lent && sqlState(err) == inFailedTransaction:
+		// Closing it properly would wait for the transaction.
 		s.gone.Store(true)
 		err = errLeftOpen
 	}
@@ -545,10 +545,23 @@ func (s *session) release() error {
 	return nil
 }
 
-// busy tells whether err is that of a driver on whose connection rows are open.
-func busy(err error) bool {
-	return err != nil && (strings.Contains(err.Error(), "conn busy") || // pgx
-		strings.Contains(err.Error(), "already a query being processed")) // lib/pq
+// leftOpen tells whether fn has left rows open on its conn. It asks for that before fn's ctx ends: then
+// database/sql closes them, and the driver the connection.
+func (s *session) leftOpen() bool {
+	if s.take(context.Background(), releaseBound) != nil {
+		return false
+	}
+	defer s.give()
+	var busy, known bool
+	_ = raw(s.conn, func(dc any) error {
+		busy, known = pgxBusy(unwrap(dc))
+		return nil
+	})
+	if !known {
+		_, err := s.execBy(s.quietSend, context.Background(), releaseBound, leftOpenStatement)
+		busy = err != nil && strings.Contains(err.Error(), "already a query being processed") // lib/pq
+	}
+	return busy
 }
 
 // reclaim closes the driver's connection if fn has closed the Conn, and it lies in the pool, with
@@ -752,6 +765,9 @@ func (a *attempts) keepTrying(attempt func(*session) error) (*session, error) {
 		if err := a.ctx.Err(); err != nil {
 			return nil, err
 		}
+		if err := a.joinUnderWay(); err != nil {
+			return nil, err
+		}
 		if a.stale < 0 {
 			a.stale = a.db.Stats().Idle
 		}
@@ -793,11 +809,11 @@ func (a *attempts) again(err error, opened, own bool) error {
 		err = errors.Join(errTimeout, err)
 	}
 	own = own && !errors.As(err, new(sessionLost)) // by a request of another's
-	early := errors.Is(err, errLostBeforeUse) || opened && a.waited && unclear(err)
+	early := errors.Is(err, errLostBeforeUse)
 	// database/sql closes a Conn that it has found dead.
 	gone := sessionGone(err) || errors.As(err, new(sessionLost)) || opened && errors.Is(err, sql.ErrConnDone) ||
 		// After a failover, the way to the new primary may lead to a standby for a while.
-		errors.Is(err, errStandby) && !a.outage.IsZero() || early
+		errors.Is(err, errStandby) && !a.outage.IsZero()
 	switch {
 	case a.ctx.Err() != nil || errors.Is(err, errRefused) || errors.Is(err, errTimeout):
 		if !opened && a.hint == "" {

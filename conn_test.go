@@ -593,17 +593,17 @@ func TestStatementsOfWithConnLock(t *testing.T) {
 		uncheck = "RESET client_connection_check_interval; "
 		try     = "SELECT " + check + " WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(42) END"
 	)
-	wantError(t, withConnLock(t.Context(), mock(t, try, uncheck+unlockLentQuery)))
+	wantError(t, withConnLock(t.Context(), mock(t, try, leftOpenStatement, uncheck+unlockLentQuery)))
 	wantError(t, withConnLock(t.Context(), mock(t,
-		strings.ReplaceAll(try, "_lock(", "_lock_shared("),
+		strings.ReplaceAll(try, "_lock(", "_lock_shared("), leftOpenStatement,
 		uncheck+strings.ReplaceAll(unlockLentQuery, "pg_advisory_unlock(", "pg_advisory_unlock_shared("),
 	), Shared()))
 	db, srv := newServer(t)
 	wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
-	if diff := cmp.Diff(on(1, "open", strings.Replace(tryLent, " WHERE", ", "+check+" WHERE", 1), disarmLent+uncheck+unlockLentQuery), srv.raw); diff != "" {
+	if diff := cmp.Diff(on(1, "open", strings.Replace(tryLent, " WHERE", ", "+check+" WHERE", 1), leftOpenStatement, disarmLent+uncheck+unlockLentQuery), srv.raw); diff != "" {
 		t.Errorf("with HolderTimeout (-want +got):\n%s", diff)
 	}
-	wantError(t, WithConnLock(t.Context(), mock(t, try, "CREATE TABLE t ()", uncheck+unlockLentQuery), key,
+	wantError(t, WithConnLock(t.Context(), mock(t, try, "CREATE TABLE t ()", leftOpenStatement, uncheck+unlockLentQuery), key,
 		func(ctx context.Context, conn *sql.Conn) error {
 			_, err := conn.ExecContext(ctx, "CREATE TABLE t ()")
 			return err
@@ -619,6 +619,22 @@ func TestWithConnLockThatCannotBeArmedIsNotAcquired(t *testing.T) {
 	}, HolderTimeout(time.Minute))
 	wantError(t, err, pgError("42704"), "PostgreSQL 14")
 	srv.want(t, on(1, "open", tryLent, disarmLent+freeQuery, "close")...)
+}
+
+// Rows that fn leaves open are found before its ctx ends, and closes them.
+func TestRowsThatFnLeavesOpenEndTheSession(t *testing.T) {
+	t.Parallel()
+	for _, direct := range []bool{false, true} {
+		db, srv := newServer(t)
+		srv.direct = direct
+		srv.leftOpen = errors.New("pq: there is already a query being processed on this connection")
+		err := WithConnLock(t.Context(), db, key, func(ctx context.Context, _ *sql.Conn) error { return ctx.Err() })
+		wantError(t, err, errLeftOpen, "advisory: release bigint 42: fn left rows or a transaction open on its conn")
+		if errors.Is(err, ErrLost) {
+			t.Errorf("%v matches ErrLost", err)
+		}
+		srv.want(t, on(1, "open", tryQuery, "close")...)
+	}
 }
 
 func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -106,7 +107,7 @@ func sqlState(err error) string {
 // reach: not the server's answer to a statement, but the lack of one.
 func sessionGone(err error) bool {
 	switch state := sqlState(err); {
-	case strings.HasPrefix(state, "08"): // connection exception
+	case strings.HasPrefix(state, "08"), fatal(err): // connection exception
 		return true
 	case state != "":
 		switch state {
@@ -126,6 +127,21 @@ func sessionGone(err error) bool {
 	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.Is(err, net.ErrClosed) || errors.Is(err, errAbandoned) ||
 		errors.As(err, &silence) || errors.As(err, &network)
+}
+
+// fatal tells whether err is the last word of a server, or of a pooler, whose SQLSTATEs are its own. Both
+// drivers' errors have the field.
+func fatal(err error) bool {
+	for ; err != nil; err = errors.Unwrap(err) {
+		v := reflect.Indirect(reflect.ValueOf(err))
+		if v.Kind() != reflect.Struct {
+			continue
+		}
+		if severity := v.FieldByName("Severity"); severity.IsValid() && severity.Kind() == reflect.String && severity.String() == "FATAL" {
+			return true
+		}
+	}
+	return false
 }
 
 // mayPass tells whether err, of a connection that could not be made, may pass. A server that restarts or

@@ -41,12 +41,15 @@ type server struct {
 	// statement by the deadline of the network's connection. Contexts are not looked at.
 	direct bool
 
+	// leftOpen is what the driver says of a statement while rows are open. nil: none are.
+	leftOpen error
+
 	// checkless: the server does not make the setting of checkCall.
 	checkless bool
 
 	mu     sync.Mutex
 	log    []string
-	raw    []string // the log with the setting of checkCall
+	raw    []string // the log with the setting of checkCall, and leftOpenStatement
 	opened int
 	closed int
 }
@@ -100,7 +103,9 @@ func (s *server) write(format string, args ...any) {
 	defer s.mu.Unlock()
 	line := fmt.Sprintf(format, args...)
 	s.raw = append(s.raw, plainly(line))
-	s.log = append(s.log, unchecked(plainly(line)))
+	if !strings.HasSuffix(line, " "+leftOpenStatement) {
+		s.log = append(s.log, unchecked(plainly(line)))
+	}
 }
 
 // unchecked is a statement without the setting of checkCall, but for which it is as if there were no
@@ -190,6 +195,9 @@ func (c *fakeConn) send(ctx context.Context, query string) (int64, error) {
 	ctx, err := c.begin(ctx, query)
 	if err != nil {
 		return 0, err
+	}
+	if query == leftOpenStatement {
+		return 0, c.s.leftOpen
 	}
 	if c.s.checkless && strings.Contains(query, "set_config('client_connection_check_interval'") {
 		return 0, checkRefused{}
@@ -310,6 +318,7 @@ func (i *pgxInner) PgConn() *pgConn { return (*pgConn)(i) }
 type pgConn pgxInner
 
 func (p *pgConn) Conn() net.Conn { return &p.c.net }
+func (p *pgConn) IsBusy() bool   { return p.c.s.leftOpen != nil }
 
 // A fakeNet ends what is under way on it, and everything after, with its deadline.
 type fakeNet struct {

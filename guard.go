@@ -183,6 +183,21 @@ func findBreaker(t reflect.Type) breaker {
 	return breaker{}
 }
 
+// pgxBusy tells whether rows are open on a connection of pgx, which hides that in driver.ErrBadConn. ok is
+// false with another driver.
+func pgxBusy(dc any) (busy, ok bool) {
+	if t := reflect.TypeOf(dc); t.Kind() != reflect.Pointer || !isPgx(t) {
+		return false, false
+	}
+	v := reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0]
+	v = v.MethodByName("PgConn").Call(nil)[0]
+	if v = v.MethodByName("IsBusy"); !v.IsValid() {
+		return false, false
+	}
+	busy, ok = v.Call(nil)[0].Interface().(bool)
+	return busy, ok
+}
+
 // isPgx tells whether t has pgx's Conn().PgConn().Conn(), a net.Conn.
 func isPgx(t reflect.Type) bool {
 	var ok bool

@@ -441,6 +441,9 @@ func (a *acquisition) try(keys []Key) (c *carrier, sent time.Time, err error) {
 		if err := a.ctx.Err(); err != nil {
 			return nil, time.Time{}, err
 		}
+		if err := a.joinUnderWay(); err != nil {
+			return nil, time.Time{}, err
+		}
 		c, own, err := a.session()
 		opened := err == nil
 		if opened {

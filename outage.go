@@ -4,7 +4,6 @@ import (
 	"context"
 	"log/slog"
 	"math/rand/v2"
-	"strings"
 	"time"
 )
 
@@ -203,9 +202,20 @@ func (h *hub) endOutage(o *outage, final error) {
 	}
 }
 
-// unclear tells whether err may be a pooler's word for a server that is away. The server itself may say
-// it of one statement.
-func unclear(err error) bool {
-	state := sqlState(err)
-	return state == "XX000" || strings.HasPrefix(state, "58")
+// joinUnderWay has a wait join an outage that others are in, rather than find out by itself.
+func (a *attempts) joinUnderWay() error {
+	if !a.waited && !a.patient {
+		return nil
+	}
+	h := hubOf(a.db)
+	h.mu.Lock()
+	var missed error
+	if h.outage != nil {
+		missed = h.outage.missed
+	}
+	h.mu.Unlock()
+	if missed == nil {
+		return nil
+	}
+	return a.outlive(missed)
 }

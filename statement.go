@@ -76,6 +76,9 @@ func unlockLentStatement(keys []Key, shared bool) string {
 		") THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
 }
 
+// leftOpenStatement is one that a driver refuses to send while rows are open.
+const leftOpenStatement = "SELECT WHERE true"
+
 // freeStatement unlocks all that the session holds.
 const freeStatement = "SELECT pg_catalog.pg_advisory_unlock_all()"
 

@@ -314,7 +314,9 @@ type tracer struct {
 
 func (w wrappedConn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
 	w.traced.mu.Lock()
-	w.traced.log = append(w.traced.log, unchecked(plainly(query)))
+	if query != leftOpenStatement {
+		w.traced.log = append(w.traced.log, unchecked(plainly(query)))
+	}
 	w.traced.mu.Unlock()
 	return w.fakeConn.ExecContext(ctx, query, args)
 }
