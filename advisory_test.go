@@ -317,6 +317,7 @@ func TestTimeoutOfSeveralKeysUnlocksThoseAlreadyHeld(t *testing.T) {
 		}
 		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(300*time.Millisecond))
 		wantError(t, err, ErrNotAcquired, "bigint 42, bigint 43: not acquired within 300ms")
+		synctest.Wait()
 		lines := srv.lines()
 		if want := append(on(2, holdersQuery), on(1, disarmQuery)...); !slices.Equal(lines[len(lines)-2:], want) {
 			t.Errorf("log: %q", lines)

@@ -490,7 +490,7 @@ func answerWithin(wait time.Duration, deadline time.Time) time.Duration {
 	if deadline.IsZero() {
 		return wait + answerBound
 	}
-	return min(wait+answerBound, max(0, time.Until(deadline))+lateBound)
+	return max(time.Millisecond, min(wait+answerBound, time.Until(deadline)+lateBound))
 }
 
 // confirm asks the server whether the session still has its locks, if its grant was so
@@ -848,8 +848,10 @@ func (a *attempts) error(err error) error {
 		return nil
 	}
 	if a.away != nil {
-		a.hint = a.away.Error()
-		err = errors.Join(err, a.away)
+		a.hint = ""
+		if !errors.Is(err, a.away) {
+			a.hint, err = a.away.Error(), errors.Join(err, a.away)
+		}
 	}
 	return acquireError(a.ctx, a.keys, a.cfg, err, a.hint)
 }
@@ -982,14 +984,14 @@ func acquireConn(ctx context.Context, conn *sql.Conn, keys []Key, cfg *config) e
 	if err == nil {
 		return nil
 	}
-	hint := s.heldBy(err)
-	if s.broken || !usable(ctx, err) {
+	if !usable(ctx, err) {
 		s.discard()
 	}
 	if errors.Is(err, ErrReentrant) {
 		return &lockError{op: "acquire", key: keyList(keys), msg: "conn's session holds it already, and one ReleaseConn would leave it behind", errs: []error{ErrReentrant}}
 	}
-	return acquireError(ctx, keys, cfg, err, hint)
+	// No question for the message: one that takes long would cost conn, with its other locks.
+	return acquireError(ctx, keys, cfg, err, "")
 }
 
 // ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same

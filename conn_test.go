@@ -701,7 +701,7 @@ func TestAcquireConn(t *testing.T) {
 		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryCalledQuery}, []any{ErrNotAcquired}},
 		{
 			"Timeout", []reply{refused, refused, refused}, []Option{Timeout(150 * time.Millisecond)},
-			[]string{tryCalledQuery, calledWaitQuery, calledWaitQuery, holdersQuery}, []any{ErrNotAcquired, "not acquired within 150ms"},
+			[]string{tryCalledQuery, calledWaitQuery, calledWaitQuery}, []any{ErrNotAcquired, "not acquired within 150ms"},
 		},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryCalledQuery, "close"}, []any{died}},
 		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryCalledQuery, freeQuery, "close"}, []any{pgError("53200")}},

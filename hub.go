@@ -764,8 +764,12 @@ func lostCause(err error) error {
 	return err
 }
 
-// giveBack releases what an acquisition got in vain.
+// giveBack releases what an acquisition got in vain. One that is late does not wait for that.
 func (a *acquisition) giveBack(grants []grant) {
+	if len(grants) > 0 && (a.ctx.Err() != nil || a.over()) {
+		go func() { _ = a.hub.release(a.hold, grants) }()
+		return
+	}
 	_ = a.hub.release(a.hold, grants)
 }
 

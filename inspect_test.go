@@ -154,38 +154,29 @@ func TestTheHolderThatIsNamedIsThatOfTheKeyInTheWay(t *testing.T) {
 	})
 }
 
-func TestTheHolderIsAskedForOnTheCallersSessionToo(t *testing.T) {
+// A question that takes long must not cost the caller's conn, with its other locks, or transaction.
+func TestTheHolderIsNotAskedForOnTheCallersSession(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct {
-		name  string
-		err   error
-		conns bool // AcquireConn's conn is as it was
-		says  string
-		last  string // in AcquireTx's transaction
-	}{
-		{"named", nil, true, ": held by pid 7", rollbackToQuery},
-		{"not to be seen", pgError("42501"), true, "within 1s", rollbackToQuery},
-		{"the connection dies", io.ErrUnexpectedEOF, false, "within 1s", holdersQuery},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				on, srv := newTarget(t)
-				srv.script = taken(t)
-				srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
-					return [][]driver.Value{row(7, true, "", "")}, test.err
-				}
-				wantError(t, AcquireConn(t.Context(), on.conn, key, Timeout(time.Second)), ErrNotAcquired, test.says)
-				wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrNotAcquired, test.says)
-				lines := srv.lines()
-				if last := lines[len(lines)-1]; last != "2 "+test.last {
-					t.Errorf("the transaction is left at: %s", last)
-				}
-				if _, err := on.conn.ExecContext(t.Context(), "SELECT"); (err == nil) != test.conns {
-					t.Errorf("the caller's conn: %v", err)
-				}
-			})
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		p, dbs, srvs := newTable(t, 2)
+		srvs[0].rows = func(int, []driver.NamedValue) ([][]driver.Value, error) {
+			t.Error("asked")
+			return nil, nil
+		}
+		there := take(t, dbs[1], ID(2))
+		conn, err := dbs[0].Conn(t.Context())
+		wantError(t, err)
+		wantError(t, AcquireConn(t.Context(), conn, ID(1)))
+		wantError(t, AcquireConn(t.Context(), conn, ID(2), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+		tx, err := dbs[0].BeginTx(t.Context(), nil)
+		wantError(t, err)
+		wantError(t, AcquireTx(t.Context(), tx, ID(2), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+		wantError(t, tx.Commit())
+		wantError(t, ReleaseConn(t.Context(), conn, ID(1)))
+		wantError(t, conn.Close())
+		wantError(t, there.Release())
+		p.clean()
+	})
 }
 
 func TestAHolderThatCannotBeAskedForIsLeftOutInTime(t *testing.T) {

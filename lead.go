@@ -58,11 +58,12 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	var told time.Time
 	for {
 		h := &hold{cfg: cfg, leads: true}
+		began := time.Now()
 		err := h.acquire(ctx, c, keys)
 		switch {
 		case err == nil:
 			failed = nil
-			began := time.Now()
+			began = time.Now()
 			again, fnErr, err := h.lead(fn, &cfg)
 			switch {
 			case !again:
@@ -73,8 +74,10 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 				pause = leadPauseMin
 				continue
 			}
-		case ctx.Err() != nil || isClosed(err):
+		case ctx.Err() != nil && time.Since(began) < leadPauseMax:
 			return join(err, failed)
+		case ctx.Err() != nil || isClosed(err):
+			return err
 		default:
 			if failed == nil || failed.Error() != err.Error() || time.Since(told) > leadTellAgain {
 				cfg.logger.Warn("advisory: campaign failed; trying again", "key", key.String(), "error", err)

@@ -14,6 +14,9 @@ const (
 	// How long a wait pauses between two attempts to reach the server: at first, and at most.
 	outagePauseMin = 50 * time.Millisecond
 	outagePauseMax = 2 * time.Second
+
+	// probeBound is how long one attempt takes at most: what it waits for may never come, and the next one's may.
+	probeBound = 2 * time.Second
 )
 
 // An outage lasts from the loss of a waiting session until the server answers again. All waits of a
@@ -25,6 +28,7 @@ type outage struct {
 
 	// Belong to the wait that has the turn.
 	pause time.Duration
+	next  time.Time // of the next attempt, whoever makes it
 
 	// Guarded by hub.mu.
 	waits   int
@@ -85,12 +89,17 @@ func (a *attempts) reach(ctx context.Context, h *hub, o *outage, lost error) {
 			return
 		default:
 		}
-		sleep(ctx, o.pause/2+rand.N(o.pause/2))
+		sleep(ctx, time.Until(o.next))
 		if ctx.Err() != nil {
 			return
 		}
-		o.pause = min(2*o.pause, outagePauseMax)
+		if o.missed == nil && exhausted(a.db.Stats()) {
+			h.endOutage(o, nil) // a wait for the pool is each wait's own
+			return
+		}
 		err := a.probe(ctx)
+		o.pause = min(2*o.pause, outagePauseMax)
+		o.next = time.Now().Add(o.pause/2 + rand.N(o.pause/2))
 		switch {
 		case err == nil && o.missed == nil:
 			a.cfg.logger.Warn("advisory: session lost while waiting, and replaced", "key", keyList(a.keys), "error", lost)
@@ -109,11 +118,13 @@ func (a *attempts) reach(ctx context.Context, h *hub, o *outage, lost error) {
 // probe returns nil if the server answers, and is a primary. It passes over dead connections of the pool.
 func (a *attempts) probe(ctx context.Context) error {
 	for dead := a.db.Stats().Idle; ; dead-- {
-		s, err := openSession(ctx, a.db, a.cfg)
+		soon, cancel := context.WithTimeoutCause(ctx, probeBound, noAnswer{probeBound})
+		s, err := openSession(soon, a.db, a.cfg)
+		cancel()
 		if err != nil {
 			return err
 		}
-		rows, err := s.execLeft(ctx, answerBound, probeStatement, Key{}, true)
+		rows, err := s.execLeft(ctx, probeBound, probeStatement, Key{}, true)
 		switch {
 		case err == nil && rows == standbyRows:
 			s.handBack()
@@ -134,7 +145,7 @@ func (h *hub) joinOutage(log *slog.Logger) *outage {
 	h.mu.Lock()
 	if h.outage == nil {
 		h.outage = &outage{
-			began: time.Now(), pause: outagePauseMin,
+			began: time.Now(), pause: outagePauseMin, next: time.Now().Add(outagePauseMin/2 + rand.N(outagePauseMin/2)),
 			turn: make(chan struct{}, 1), over: make(chan struct{}), loggers: make(map[*slog.Logger]bool),
 		}
 	}

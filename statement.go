@@ -426,6 +426,11 @@ func tryTxStatement(k Key, shared bool) string {
 	return statement("SELECT WHERE "+onPrimary, "pg_try_advisory_xact_lock", []Key{k}, shared) + " END"
 }
 
+// tryCallersTxStatement is an answer, with one row if the lock was granted.
+func tryCallersTxStatement(k Key, shared bool) string {
+	return answer(statement("", "pg_try_advisory_xact_lock", []Key{k}, shared))
+}
+
 // tryFirstStatement: like tryTxStatement, and two rows, without trying, if this
 // transaction has one snapshot for all its statements by the server's default
 // (default_transaction_isolation).

@@ -128,7 +128,7 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 	rows, err := t.s.execLeft(ctx, answerWithin(0, deadline), t.silence()+t.s.settings.checkStatement()+try(k, t.s.shared), k, false)
 	switch {
 	case t.s.refusesCheck(err):
-		if err := t.rollback(); err != nil {
+		if err := t.rollbackWithin(ctx, deadline); err != nil {
 			return err
 		}
 		return t.beginThenLock(ctx, k, since, deadline)
@@ -136,7 +136,7 @@ func (t *txn) beginThenLock(ctx context.Context, k Key, since, deadline time.Tim
 		return err
 	case rows == 2:
 		t.oneSnapshot, t.s.on, t.s.restart = true, onOwn, ""
-		return t.rollback()
+		return t.rollbackWithin(ctx, deadline)
 	case t.cfg.noWait:
 		return errRefused
 	}
@@ -177,9 +177,18 @@ func (t *txn) begin(ctx context.Context, deadline time.Time) error {
 
 // rollback rolls back, once, if the transaction has begun. If it cannot be sure that the server has
 // rolled back, the session is broken. It does not wait for a driver that does not return.
-func (t *txn) rollback() error {
+func (t *txn) rollback() error { return t.rollbackBound(context.Background(), releaseBound) }
+
+// rollbackWithin is rollback for one who goes on, until then or the end of ctx.
+func (t *txn) rollbackWithin(ctx context.Context, deadline time.Time) error {
+	late, cancel := lateContext(ctx)
+	defer cancel()
+	return t.rollbackBound(late, answerWithin(0, deadline))
+}
+
+func (t *txn) rollbackBound(ctx context.Context, bound time.Duration) error {
 	t.rolledBack.Do(func() {
-		t.unclean = t.s.do(context.Background(), releaseBound, func(context.Context) error {
+		t.unclean = t.s.do(ctx, bound, func(context.Context) error {
 			if t.tx == nil {
 				return t.failed
 			}
@@ -298,11 +307,8 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	a := txAcquisition{runner: runner{send: txSend(tx), busy: make(chan struct{}, 1)}, tx: tx, key: key, cfg: &cfg}
 	if err = a.acquire(ctx); err != nil {
-		var hint string
-		if errors.Is(err, errTimeout) {
-			hint = a.heldBy(ctx)
-		}
-		err = acquireError(ctx, keys, &cfg, err, hint)
+		// No question for the message: one that takes long would cost the caller's transaction.
+		err = acquireError(ctx, keys, &cfg, err, "")
 	}
 	o.acquireEnd(ctx, err)
 	return err
@@ -337,8 +343,10 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		rows, err := a.exec(late, answerWithin(0, deadline), tryTxStatement(a.key, a.cfg.shared))
+		rows, err := a.exec(late, answerWithin(0, deadline), tryCallersTxStatement(a.key, a.cfg.shared))
 		switch {
+		case err == nil && rows == standbyRows:
+			return errStandby
 		case err != nil && sessionGone(err) && within(1, deadline) <= 0:
 			return errors.Join(errTimeout, err)
 		case err != nil:
@@ -353,7 +361,7 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 		sleep(ctx, within(pause/2+rand.N(pause/2), deadline))
 		pause = min(2*pause, tryPauseMax)
 		if time.Now().After(lookAt) && ctx.Err() == nil {
-			deadlock, err := a.deadlocked(late, answerWithin(0, deadline))
+			deadlock, err := a.deadlocked(late, deadline)
 			if err != nil {
 				return err
 			}
@@ -367,9 +375,9 @@ func (a *txAcquisition) acquire(ctx context.Context) error {
 }
 
 // deadlocked tells whether a holder of the lock waits for this transaction.
-func (a *txAcquisition) deadlocked(ctx context.Context, bound time.Duration) (bool, error) {
+func (a *txAcquisition) deadlocked(ctx context.Context, deadline time.Time) (bool, error) {
 	var rows int64 // the question's until aside returns nil
-	err := a.aside(ctx, bound, func(ctx context.Context) (err error) {
+	err := a.aside(ctx, deadline, func(ctx context.Context) (err error) {
 		rows, err = a.send(ctx, deadlockStatement(a.key))
 		return err
 	})
@@ -379,30 +387,16 @@ func (a *txAcquisition) deadlocked(ctx context.Context, bound time.Duration) (bo
 	return rows > 0, nil
 }
 
-// heldBy says who holds the lock, if that can be told.
-func (a *txAcquisition) heldBy(ctx context.Context) string {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lateBound)
-	defer cancel()
-	var who string
-	if a.aside(ctx, lateBound, func(ctx context.Context) (err error) {
-		who, err = heldBy(ctx, a.tx, a.key)
-		return err
-	}) != nil {
-		return ""
-	}
-	return who
-}
-
 // aside asks a question under a savepoint: one that fails must not cost the transaction.
 // It returns an error if the transaction may be lost all the same.
-func (a *txAcquisition) aside(ctx context.Context, bound time.Duration, question func(context.Context) error) error {
-	if _, err := a.exec(ctx, bound, savepointStatement); err != nil {
+func (a *txAcquisition) aside(ctx context.Context, deadline time.Time, question func(context.Context) error) error {
+	if _, err := a.exec(ctx, answerWithin(0, deadline), savepointStatement); err != nil {
 		return err
 	}
-	if err := a.do(ctx, bound, question); err != nil && sqlState(err) == "" {
+	if err := a.do(ctx, answerWithin(0, deadline), question); err != nil && sqlState(err) == "" {
 		return err
 	}
-	_, err := a.exec(ctx, bound, rollbackToStatement)
+	_, err := a.exec(ctx, answerWithin(0, deadline), rollbackToStatement)
 	return err
 }
 

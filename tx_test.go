@@ -541,7 +541,7 @@ func TestAcquireTx(t *testing.T) {
 		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryTxQuery}, []any{ErrNotAcquired}},
 		{
 			"Timeout, with a last try", []reply{refused, refused}, []Option{Timeout(time.Millisecond)},
-			[]string{tryTxQuery, tryTxQuery, savepointQuery, holdersQuery, rollbackToQuery}, []any{ErrNotAcquired, "not acquired within 1ms"},
+			[]string{tryTxQuery, tryTxQuery}, []any{ErrNotAcquired, "not acquired within 1ms"},
 		},
 		{"the last try is granted", []reply{refused, granted}, []Option{Timeout(time.Millisecond)}, []string{tryTxQuery, tryTxQuery}, nil},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryTxQuery}, []any{died}},

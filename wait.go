@@ -100,7 +100,9 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 	rows, err := s.execLeft(ctx, answerWithin(0, deadline), query, k, false)
 	if s.refusesCheck(err) {
 		// The lock was taken before the setting was refused.
-		if _, err := s.exec(context.WithoutCancel(ctx), lateBound, freeStatement); err != nil {
+		late, cancel := lateContext(ctx)
+		defer cancel()
+		if _, err := s.exec(late, answerWithin(0, deadline), freeStatement); err != nil {
 			return false, err
 		}
 		s.armed = armed
@@ -182,7 +184,9 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 		// It ended in the moment before its block, or after it: what it got is not known.
 		s.armed = armed
 		undo := map[place]string{onOwn: freeStatement, onCalled: unlockHeldStatement([]Key{k}, s.shared), inTx: "ROLLBACK AND CHAIN"}[s.on]
-		if _, err := s.exec(context.WithoutCancel(ctx), lateBound, undo); err != nil {
+		late, cancel := lateContext(ctx)
+		defer cancel()
+		if _, err := s.exec(late, answerWithin(0, deadline), undo); err != nil {
 			return false, err
 		}
 		if checkRefused || !refusesWait(err) {
@@ -266,6 +270,11 @@ func (s *session) waitByTrying(ctx context.Context, k Key, deadline time.Time) e
 		if granted, err := s.try(ctx, k, deadline); err != nil || granted {
 			return err
 		}
+		if pause < pollMax && 2*pause >= pollMax { // once: a standby never grants
+			if rows, err := s.execLeft(ctx, answerWithin(0, deadline), probeStatement, k, true); err != nil || rows == standbyRows {
+				return cmp.Or(err, errStandby)
+			}
+		}
 	}
 }
 
@@ -295,6 +304,8 @@ func (s *session) execLeft(ctx context.Context, bound time.Duration, query strin
 					return nil
 				}
 				switch state := sqlState(err); {
+				case state == inFailedTransaction: // nothing was executed
+					return nil
 				case err == nil && rows == 1:
 					_, err = execOn(ctx, dc, unlockStatement([]Key{k}, s.shared))
 				case err == nil && rows == standbyRows, state != "" && !sessionGone(err):

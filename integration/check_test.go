@@ -16,7 +16,7 @@ import (
 )
 
 // checkRuns is how often Check must be right in a row.
-const checkRuns = 50
+const checkRuns = 25
 
 // poolerDrivers are the drivers as they are set up behind a transaction pooler: pgx
 // without named prepared statements. Check itself needs no such thing.

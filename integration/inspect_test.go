@@ -283,7 +283,8 @@ func TestTimeoutNamesTheHolder(t *testing.T) {
 		}
 		holder, another := newSession(t, d, server.DSN(), "billing"), newSession(t, d, server.DSN(), "another")
 		held := fmt.Sprintf(`held by pid %d (app "billing", %s)`, holder.pid, holder.addr)
-		eachWay(t, ways, func(t *testing.T, w way) {
+		// Not on a conn or a transaction of the caller's, which the question could cost.
+		eachWay(t, openers, func(t *testing.T, w way) {
 			key := testKey(t)
 			holder.take(t, key, "")
 			err := w.with(t.Context(), db, key, noWork, advisory.Timeout(100*time.Millisecond))

@@ -82,7 +82,7 @@ func (k killing) name() string {
 }
 
 // How long a lock may outlive its process, whose statement is on another session, or on that of the lock.
-const onAnother, onTheSame = time.Second, 2500 * time.Millisecond
+const onAnother, onTheSame = 4 * time.Second, 6 * time.Second
 
 func killings() (all []killing) {
 	for _, d := range drivers[:2] {

@@ -58,7 +58,7 @@ var silences = []silence{
 	{name: "BEGIN", at: func(statement string) bool { return strings.HasPrefix(strings.ToLower(statement), "begin") }, ways: []string{"WithTxLock"}},
 	{name: "try", at: containing("pg_try_advisory"), ways: []string{"WithLock", "WithLocks", "Acquire", "WithConnLock", "WithTxLock", "AcquireConn", "AcquireTx", "Lead", "Check"}},
 	{name: "wait", contended: true, at: containing("do $advisory$"), ways: []string{"WithLock", "WithLocks", "Acquire", "WithConnLock", "WithTxLock", "AcquireConn", "Lead", "Check"}},
-	{name: "hint", contended: true, at: containing("pg_stat_activity"), ways: []string{"WithLock", "WithLocks", "Acquire", "WithConnLock", "WithTxLock", "AcquireConn", "AcquireTx"}, bounds: []string{"Timeout"}},
+	{name: "hint", contended: true, at: containing("pg_stat_activity"), ways: []string{"WithLock", "WithLocks", "Acquire", "WithConnLock", "WithTxLock"}, bounds: []string{"Timeout"}},
 }
 
 // A lateness is one case.
@@ -85,6 +85,9 @@ func latenesses() (all []lateness) {
 		for _, s := range silences {
 			for _, w := range s.ways {
 				for _, b := range boundings {
+					if b.name == "deadline" && w != "WithTxLock" {
+						continue // which is as the end of ctx
+					}
 					if len(s.bounds) > 0 && !slices.Contains(s.bounds, b.name) || b.name == "Timeout" && slices.Contains(withoutTimeout, w) {
 						continue
 					}

@@ -235,7 +235,7 @@ func serverTime(t testing.TB, db *sql.DB) (now time.Time) {
 
 // A release resets what the first heartbeat has set, however the lock is released.
 func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
-	const heartbeat, silence = 200 * time.Millisecond, 10 * time.Second
+	const heartbeat, silence = 500 * time.Millisecond, 10 * time.Second
 	bothDrivers(t, func(t *testing.T, d driver) {
 		// The session's own setting is what a reset goes back to.
 		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t), "idle_session_timeout", "77000"))

@@ -3,7 +3,6 @@ package integration
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -16,7 +15,6 @@ import (
 // to that pool. Discarded ones hold no lock all the same.
 func TestDiscardedSessionsOfAPgxpoolHoldNoLock(t *testing.T) {
 	t.Parallel()
-	allowLog(t, "WARNING:  you don't own a lock of type ExclusiveLock") // ReleaseConn of another key
 	ctx := t.Context()
 	pool, err := pgxpool.New(ctx, watchLog(t, server.DSN()))
 	if err != nil {
@@ -25,22 +23,6 @@ func TestDiscardedSessionsOfAPgxpoolHoldNoLock(t *testing.T) {
 	t.Cleanup(pool.Close)
 	db := stdlib.OpenDBFromPool(pool)
 	t.Cleanup(func() { db.Close() })
-
-	t.Run("ReleaseConn of another key", func(t *testing.T) {
-		key := testKey(t)
-		conn, err := db.Conn(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := advisory.AcquireConn(ctx, conn, key); err != nil {
-			t.Fatal(err)
-		}
-		if err := advisory.ReleaseConn(ctx, conn, advisory.Name("another")); !errors.Is(err, advisory.ErrLost) {
-			t.Errorf("error %v, want ErrLost", err)
-		}
-		conn.Close()
-		wantFree(t, adminDB(t), key)
-	})
 
 	t.Run("fn that commits WithTxLock's transaction", func(t *testing.T) {
 		key := testKey(t)
