@@ -49,7 +49,8 @@ func NoWait() Option {
 // connection, BEGIN, an outage. d must be positive. The default is to wait until ctx ends.
 //
 // It is at most a second late, if the server does not answer, say. The error names who holds the lock, if one
-// more query can tell in that time.
+// more query can tell in that time; with AcquireConn and AcquireTx it does not, because a query that takes
+// long would cost the caller's session.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }
