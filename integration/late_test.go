@@ -79,7 +79,7 @@ func (l lateness) name() string {
 }
 
 func latenesses() (all []lateness) {
-	onShared := []string{"WithLock", "WithLocks", "Acquire", "Lead"}
+	onShared := []string{"WithLock", "Lead"}
 	withoutTimeout := []string{"Lead", "Check"}
 	for _, d := range drivers[:2] {
 		for _, s := range silences {
@@ -134,7 +134,7 @@ func (l lateness) prepare(t *testing.T, db *sql.DB, key advisory.Key) (call func
 
 func TestNobodyIsLateWhateverDoesNotAnswer(t *testing.T) {
 	t.Parallel()
-	const atATime = 24 // more would be late by themselves
+	const atATime = 16 // more would be late by themselves
 	const most = 40
 	// The server finds its clients gone, in whatever they were.
 	allowLog(t, clientGone, "canceling statement due to user request")

@@ -352,13 +352,14 @@ func TestLeaderThatIgnoresItsLossIsWarnedAboutAndNeverDoubled(t *testing.T) {
 
 func TestLeadOutlivesAnOutageOfTheServer(t *testing.T) {
 	t.Parallel()
+	slow := []advisory.Option{advisory.Heartbeat(time.Second), advisory.HolderTimeout(15 * time.Second)} // beside other tests
 	s := ownServer(t)
 	bothDrivers(t, func(t *testing.T, d driver) {
 		if err := s.Kill(); err != nil {
 			t.Fatal(err)
 		}
 		db, key, log := d.open(t, s.DSN()), testKey(t), newLogbook()
-		c := runForLeader(t, db, key, append(quick, log.option())...)
+		c := runForLeader(t, db, key, append(slow, log.option())...)
 
 		// Nobody answers at first.
 		const missed, back = "the server cannot be reached", "the server is back"
@@ -376,7 +377,7 @@ func TestLeadOutlivesAnOutageOfTheServer(t *testing.T) {
 		}
 
 		// And again, under a leader and a standby.
-		standby := runForLeader(t, d.open(t, s.DSN()), key, quick...)
+		standby := runForLeader(t, d.open(t, s.DSN()), key, slow...)
 		watch := d.open(t, withParams(t, s.DSN(), "application_name", "watch"))
 		waitForWaiters(t, watch, key, 1)
 		restart("immediate")

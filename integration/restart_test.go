@@ -67,7 +67,7 @@ func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
 		for _, at := range begun {
 			took = append(took, at.Sub(restarted))
 		}
-		logBound(t, "restart "+d.name, "holder told", 2*500*time.Millisecond+500*time.Millisecond, told)
+		logBound(t, "restart "+d.name, "holder told", 2*500*time.Millisecond+3*time.Second, told) // the restart, and other tests, take time
 		logBound(t, "restart "+d.name, "waiter begins, from ready", 2*time.Second, took)
 
 		// The pool's connections are all dead, and it takes as many locks as before.
