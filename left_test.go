@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -462,4 +463,34 @@ func TestTheEndOfCtxDoesNotKeepACancelledWaitFromBeingUnlocked(t *testing.T) {
 	if !unlocked.Load() {
 		t.Errorf("sent: %q", srv.lines())
 	}
+}
+
+// The answer of a primary is no grant, for a caller who has left.
+func TestTheEndOfCtxDuringTheQuestionForAPrimaryUnlocksNothing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		conn, err := db.Conn(t.Context())
+		wantError(t, err)
+		ctx, cancel := context.WithCancel(t.Context())
+		asked := false
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			switch {
+			case query == tryCalledQuery:
+				return 0, nil
+			case isWait(query):
+				return 0, pgError("42501")
+			case query == probeQuery:
+				asked = true
+				cancel()
+				time.Sleep(10 * time.Millisecond)
+			}
+			return 1, nil
+		}
+		wantError(t, AcquireConn(ctx, conn, key), ErrNotAcquired, context.Canceled)
+		wantError(t, conn.Close())
+		if lines := srv.lines(); !asked || slices.Contains(lines, "1 "+unlockQuery) {
+			t.Errorf("asked: %v; log: %q", asked, lines)
+		}
+	})
 }

@@ -100,9 +100,7 @@ func (s *session) try(ctx context.Context, k Key, deadline time.Time) (granted b
 	rows, err := s.execLeft(ctx, answerWithin(0, deadline), query, k, false)
 	if s.refusesCheck(err) {
 		// The lock was taken before the setting was refused.
-		late, cancel := lateContext(ctx)
-		defer cancel()
-		if _, err := s.exec(late, answerWithin(0, deadline), freeStatement); err != nil {
+		if _, err := s.execLate(ctx, deadline, freeStatement); err != nil {
 			return false, err
 		}
 		s.armed = armed
@@ -184,9 +182,7 @@ func (s *session) slice(ctx context.Context, k Key, bound time.Duration, deadlin
 		// It ended in the moment before its block, or after it: what it got is not known.
 		s.armed = armed
 		undo := map[place]string{onOwn: freeStatement, onCalled: unlockHeldStatement([]Key{k}, s.shared), inTx: "ROLLBACK AND CHAIN"}[s.on]
-		late, cancel := lateContext(ctx)
-		defer cancel()
-		if _, err := s.exec(late, answerWithin(0, deadline), undo); err != nil {
+		if _, err := s.execLate(ctx, deadline, undo); err != nil {
 			return false, err
 		}
 		if checkRefused || !refusesWait(err) {
@@ -271,7 +267,8 @@ func (s *session) waitByTrying(ctx context.Context, k Key, deadline time.Time) e
 			return err
 		}
 		if pause < pollMax && 2*pause >= pollMax { // once: a standby never grants
-			if rows, err := s.execLeft(ctx, answerWithin(0, deadline), probeStatement, k, true); err != nil || rows == standbyRows {
+			// Not by execLeft, to which a row is a grant.
+			if rows, err := s.execLate(ctx, deadline, probeStatement); err != nil || rows == standbyRows {
 				return cmp.Or(err, errStandby)
 			}
 		}
@@ -329,6 +326,13 @@ func (s *session) execLeft(ctx context.Context, bound time.Duration, query strin
 		return 0, err
 	}
 	return rows, nil
+}
+
+// execLate sends a statement whose answer is waited for a little beyond the end of ctx.
+func (s *session) execLate(ctx context.Context, deadline time.Time, query string) (int64, error) {
+	late, cancel := lateContext(ctx)
+	defer cancel()
+	return s.exec(late, answerWithin(0, deadline), query)
 }
 
 // A caller waits for a statement, or leaves it.

@@ -168,13 +168,7 @@ func TestOutageIsOneEventForAllWaits(t *testing.T) {
 		}
 		time.Sleep(time.Until(began.Add(lasts)))
 		r.answerDials(nil)
-		dials := r.dialed()
-		gaps := wantOneAtATime(t, dials)
-		t.Logf("%d attempts in %v, with pauses of %v", len(dials), lasts, gaps)
-		if len(dials) >= most {
-			t.Errorf("%d attempts in %v, want fewer than %d", len(dials), lasts, most)
-		}
-		wantGrowingPauses(t, gaps, 50*time.Millisecond, 2*time.Second)
+		wantFewAttempts(t, r, lasts, most)
 		waitFor(t, "the Logger is told of the end", func() (bool, error) { return len(log.lines()) > 1, nil })
 
 		back := time.Now()
@@ -191,6 +185,19 @@ func TestOutageIsOneEventForAllWaits(t *testing.T) {
 		}
 		wantClean(t, db)
 	})
+}
+
+// wantFewAttempts fails the test unless there were fewer than most attempts in an outage, one at a time, with
+// pauses that grow.
+func wantFewAttempts(t *testing.T, r *relay, lasts time.Duration, most int) {
+	t.Helper()
+	dials := r.dialed()
+	gaps := wantOneAtATime(t, dials)
+	t.Logf("%d attempts in %v, with pauses of %v", len(dials), lasts, gaps)
+	if len(dials) >= most {
+		t.Errorf("%d attempts in %v, want fewer than %d", len(dials), lasts, most)
+	}
+	wantGrowingPauses(t, gaps, 50*time.Millisecond, 2*time.Second)
 }
 
 // A server that starts up says so to everybody who connects.
@@ -212,13 +219,7 @@ func TestFollowersOfAServerThatStartsUp(t *testing.T) {
 		}
 		time.Sleep(time.Until(began.Add(lasts)))
 		r.answerDials(nil)
-		dials := r.dialed()
-		gaps := wantOneAtATime(t, dials)
-		t.Logf("%d attempts in %v, with pauses of %v", len(dials), lasts, gaps)
-		if len(dials) >= most {
-			t.Errorf("%d attempts in %v, want fewer than %d", len(dials), lasts, most)
-		}
-		wantGrowingPauses(t, gaps, 50*time.Millisecond, 2*time.Second)
+		wantFewAttempts(t, r, lasts, most)
 		if err := g.Wait(); err != nil {
 			t.Error(err)
 		}
