@@ -3,6 +3,7 @@
 
 GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOCOGNIT    ?= github.com/uudashr/gocognit/cmd/gocognit@v1.3.0
 GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
 MODULES     := . otel integration
 
@@ -46,10 +47,19 @@ COVER_ALL  ?= 95
 
 lint: ## what the field's linters say; nothing is changed
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
+	@long=$$(find . -name '*_test.go' -exec awk 'FNR == 801 { print FILENAME " has more than 800 lines" }' {} +; \
+	find . \( -path ./otel -o -path ./integration \) -prune -o -name '*.go' ! -name '*_test.go' \
+		-exec awk 'FNR == 401 { print FILENAME " has more than 400 lines" }' {} +); \
+	test -z "$$long" || { echo "too long:"; echo "$$long"; exit 1; }
 	for m in $(MODULES); do (cd $$m && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...) || exit 1; done
-	@outside=$$($(GO) list -deps -f '{{if not .Standard}}{{.ImportPath}}{{end}}' . | grep -v "^$$($(GO) list -m)$$"); \
-	test -z "$$outside" || { echo "the root package must import the standard library alone:"; echo "$$outside"; exit 1; }
+	$(GO) run $(GOCOGNIT) $(COGNITFLAGS) -over 20 .
+	for m in $(filter-out .,$(MODULES)); do (cd $$m && $(GO) run $(GOCOGNIT) $(COGNITFLAGS) -over 25 .) || exit 1; done
+	@outside=$$($(GO) list -deps -f '{{if not .Standard}}{{.ImportPath}}{{end}}' . | grep -Ev "^$$($(GO) list -m)(/internal/.*)?$$"); \
+	test -z "$$outside" || { echo "the root package, and internal/, must import the standard library alone:"; echo "$$outside"; exit 1; }
 	@$(MAKE) --no-print-directory vuln
+
+# With types, gocognit goes by packages, and so keeps to one module.
+COGNITFLAGS ?= -exact-recursion -test=false
 
 vuln: ## known vulnerabilities in what is called; without a network, a line that says so
 	@GO='$(GO)' GOVULNCHECK='$(GOVULNCHECK)' VULNFLAGS='$(VULNFLAGS)' .ci/vuln $(MODULES)

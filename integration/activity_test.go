@@ -72,59 +72,53 @@ func TestActivityNamesTheLocksThatAreHeld(t *testing.T) {
 		dsn := inDatabase(t)
 		app := appName(t)
 		db := d.open(t, withParams(t, dsn, "application_name", app))
-		wantComment := func(comment string) {
-			t.Helper()
-			waitForQuery(t, app, "state = 'idle'", "/* advisory: "+comment+" */ SELECT FROM ")
+		wantComment := func(comment string) func(context.Context) error {
+			return func(context.Context) error {
+				waitForQuery(t, app, "state = 'idle'", "/* advisory: "+comment+" */ SELECT FROM ")
+				return nil
+			}
+		}
+		one := map[string]advisory.Key{
+			// Keys without a name.
+			"-8675309": advisory.ID(-8675309), "7.-1": advisory.Pair(7, -1),
 		}
 		for _, n := range named {
-			err := advisory.WithLock(t.Context(), db, advisory.Name(n.name), func(context.Context) error {
-				wantComment(n.comment)
-				return nil
-			}, advisory.Heartbeat(heartbeat))
-			if err != nil {
+			one[n.comment] = advisory.Name(n.name)
+		}
+		for comment, key := range one {
+			if err := advisory.WithLock(t.Context(), db, key, wantComment(comment), advisory.Heartbeat(heartbeat)); err != nil {
 				t.Error(err)
 			}
 		}
-
-		// Of several, in the order in which everybody takes them.
 		for _, count := range []int{2, 4, 5, 16} {
-			var keys []advisory.Key
-			for i := range count {
-				keys = append(keys, advisory.Name(fmt.Sprintf("job-%d", i)))
-			}
-			names := map[advisory.Key]string{}
-			for i, key := range keys {
-				names[key] = fmt.Sprintf("job-%d", i)
-			}
-			inOrder := slices.SortedFunc(slices.Values(keys), func(a, b advisory.Key) int { return cmp.Compare(number(t, a), number(t, b)) })
-			var comment []string
-			for _, key := range inOrder[:min(4, count)] {
-				comment = append(comment, names[key])
-			}
-			if count > 4 {
-				comment = append(comment, fmt.Sprintf("+%d", count-4))
-			}
-			err := advisory.WithLocks(t.Context(), db, keys, func(context.Context) error {
-				wantComment(strings.Join(comment, ", "))
-				return nil
-			}, advisory.Heartbeat(heartbeat))
-			if err != nil {
-				t.Error(err)
-			}
-		}
-
-		// Keys without a name.
-		for comment, key := range map[string]advisory.Key{"-8675309": advisory.ID(-8675309), "7.-1": advisory.Pair(7, -1)} {
-			err := advisory.WithLock(t.Context(), db, key, func(context.Context) error {
-				wantComment(comment)
-				return nil
-			}, advisory.Heartbeat(heartbeat))
-			if err != nil {
+			keys, comment := jobKeys(t, count)
+			if err := advisory.WithLocks(t.Context(), db, keys, wantComment(comment), advisory.Heartbeat(heartbeat)); err != nil {
 				t.Error(err)
 			}
 		}
 		wantClean(t, db)
 	})
+}
+
+// jobKeys returns several keys, and the comment that names them: in the order in which
+// everybody takes them, and four at most.
+func jobKeys(t testing.TB, count int) (keys []advisory.Key, comment string) {
+	t.Helper()
+	names := map[advisory.Key]string{}
+	for i := range count {
+		name := fmt.Sprintf("job-%d", i)
+		keys = append(keys, advisory.Name(name))
+		names[keys[i]] = name
+	}
+	inOrder := slices.SortedFunc(slices.Values(keys), func(a, b advisory.Key) int { return cmp.Compare(number(t, a), number(t, b)) })
+	var parts []string
+	for _, key := range inOrder[:min(4, count)] {
+		parts = append(parts, names[key])
+	}
+	if count > 4 {
+		parts = append(parts, fmt.Sprintf("+%d", count-4))
+	}
+	return keys, strings.Join(parts, ", ")
 }
 
 // number is what a key of the bigint key space is on the server.

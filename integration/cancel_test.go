@@ -43,22 +43,7 @@ func TestCancelledWaitsCostNoConnection(t *testing.T) {
 		release := holdAll(t, other, keys)
 
 		seen := pollSessions(t, app)
-		var next atomic.Int64
-		late := make([][]time.Duration, goroutines)
-		err := concurrently(goroutines, 1, func(g int) error {
-			for {
-				i := int(next.Add(1))
-				if i > waits {
-					return nil
-				}
-				w := queuers[i%len(queuers)]
-				took, err := cancelledWait(t, w, db, keys[i%len(keys)], 300*time.Microsecond+rand.N(29700*time.Microsecond))
-				if err != nil {
-					return fmt.Errorf("%s: %w", w.name, err)
-				}
-				late[g] = append(late[g], took)
-			}
-		})
+		late, err := cancelledWaits(t, db, keys, waits, goroutines)
 		if err != nil {
 			t.Error(err)
 		}
@@ -66,7 +51,7 @@ func TestCancelledWaitsCostNoConnection(t *testing.T) {
 			return isTrue(adminDB(t), `SELECT NOT EXISTS (SELECT FROM pg_stat_activity
 				WHERE application_name = $1 AND state <> 'idle')`, app)
 		})
-		logBound(t, "cancel "+d.name, "return after the end of ctx", time.Second, slices.Concat(late...))
+		logBound(t, "cancel "+d.name, "return after the end of ctx", time.Second, late)
 		if n := db.Stats().OpenConnections; n > limit {
 			t.Errorf("the pool has %d connections, want %d at most", n, limit)
 		}
@@ -100,6 +85,27 @@ func TestCancelledWaitsCostNoConnection(t *testing.T) {
 			t.Errorf("a pool of %d has had %d sessions", limit, sessions-others)
 		}
 	})
+}
+
+// cancelledWaits cancels n waits, in several goroutines, and returns how late each returned.
+func cancelledWaits(t *testing.T, db *sql.DB, keys []advisory.Key, n, goroutines int) ([]time.Duration, error) {
+	var next atomic.Int64
+	late := make([][]time.Duration, goroutines)
+	err := concurrently(goroutines, 1, func(g int) error {
+		for {
+			i := int(next.Add(1))
+			if i > n {
+				return nil
+			}
+			w := queuers[i%len(queuers)]
+			took, err := cancelledWait(t, w, db, keys[i%len(keys)], 300*time.Microsecond+rand.N(29700*time.Microsecond))
+			if err != nil {
+				return fmt.Errorf("%s: %w", w.name, err)
+			}
+			late[g] = append(late[g], took)
+		}
+	})
+	return slices.Concat(late...), err
 }
 
 // cancelledWait waits for key, which another holds, cancels that after a while, and returns how
@@ -237,7 +243,7 @@ func sessionsEver(t testing.TB, database string, least int, pools ...*sql.DB) (n
 }
 
 // A wait that has been cancelled is over before its statement is: it need not even be one of the
-// shortest.
+// shortest. AcquireConn's is over with its statement.
 func TestCancelledWaitReturnsBeforeItsStatement(t *testing.T) {
 	t.Parallel()
 	const tries = 20
@@ -274,7 +280,12 @@ func TestCancelledWaitReturnsBeforeItsStatement(t *testing.T) {
 				})
 			}
 			t.Logf("%d of %d returned before the statement had ended", before, tries)
-			if before == 0 {
+			switch {
+			case w.name == acquireConn.name: // conn is the caller's again then
+				if before > 0 {
+					t.Error("AcquireConn returned before its statement had ended")
+				}
+			case before == 0:
 				t.Error("a cancelled wait returns no sooner than its statement")
 			}
 			release()

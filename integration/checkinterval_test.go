@@ -34,8 +34,58 @@ var checkIntervals = []struct{ before, within string }{
 // The setting is the session's own again when the function has returned, however it has.
 func TestCheckOfTheClientLastsAsLongAsTheLock(t *testing.T) {
 	t.Parallel()
+	allAtOnce(t, checkings(), checking.name, func(t *testing.T, c checking) {
+		key := testKey(t)
+		db := c.d.open(t, withParams(t, server.DSN(), checkInterval, c.before))
+		db.SetMaxOpenConns(1)
+		pid := backendPID(t, db)
+		with := func(opts ...advisory.Option) error { return c.look(soon(t), t, db, opts...) }
+
+		if err := with(); err != nil {
+			t.Error(err)
+		}
+		c.wantBefore(t, db, "uncontended")
+		failed := errors.New("failed")
+		if err := c.w.with(soon(t), db, key, func(context.Context, querier) error { return failed }, c.options()...); !errors.Is(err, failed) {
+			t.Error(err)
+		}
+		c.wantBefore(t, db, "fn failed")
+
+		release := hold(t, adminDB(t), key)
+		if err := with(advisory.NoWait()); !errors.Is(err, advisory.ErrNotAcquired) {
+			t.Errorf("NoWait: %v", err)
+		}
+		c.wantBefore(t, db, "NoWait")
+		if err := with(advisory.Timeout(30 * time.Millisecond)); !errors.Is(err, advisory.ErrNotAcquired) {
+			t.Errorf("Timeout: %v", err)
+		}
+		c.wantBefore(t, db, "Timeout")
+		ctx, cancel := context.WithCancel(t.Context())
+		var g errgroup.Group
+		g.Go(func() error { return c.look(ctx, t, db) })
+		waitForWaiters(t, adminDB(t), key, 1)
+		cancel()
+		if err := g.Wait(); !errors.Is(err, context.Canceled) {
+			t.Errorf("end of ctx: %v", err)
+		}
+		c.wantBefore(t, db, "end of ctx")
+
+		g = errgroup.Group{}
+		g.Go(func() error { return with() })
+		waitForWaiters(t, adminDB(t), key, 1)
+		release()
+		if err := g.Wait(); err != nil {
+			t.Error(err)
+		}
+		c.wantBefore(t, db, "contended")
+		if backendPID(t, db) != pid {
+			t.Log("the machine was too late for one of the statements, and the connection has been replaced")
+		}
+	})
+}
+
+func checkings() (cases []checking) {
 	ways := []way{withConnLock, isolated(sql.LevelDefault), isolated(sql.LevelReadCommitted), isolated(sql.LevelRepeatableRead)}
-	var cases []checking
 	for _, d := range drivers[:2] {
 		for i, setting := range checkIntervals {
 			for _, w := range ways {
@@ -46,71 +96,33 @@ func TestCheckOfTheClientLastsAsLongAsTheLock(t *testing.T) {
 			}
 		}
 	}
-	allAtOnce(t, cases, checking.name, func(t *testing.T, c checking) {
-		key := testKey(t)
-		db := c.d.open(t, withParams(t, server.DSN(), checkInterval, c.before))
-		db.SetMaxOpenConns(1)
-		pid := backendPID(t, db)
-		var opts []advisory.Option
-		if c.timeout > 0 {
-			opts = append(opts, advisory.HolderTimeout(c.timeout))
-		}
-		look := func(_ context.Context, q querier) error {
-			if got := showCheckInterval(t, q); got != c.within {
-				t.Errorf("%s in fn, want %s", got, c.within)
-			}
-			return nil
-		}
-		after := func(what string) {
-			t.Helper()
-			if got := showCheckInterval(t, db); got != c.before {
-				t.Errorf("%s: %s afterwards, want %s", what, got, c.before)
-			}
-			wantClean(t, db)
-		}
-		with := func(opts ...advisory.Option) error { return c.w.with(soon(t), db, key, look, opts...) }
+	return cases
+}
 
-		if err := with(opts...); err != nil {
-			t.Error(err)
-		}
-		after("uncontended")
-		failed := errors.New("failed")
-		if err := c.w.with(soon(t), db, key, func(context.Context, querier) error { return failed }, opts...); !errors.Is(err, failed) {
-			t.Error(err)
-		}
-		after("fn failed")
+func (c checking) options() (opts []advisory.Option) {
+	if c.timeout > 0 {
+		opts = append(opts, advisory.HolderTimeout(c.timeout))
+	}
+	return opts
+}
 
-		release := hold(t, adminDB(t), key)
-		if err := with(append(opts, advisory.NoWait())...); !errors.Is(err, advisory.ErrNotAcquired) {
-			t.Errorf("NoWait: %v", err)
+// look takes the lock, and looks at the setting under it.
+func (c checking) look(ctx context.Context, t *testing.T, db *sql.DB, opts ...advisory.Option) error {
+	return c.w.with(ctx, db, testKey(t), func(_ context.Context, q querier) error {
+		if got := showCheckInterval(t, q); got != c.within {
+			t.Errorf("%s in fn, want %s", got, c.within)
 		}
-		after("NoWait")
-		if err := with(append(opts, advisory.Timeout(30*time.Millisecond))...); !errors.Is(err, advisory.ErrNotAcquired) {
-			t.Errorf("Timeout: %v", err)
-		}
-		after("Timeout")
-		ctx, cancel := context.WithCancel(t.Context())
-		var g errgroup.Group
-		g.Go(func() error { return c.w.with(ctx, db, key, look, opts...) })
-		waitForWaiters(t, adminDB(t), key, 1)
-		cancel()
-		if err := g.Wait(); !errors.Is(err, context.Canceled) {
-			t.Errorf("end of ctx: %v", err)
-		}
-		after("end of ctx")
+		return nil
+	}, append(c.options(), opts...)...)
+}
 
-		g = errgroup.Group{}
-		g.Go(func() error { return with(opts...) })
-		waitForWaiters(t, adminDB(t), key, 1)
-		release()
-		if err := g.Wait(); err != nil {
-			t.Error(err)
-		}
-		after("contended")
-		if backendPID(t, db) != pid {
-			t.Log("the machine was too late for one of the statements, and the connection has been replaced")
-		}
-	})
+// wantBefore fails the test unless the setting is what it was before.
+func (c checking) wantBefore(t *testing.T, db *sql.DB, what string) {
+	t.Helper()
+	if got := showCheckInterval(t, db); got != c.before {
+		t.Errorf("%s: %s afterwards, want %s", what, got, c.before)
+	}
+	wantClean(t, db)
 }
 
 // A checking is one way to have the server look after its client.
@@ -132,37 +144,42 @@ func TestCallersCheckOfTheClientStays(t *testing.T) {
 		for _, w := range []way{acquireConn, acquireTx} {
 			for _, contended := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s contended %t", w.name, contended), func(t *testing.T) {
-					key := testKey(t)
-					db := d.open(t, withParams(t, server.DSN(), checkInterval, "7s"))
-					db.SetMaxOpenConns(1)
-					var g errgroup.Group
-					release := func() {}
-					if contended {
-						release = hold(t, adminDB(t), key)
-					}
-					g.Go(func() error {
-						return w.with(soon(t), db, key, func(_ context.Context, q querier) error {
-							if got := showCheckInterval(t, q); got != "7s" {
-								t.Errorf("%s under the lock, want the caller's 7s", got)
-							}
-							return nil
-						})
-					})
-					switch {
-					case contended && w.tries:
-						waitForTriers(t, adminDB(t), key, 1)
-					case contended:
-						waitForWaiters(t, adminDB(t), key, 1)
-					}
-					release()
-					if err := g.Wait(); err != nil {
-						t.Error(err)
-					}
-					if got := showCheckInterval(t, db); got != "7s" {
-						t.Errorf("%s afterwards, want the caller's 7s", got)
-					}
+					testCallersCheckOfTheClient(t, d, w, contended)
 				})
 			}
 		}
 	})
+}
+
+// testCallersCheckOfTheClient looks at the setting under the lock, and afterwards.
+func testCallersCheckOfTheClient(t *testing.T, d driver, w way, contended bool) {
+	key := testKey(t)
+	db := d.open(t, withParams(t, server.DSN(), checkInterval, "7s"))
+	db.SetMaxOpenConns(1)
+	var g errgroup.Group
+	release := func() {}
+	if contended {
+		release = hold(t, adminDB(t), key)
+	}
+	g.Go(func() error {
+		return w.with(soon(t), db, key, func(_ context.Context, q querier) error {
+			if got := showCheckInterval(t, q); got != "7s" {
+				t.Errorf("%s under the lock, want the caller's 7s", got)
+			}
+			return nil
+		})
+	})
+	switch {
+	case contended && w.tries:
+		waitForTriers(t, adminDB(t), key, 1)
+	case contended:
+		waitForWaiters(t, adminDB(t), key, 1)
+	}
+	release()
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+	if got := showCheckInterval(t, db); got != "7s" {
+		t.Errorf("%s afterwards, want the caller's 7s", got)
+	}
 }

@@ -52,60 +52,72 @@ func TestAcquireConnInATransactionIsRefused(t *testing.T) {
 			for _, begin := range []string{"BeginTx", "BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ"} {
 				for name, opts := range someOptions {
 					t.Run(fmt.Sprintf("contended %t %s %s", contended, begin, name), func(t *testing.T) {
-						key := testKey(t)
-						if contended {
-							hold(t, adminDB(t), key)
-						}
-						conn := newConn(t, db)
-						var q querier = conn
-						end := func() error {
-							_, err := conn.ExecContext(t.Context(), "COMMIT")
-							return err
-						}
-						if begin == "BeginTx" {
-							tx, err := conn.BeginTx(t.Context(), nil)
-							if err != nil {
-								t.Fatal(err)
-							}
-							defer tx.Rollback()
-							q, end = tx, tx.Commit
-						} else {
-							execOn(t, conn, begin)
-						}
-						execOn(t, q, "CREATE TEMPORARY TABLE work (n int) ON COMMIT DROP", "INSERT INTO work VALUES (1)")
-
-						err := advisory.AcquireConn(soon(t), conn, key, opts...)
+						err := acquireConnInATransaction(t, db, contended, begin, opts)
 						if err == nil || !strings.Contains(err.Error(), "transaction") {
 							t.Errorf("error %v, want one that says transaction", err)
 						}
 						if errors.Is(err, advisory.ErrNotAcquired) && name == "waiting" {
 							t.Errorf("error %v matches ErrNotAcquired", err)
 						}
-						if !contended {
-							if n, err := locks(t.Context(), adminDB(t), key, true); n != 0 || err != nil {
-								t.Errorf("%d hold the lock (%v)", n, err)
-							}
-						}
-						// The transaction is the same, and goes on.
-						execOn(t, q, "UPDATE work SET n = n + 1")
-						if err := end(); err != nil {
-							t.Errorf("COMMIT: %v", err)
-						}
-						if !contended { // and afterwards conn is good for a lock
-							if err := advisory.AcquireConn(soon(t), conn, key, opts...); err != nil {
-								t.Errorf("after COMMIT: %v", err)
-							} else if err := advisory.ReleaseConn(soon(t), conn, key); err != nil {
-								t.Errorf("after COMMIT: %v", err)
-							}
-						}
-						wantCleanSession(t, conn)
-						conn.Close()
 					})
 				}
 			}
 		}
 		wantClean(t, db)
 	})
+}
+
+// acquireConnInATransaction calls AcquireConn in a transaction, and returns its error. It
+// fails the test unless the transaction goes on.
+func acquireConnInATransaction(t *testing.T, db *sql.DB, contended bool, begin string, opts []advisory.Option) error {
+	t.Helper()
+	key := testKey(t)
+	if contended {
+		hold(t, adminDB(t), key)
+	}
+	conn := newConn(t, db)
+	q, commit := beginOn(t, conn, begin)
+	execOn(t, q, "CREATE TEMPORARY TABLE work (n int) ON COMMIT DROP", "INSERT INTO work VALUES (1)")
+
+	result := advisory.AcquireConn(soon(t), conn, key, opts...)
+	if !contended {
+		if n, err := locks(t.Context(), adminDB(t), key, true); n != 0 || err != nil {
+			t.Errorf("%d hold the lock (%v)", n, err)
+		}
+	}
+	// The transaction is the same, and goes on.
+	execOn(t, q, "UPDATE work SET n = n + 1")
+	if err := commit(); err != nil {
+		t.Errorf("COMMIT: %v", err)
+	}
+	if !contended { // and afterwards conn is good for a lock
+		if err := advisory.AcquireConn(soon(t), conn, key, opts...); err != nil {
+			t.Errorf("after COMMIT: %v", err)
+		} else if err := advisory.ReleaseConn(soon(t), conn, key); err != nil {
+			t.Errorf("after COMMIT: %v", err)
+		}
+	}
+	wantCleanSession(t, conn)
+	conn.Close()
+	return result
+}
+
+// beginOn begins a transaction on conn by BeginTx, or by a statement.
+func beginOn(t testing.TB, conn *sql.Conn, begin string) (q querier, commit func() error) {
+	t.Helper()
+	if begin == "BeginTx" {
+		tx, err := conn.BeginTx(t.Context(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { tx.Rollback() })
+		return tx, tx.Commit
+	}
+	execOn(t, conn, begin)
+	return conn, func() error {
+		_, err := conn.ExecContext(t.Context(), "COMMIT")
+		return err
+	}
 }
 
 // The server would count two locks, and each ReleaseConn release one.
@@ -116,44 +128,55 @@ func TestAcquireConnTwiceIsAnError(t *testing.T) {
 		for name, opts := range someOptions {
 			for _, waited := range []bool{false, true} {
 				t.Run(fmt.Sprint(name, " waited ", waited), func(t *testing.T) {
-					key, another := testKey(t), advisory.Name(t.Name()+" another")
-					conn := newConn(t, db)
-					if waited && name != "NoWait" {
-						release := hold(t, adminDB(t), key)
-						done := make(chan error, 1)
-						go func() { done <- advisory.AcquireConn(soon(t), conn, key, opts...) }()
-						waitForWaiters(t, adminDB(t), key, 1)
-						release()
-						if err := await(t, "AcquireConn returns", done); err != nil {
-							t.Fatal(err)
-						}
-					} else if err := advisory.AcquireConn(soon(t), conn, key, opts...); err != nil {
-						t.Fatal(err)
-					}
-					for range 2 {
-						if err := advisory.AcquireConn(soon(t), conn, key, opts...); !errors.Is(err, advisory.ErrReentrant) {
-							t.Errorf("the second time: %v, want ErrReentrant", err)
-						}
-						wantHeld(t, key)
-					}
-					if err := advisory.AcquireConn(soon(t), conn, another, opts...); err != nil {
-						t.Errorf("another key: %v", err)
-					}
-					if err := advisory.ReleaseConn(t.Context(), conn, key); err != nil {
-						t.Errorf("ReleaseConn: %v", err)
-					}
-					wantFree(t, adminDB(t), key)
-					wantHeld(t, another)
-					if err := advisory.ReleaseConn(t.Context(), conn, another); err != nil {
-						t.Errorf("ReleaseConn of the other: %v", err)
-					}
-					wantCleanSession(t, conn)
-					conn.Close()
+					testAcquireConnTwice(t, db, waited && name != "NoWait", opts)
 				})
 			}
 		}
 		wantClean(t, db)
 	})
+}
+
+// testAcquireConnTwice takes the lock at once, or after a wait, and then once more.
+func testAcquireConnTwice(t *testing.T, db *sql.DB, waited bool, opts []advisory.Option) {
+	key, another := testKey(t), advisory.Name(t.Name()+" another")
+	conn := newConn(t, db)
+	if waited {
+		acquireConnWaiting(t, conn, key, opts)
+	} else if err := advisory.AcquireConn(soon(t), conn, key, opts...); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := advisory.AcquireConn(soon(t), conn, key, opts...); !errors.Is(err, advisory.ErrReentrant) {
+			t.Errorf("the second time: %v, want ErrReentrant", err)
+		}
+		wantHeld(t, key)
+	}
+	if err := advisory.AcquireConn(soon(t), conn, another, opts...); err != nil {
+		t.Errorf("another key: %v", err)
+	}
+	if err := advisory.ReleaseConn(t.Context(), conn, key); err != nil {
+		t.Errorf("ReleaseConn: %v", err)
+	}
+	wantFree(t, adminDB(t), key)
+	wantHeld(t, another)
+	if err := advisory.ReleaseConn(t.Context(), conn, another); err != nil {
+		t.Errorf("ReleaseConn of the other: %v", err)
+	}
+	wantCleanSession(t, conn)
+	conn.Close()
+}
+
+// acquireConnWaiting takes the lock of key, for which it has to wait.
+func acquireConnWaiting(t *testing.T, conn *sql.Conn, key advisory.Key, opts []advisory.Option) {
+	t.Helper()
+	release := hold(t, adminDB(t), key)
+	done := make(chan error, 1)
+	go func() { done <- advisory.AcquireConn(soon(t), conn, key, opts...) }()
+	waitForWaiters(t, adminDB(t), key, 1)
+	release()
+	if err := await(t, "AcquireConn returns", done); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // The server would warn of it.
@@ -205,12 +228,14 @@ func TestReleaseConnOfWhatIsNotHeld(t *testing.T) {
 	})
 }
 
-// leavings are what fn of WithConnLock may leave behind, and what the error then says.
-var leavings = []struct {
+// A leaving is what fn of WithConnLock may leave behind, and what the error then says.
+type leaving struct {
 	name, says string
 	leave      func(t testing.TB, ctx context.Context, conn *sql.Conn) error
 	stays      bool // database/sql counts the connection until the rows are closed, whoever is done with it
-}{
+}
+
+var leavings = []leaving{
 	{name: "rows", says: "rows", leave: func(t testing.TB, ctx context.Context, conn *sql.Conn) error {
 		return leaveRows(t, ctx, conn, 1, 0)
 	}},
@@ -253,33 +278,38 @@ func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
 				}
 				for _, timeout := range []bool{false, true} {
 					t.Run(fmt.Sprintf("%s, pool of %d, HolderTimeout %t", l.name, limit, timeout), func(t *testing.T) {
-						db := d.open(t, server.DSN())
-						db.SetMaxOpenConns(limit)
-						key := testKey(t)
 						var opts []advisory.Option
 						if timeout {
 							opts = append(opts, advisory.HolderTimeout(20*time.Second))
 						}
-						began := time.Now()
-						err := advisory.WithConnLock(soon(t), db, key, func(ctx context.Context, conn *sql.Conn) error {
-							return l.leave(t, ctx, conn)
-						}, opts...)
-						if err == nil || !strings.Contains(err.Error(), l.says) || errors.Is(err, advisory.ErrLost) || errors.Is(err, advisory.ErrNotAcquired) {
-							t.Errorf("error %v, want one that says %q and is not ErrLost", err, l.says)
-						}
-						wantFree(t, adminDB(t), key)
-						if err := withConnLock.with(soon(t), db, key, noWork); err != nil {
-							t.Errorf("the next one: %v", err)
-						}
-						if took := time.Since(began); took > 5*time.Second {
-							t.Errorf("all of it took %v", took)
-						}
-						if !l.stays {
-							wantClean(t, db)
-						}
+						l.test(t, d, limit, opts)
 					})
 				}
 			}
 		}
 	})
+}
+
+// test has fn leave it, on a connection of a pool of at most limit connections.
+func (l leaving) test(t *testing.T, d driver, limit int, opts []advisory.Option) {
+	db := d.open(t, server.DSN())
+	db.SetMaxOpenConns(limit)
+	key := testKey(t)
+	began := time.Now()
+	err := advisory.WithConnLock(soon(t), db, key, func(ctx context.Context, conn *sql.Conn) error {
+		return l.leave(t, ctx, conn)
+	}, opts...)
+	if err == nil || !strings.Contains(err.Error(), l.says) || errors.Is(err, advisory.ErrLost) || errors.Is(err, advisory.ErrNotAcquired) {
+		t.Errorf("error %v, want one that says %q and is not ErrLost", err, l.says)
+	}
+	wantFree(t, adminDB(t), key)
+	if err := withConnLock.with(soon(t), db, key, noWork); err != nil {
+		t.Errorf("the next one: %v", err)
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("all of it took %v", took)
+	}
+	if !l.stays {
+		wantClean(t, db)
+	}
 }

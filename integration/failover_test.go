@@ -75,65 +75,23 @@ func TestFailover(t *testing.T) {
 		setUp(t, d.open(t, primary.DSN()), "ALTER SYSTEM SET synchronous_standby_names = 'standby'", "SELECT pg_reload_conf()")
 
 		const heartbeat = 400 * time.Millisecond
-		opts := []advisory.Option{advisory.Heartbeat(heartbeat)}
 		dsn := bothHosts(d, primary, standby)
-		key := func(i int) advisory.Key { return advisory.Name(fmt.Sprint(t.Name(), i)) }
-		var counter fencedCounter
 		db := d.open(t, dsn)
-		counter.create(t, db)
+		f := &failover{opts: []advisory.Option{advisory.Heartbeat(heartbeat)}}
+		f.counter.create(t, db)
 
 		const n = 5
-		var held []*advisory.Lock
-		var tokens []int64
 		for i := range n {
-			lock, err := advisory.Acquire(t.Context(), db, key(i), opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer lock.Release()
-			token, err := lock.Token(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := counter.write(t.Context(), db, token); err != nil {
-				t.Fatal(err)
-			}
-			held, tokens = append(held, lock), append(tokens, token)
+			f.hold(t, db, failoverKey(t, i))
 		}
 		// Waiters write under their own token, again and again, and so does whoever
 		// else holds a token, be it stale.
 		var wg sync.WaitGroup
-		var mu sync.Mutex
-		var begun []time.Time
 		for i := range n {
-			wg.Go(func() {
-				db := d.open(t, dsn)
-				if err := advisory.WithLock(soon(t), db, key(i), func(ctx context.Context) error {
-					mu.Lock()
-					begun = append(begun, time.Now())
-					mu.Unlock()
-					token, err := advisory.Token(ctx)
-					if err != nil {
-						return err
-					}
-					for _, old := range tokens {
-						if token <= old {
-							t.Errorf("token %d after the failover, %d before", token, old)
-						}
-					}
-					for range 20 {
-						if err := counter.write(ctx, db, token); err != nil && !errors.Is(err, errStale) {
-							return err
-						}
-					}
-					return nil
-				}, opts...); err != nil {
-					t.Errorf("waiter: %v", err)
-				}
-			})
+			wg.Go(func() { f.wait(t, d.open(t, dsn), failoverKey(t, i)) })
 		}
 		for i := range n {
-			waitForWaiters(t, db, key(i), 1)
+			waitForWaiters(t, db, failoverKey(t, i), 1)
 		}
 
 		failed := time.Now()
@@ -144,10 +102,10 @@ func TestFailover(t *testing.T) {
 			t.Fatal(err)
 		}
 		promoted := time.Now()
-		told := awaitLosses(t, held, failed)
+		told := awaitLosses(t, f.held, failed)
 		wg.Wait()
 		var took []time.Duration
-		for _, at := range begun {
+		for _, at := range f.begun {
 			took = append(took, at.Sub(promoted))
 		}
 		logBound(t, "failover "+d.name, "holder told", 2*heartbeat+500*time.Millisecond, told)
@@ -155,14 +113,71 @@ func TestFailover(t *testing.T) {
 
 		// An old holder that did not look. Its connections are new, or dead.
 		fresh := d.open(t, dsn)
-		for i, lock := range held {
-			if err := counter.write(t.Context(), fresh, tokens[i]); !errors.Is(err, errStale) {
+		for i, lock := range f.held {
+			if err := f.counter.write(t.Context(), fresh, f.tokens[i]); !errors.Is(err, errStale) {
 				t.Errorf("an old holder's write: %v, want it refused", err)
 			}
 			wantLost(t, "Release", lock.Release())
 		}
-		if writes := counter.wantNoStale(t, fresh); writes < n+20 {
+		if writes := f.counter.wantNoStale(t, fresh); writes < n+20 {
 			t.Errorf("%d writes", writes)
 		}
 	})
+}
+
+func failoverKey(t testing.TB, i int) advisory.Key { return advisory.Name(fmt.Sprint(t.Name(), i)) }
+
+// A failover is seen by those who hold locks, and by those who wait for them.
+type failover struct {
+	counter fencedCounter
+	opts    []advisory.Option
+	held    []*advisory.Lock
+	tokens  []int64 // of those that are held
+
+	mu    sync.Mutex
+	begun []time.Time // when waiters had their locks
+}
+
+// hold takes the lock of key, and writes under its token.
+func (f *failover) hold(t testing.TB, db *sql.DB, key advisory.Key) {
+	t.Helper()
+	lock, err := advisory.Acquire(t.Context(), db, key, f.opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lock.Release() })
+	token, err := lock.Token(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.counter.write(t.Context(), db, token); err != nil {
+		t.Fatal(err)
+	}
+	f.held, f.tokens = append(f.held, lock), append(f.tokens, token)
+}
+
+// wait waits for the lock of key, and writes under its token.
+func (f *failover) wait(t testing.TB, db *sql.DB, key advisory.Key) {
+	if err := advisory.WithLock(soon(t), db, key, func(ctx context.Context) error {
+		f.mu.Lock()
+		f.begun = append(f.begun, time.Now())
+		f.mu.Unlock()
+		token, err := advisory.Token(ctx)
+		if err != nil {
+			return err
+		}
+		for _, old := range f.tokens {
+			if token <= old {
+				t.Errorf("token %d after the failover, %d before", token, old)
+			}
+		}
+		for range 20 {
+			if err := f.counter.write(ctx, db, token); err != nil && !errors.Is(err, errStale) {
+				return err
+			}
+		}
+		return nil
+	}, f.opts...); err != nil {
+		t.Errorf("waiter: %v", err)
+	}
 }

@@ -59,7 +59,7 @@ func compete(t *testing.T, pools []*sql.DB, d time.Duration, with func(db *sql.D
 // Of many processes that want one lock, none waits much longer than it would for a blocking
 // pg_advisory_lock, which is first come, first served.
 func TestProcessesAreServedInTheirOrder(t *testing.T) {
-	const processes, section, d = 60, 20 * time.Millisecond, 5 * time.Second
+	const processes, d = 60, 5 * time.Second
 	s := ownServer(t, pgtest.Setting("max_connections", "300"))
 	for _, drv := range drivers[:2] {
 		t.Run(drv.name, func(t *testing.T) {
@@ -68,30 +68,11 @@ func TestProcessesAreServedInTheirOrder(t *testing.T) {
 				pools = append(pools, drv.open(t, s.DSN()))
 			}
 			ctx := context.Background()
-			work := func(granted func()) error {
-				granted()
-				time.Sleep(section)
-				return nil
-			}
-			blocking := compete(t, pools, d, func(db *sql.DB, granted func()) error {
-				conn, err := db.Conn(ctx)
-				if err != nil {
-					return err
-				}
-				defer conn.Close()
-				if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_lock(1)"); err != nil {
-					return err
-				}
-				if err := work(granted); err != nil {
-					return err
-				}
-				_, err = conn.ExecContext(ctx, "SELECT pg_advisory_unlock(1)")
-				return err
-			})
+			blocking := compete(t, pools, d, func(db *sql.DB, granted func()) error { return turnOfBlocking(ctx, db, granted) })
 			t.Logf("blocking:   %v", blocking)
 			for _, w := range []way{withLock, withConnLock, withTxLock} {
 				ours := compete(t, pools, d, func(db *sql.DB, granted func()) error {
-					return w.with(ctx, db, advisory.ID(2), func(context.Context, querier) error { return work(granted) })
+					return w.with(ctx, db, advisory.ID(2), func(context.Context, querier) error { turn(granted); return nil })
 				})
 				t.Logf("%s: %v", w.name, ours)
 				if ours.longest() > 2*blocking.longest() {
@@ -103,4 +84,25 @@ func TestProcessesAreServedInTheirOrder(t *testing.T) {
 			}
 		})
 	}
+}
+
+// turn is what each does under the lock.
+func turn(granted func()) {
+	granted()
+	time.Sleep(20 * time.Millisecond)
+}
+
+// turnOfBlocking waits in pg_advisory_lock for its turn.
+func turnOfBlocking(ctx context.Context, db *sql.DB, granted func()) error {
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_lock(1)"); err != nil {
+		return err
+	}
+	turn(granted)
+	_, err = conn.ExecContext(ctx, "SELECT pg_advisory_unlock(1)")
+	return err
 }

@@ -40,27 +40,7 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 				key := advisory.Name(t.Name() + w.name + name)
 				release := hold(t, adminDB(t), key)
 				waiter := make(chan error, 1)
-				wait := func() {
-					waiter <- w.with(soon(t), db, key, func(ctx context.Context, q querier) error {
-						// Held exactly once, as far as others can see.
-						n, err := locks(ctx, adminDB(t), key, true)
-						if n != 1 {
-							err = errors.Join(err, fmt.Errorf("%d hold the lock", n))
-						}
-						return err
-					}, opts...)
-				}
-				go wait()
-				var pid int
-				waitFor(t, "it waits", func() (bool, error) {
-					select {
-					case <-waiter: // its Timeout was over before it was seen
-						go wait()
-					default:
-					}
-					err := adminDB(t).QueryRow(waiterPIDs, key.SQL()).Scan(&pid)
-					return err == nil, err
-				})
+				pid := waitSeen(t, key, waiter, func() { waiter <- w.with(soon(t), db, key, heldOnce(t, key), opts...) })
 				require(t, "a server on this machine", syscall.Kill(pid, syscall.SIGSTOP))
 				// The timeout will have come by then.
 				time.AfterFunc(bound, func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
@@ -81,6 +61,34 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// heldOnce is work that wants the lock of key held exactly once, as far as others can see.
+func heldOnce(t *testing.T, key advisory.Key) work {
+	return func(ctx context.Context, q querier) error {
+		n, err := locks(ctx, adminDB(t), key, true)
+		if n != 1 {
+			err = errors.Join(err, fmt.Errorf("%d hold the lock", n))
+		}
+		return err
+	}
+}
+
+// waitSeen calls wait, in a goroutine, and returns the server's process that waits for key.
+// It calls wait again if that has ended before it was seen, because its Timeout was over.
+func waitSeen(t *testing.T, key advisory.Key, ended <-chan error, wait func()) (pid int) {
+	t.Helper()
+	go wait()
+	waitFor(t, "it waits", func() (bool, error) {
+		select {
+		case <-ended:
+			go wait()
+		default:
+		}
+		err := adminDB(t).QueryRow(waiterPIDs, key.SQL()).Scan(&pid)
+		return err == nil, err
+	})
+	return pid
 }
 
 // The same by chance: locks released in about the moment in which a wait ends.

@@ -131,32 +131,37 @@ func TestHoldersNamesWhoHoldsAndThenWhoWaitsLongestFirst(t *testing.T) {
 		wantHolders(t, db, key, want...)
 		wantHolders(t, conn, key, want...)
 		holders := wantHolders(t, tx, key, want...)
-		if t.Failed() {
-			return
-		}
-
-		var now time.Time
-		var user, addr string
-		if err := tx.QueryRow("SELECT clock_timestamp(), current_user, coalesce(host(inet_client_addr()), '')").Scan(&now, &user, &addr); err != nil {
-			t.Fatal(err)
-		}
-		recent := func(at time.Time) bool { return at.Before(now) && at.After(now.Add(-time.Minute)) }
-		for i, h := range holders {
-			state, query := "active", "pg_advisory_lock"
-			if h.Granted {
-				state = "idle"
-			}
-			if h.User != user || h.ClientAddr != addr || h.State != state || !strings.Contains(h.Query, query) || !recent(h.SessionStart) {
-				t.Errorf("%d: %+v", i, h)
-			}
-			if h.Granted != h.WaitStart.IsZero() || !h.Granted && !recent(h.WaitStart) {
-				t.Errorf("%d: WaitStart is %v", i, h.WaitStart)
-			}
-			if i > 1 && h.WaitStart.Before(holders[i-1].WaitStart) {
-				t.Errorf("%d has waited longer than %d", i, i-1)
-			}
+		if !t.Failed() {
+			wantDetails(t, tx, holders)
 		}
 	})
+}
+
+// wantDetails looks at what Holders says of each session besides: one holds the lock, the
+// others wait for it.
+func wantDetails(t *testing.T, tx *sql.Tx, holders []advisory.Holder) {
+	t.Helper()
+	var now time.Time
+	var user, addr string
+	if err := tx.QueryRow("SELECT clock_timestamp(), current_user, coalesce(host(inet_client_addr()), '')").Scan(&now, &user, &addr); err != nil {
+		t.Fatal(err)
+	}
+	recent := func(at time.Time) bool { return at.Before(now) && at.After(now.Add(-time.Minute)) }
+	for i, h := range holders {
+		state, query := "active", "pg_advisory_lock"
+		if h.Granted {
+			state = "idle"
+		}
+		if h.User != user || h.ClientAddr != addr || h.State != state || !strings.Contains(h.Query, query) || !recent(h.SessionStart) {
+			t.Errorf("%d: %+v", i, h)
+		}
+		if h.Granted != h.WaitStart.IsZero() || !h.Granted && !recent(h.WaitStart) {
+			t.Errorf("%d: WaitStart is %v", i, h.WaitStart)
+		}
+		if i > 1 && h.WaitStart.Before(holders[i-1].WaitStart) {
+			t.Errorf("%d has waited longer than %d", i, i-1)
+		}
+	}
 }
 
 func TestHoldersOfSharedLock(t *testing.T) {

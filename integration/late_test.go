@@ -80,15 +80,11 @@ func (l lateness) name() string {
 
 func latenesses() (all []lateness) {
 	onShared := []string{"WithLock", "Lead"}
-	withoutTimeout := []string{"Lead", "Check"}
 	for _, d := range drivers[:2] {
 		for _, s := range silences {
 			for _, w := range s.ways {
 				for _, b := range boundings {
-					if b.name == "deadline" && w != "WithTxLock" {
-						continue // which is as the end of ctx
-					}
-					if len(s.bounds) > 0 && !slices.Contains(s.bounds, b.name) || b.name == "Timeout" && slices.Contains(withoutTimeout, w) {
+					if !s.isBounded(w, b.name) {
 						continue
 					}
 					all = append(all, lateness{d, s, w, b, false})
@@ -100,6 +96,19 @@ func latenesses() (all []lateness) {
 		}
 	}
 	return all
+}
+
+// isBounded tells whether a bound has something of its own to show in this silence.
+func (s silence) isBounded(way, bound string) bool {
+	withoutTimeout := []string{"Lead", "Check"}
+	switch {
+	case bound == "deadline" && way != "WithTxLock":
+		return false // which is as the end of ctx
+	case bound == "Timeout" && slices.Contains(withoutTimeout, way):
+		return false
+	default:
+		return len(s.bounds) == 0 || slices.Contains(s.bounds, bound)
+	}
 }
 
 // prepare returns the call that may be late, and what undoes what was done for it.

@@ -190,17 +190,8 @@ func TestKilledAndFrozenLeadersNeverWorkBesideAnother(t *testing.T) {
 
 		allowLog(t, silent, clientGone) // of those that are frozen, and killed
 		all := &terms{t: t, of: map[int64]*term{}}
-		start := func() {
-			var p *proctest.Process
-			started := make(chan struct{})
-			p = proctest.Start(t, func(line []byte) {
-				<-started
-				all.add(p, line)
-			}, childEnv+"=candidate", candidateEnv+"="+string(args))
-			close(started)
-		}
 		for range candidates {
-			start()
+			all.startCandidate(string(args))
 		}
 
 		var (
@@ -213,7 +204,7 @@ func TestKilledAndFrozenLeadersNeverWorkBesideAnother(t *testing.T) {
 				last = time.Now()
 				l.process.Kill()
 				killed = append(killed, all.next(last).begun.Sub(last))
-				start()
+				all.startCandidate(string(args))
 				continue
 			}
 			last = all.freeze(l)
@@ -224,48 +215,71 @@ func TestKilledAndFrozenLeadersNeverWorkBesideAnother(t *testing.T) {
 			told = append(told, all.waitUntilTold(l).Sub(thawed))
 		}
 
-		all.mu.Lock()
-		defer all.mu.Unlock()
-		inOrder := slices.SortedFunc(maps.Values(all.of), func(a, b *term) int { return a.begun.Compare(b.begun) })
-		refused := 0
-		for i, l := range inOrder {
-			refused += l.refused
-			if i == 0 {
-				continue
-			}
-			before := inOrder[i-1]
-			if l.begun.Before(before.end) {
-				t.Errorf("term %d began %v before the work of term %d ended", i, before.end.Sub(l.begun), i-1)
-			}
-			if l.token <= before.token {
-				t.Errorf("term %d has token %d, after %d", i, l.token, before.token)
-			}
-		}
-		// The resource is the judge of what was done by those who could not be told in time.
-		var late int
-		if err := adminDB(t).QueryRow("SELECT count(*) FROM (SELECT token < lag(token) OVER (ORDER BY id) AS late FROM " + table + ") AS w WHERE late").
-			Scan(&late); err != nil || late > 0 {
-			t.Errorf("the resource has taken %d writes of former leaders (%v)", late, err)
-		}
-		if refused == 0 {
-			t.Error("no thawed leader wrote: nothing was shown about tokens")
-		}
-		for _, s := range []struct {
-			what  string
-			took  []time.Duration
-			bound time.Duration // of the median
-		}{
-			{"SIGKILL: the next leader begins", killed, 100 * time.Millisecond},
-			{"SIGSTOP: the next leader begins", frozen, candidateTimeout + 100*time.Millisecond},
-			{"SIGCONT: the thawed leader knows", told, candidateHeartbeat},
-		} {
-			slices.Sort(s.took)
-			p50, most := s.took[len(s.took)/2], s.took[len(s.took)-1]
-			t.Logf("%s after %v (p50), %v (max)", s.what, p50, most)
-			if p50 > s.bound {
-				t.Errorf("%s after %v (p50), want under %v", s.what, p50, s.bound)
-			}
-		}
-		t.Logf("%d terms, %d late writes refused", len(inOrder), refused)
+		all.wantOneAfterTheOther()
+		wantNoLateWrite(t, table)
+		wantMedian(t, "SIGKILL: the next leader begins", 100*time.Millisecond, killed)
+		wantMedian(t, "SIGSTOP: the next leader begins", candidateTimeout+100*time.Millisecond, frozen)
+		wantMedian(t, "SIGCONT: the thawed leader knows", candidateHeartbeat, told)
 	})
+}
+
+// startCandidate starts a process, and adds what it says.
+func (ts *terms) startCandidate(args string) {
+	ts.t.Helper()
+	var p *proctest.Process
+	started := make(chan struct{})
+	p = proctest.Start(ts.t, func(line []byte) {
+		<-started
+		ts.add(p, line)
+	}, childEnv+"=candidate", candidateEnv+"="+args)
+	close(started)
+}
+
+// wantOneAfterTheOther fails the test if the work of one term, or its token, came after
+// that of a later one.
+func (ts *terms) wantOneAfterTheOther() {
+	ts.t.Helper()
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	inOrder := slices.SortedFunc(maps.Values(ts.of), func(a, b *term) int { return a.begun.Compare(b.begun) })
+	refused := 0
+	for i, l := range inOrder {
+		refused += l.refused
+		if i == 0 {
+			continue
+		}
+		before := inOrder[i-1]
+		if l.begun.Before(before.end) {
+			ts.t.Errorf("term %d began %v before the work of term %d ended", i, before.end.Sub(l.begun), i-1)
+		}
+		if l.token <= before.token {
+			ts.t.Errorf("term %d has token %d, after %d", i, l.token, before.token)
+		}
+	}
+	if refused == 0 {
+		ts.t.Error("no thawed leader wrote: nothing was shown about tokens")
+	}
+	ts.t.Logf("%d terms, %d late writes refused", len(inOrder), refused)
+}
+
+// wantNoLateWrite asks the resource, which is the judge of what was done by those who could
+// not be told in time.
+func wantNoLateWrite(t testing.TB, table string) {
+	t.Helper()
+	var late int
+	if err := adminDB(t).QueryRow("SELECT count(*) FROM (SELECT token < lag(token) OVER (ORDER BY id) AS late FROM " + table + ") AS w WHERE late").
+		Scan(&late); err != nil || late > 0 {
+		t.Errorf("the resource has taken %d writes of former leaders (%v)", late, err)
+	}
+}
+
+// wantMedian fails the test if the median of what was measured is over the bound.
+func wantMedian(t testing.TB, what string, bound time.Duration, took []time.Duration) {
+	t.Helper()
+	slices.Sort(took)
+	p50, most := took[len(took)/2], took[len(took)-1]
+	t.Logf("%s after %v (p50), %v (max)", what, p50, most)
+	if p50 > bound {
+		t.Errorf("%s after %v (p50), want under %v", what, p50, bound)
+	}
 }

@@ -149,65 +149,78 @@ var errStepDown = errors.New("step down")
 // A leader that steps down is followed at once, not at the end of some poll interval.
 func TestNextLeaderFollowsWithinAHandOff(t *testing.T) {
 	t.Parallel()
-	const stepDowns, bound = 15, 100 * time.Millisecond
+	const stepDowns, candidates, bound = 15, 3, 100 * time.Millisecond
 	eachDriver(t, func(t *testing.T, d driver) {
 		t.Parallel()
 		ctx, stop := context.WithCancel(soon(t))
 		defer stop()
-		var (
-			key        = testKey(t)
-			g          errgroup.Group
-			leaders    atomic.Int64
-			mu         sync.Mutex
-			steppedBy  = -1 // who stepped down last
-			steppedAt  time.Time
-			took       []time.Duration
-			candidates = 3
-		)
+		s := &stepDownRecord{steppedBy: -1, enough: stepDowns, stop: stop}
+		var g errgroup.Group
 		for i := range candidates {
 			db := d.open(t, server.DSN())
-			g.Go(func() error {
-				for turn := 0; ; turn++ {
-					want := []error{nil, errStepDown}[turn%2]
-					err := advisory.Lead(ctx, db, key, func(ctx context.Context) error {
-						if n := leaders.Add(1); n > 1 {
-							t.Errorf("%d lead", n)
-						}
-						begun := time.Now()
-						waitForWaiters(t, adminDB(t), key, 1)
-						time.Sleep(rand.N(100 * time.Millisecond)) // some term: the end of no poll interval
-						mu.Lock()
-						defer mu.Unlock()
-						if steppedBy >= 0 && steppedBy != i {
-							took = append(took, begun.Sub(steppedAt))
-						}
-						if len(took) == stepDowns {
-							stop()
-						}
-						leaders.Add(-1)
-						steppedBy, steppedAt = i, time.Now()
-						return want
-					})
-					if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, want)) {
-						return nil
-					}
-					if !errors.Is(err, want) || want == nil && err != nil {
-						return fmt.Errorf("Lead returned %v, want fn's %v", err, want)
-					}
-				}
-			})
+			g.Go(func() error { return s.campaign(ctx, t, i, db) })
 		}
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		slices.Sort(took)
-		if p50 := took[len(took)/2]; p50 > bound {
-			t.Errorf("the next leader began after %v (p50 of %d), want under %v", p50, len(took), bound)
+		slices.Sort(s.took)
+		if p50 := s.took[len(s.took)/2]; p50 > bound {
+			t.Errorf("the next leader began after %v (p50 of %d), want under %v", p50, len(s.took), bound)
 		} else {
-			t.Logf("p50 %v, max %v", p50, took[len(took)-1])
+			t.Logf("p50 %v, max %v", p50, s.took[len(s.took)-1])
 		}
-		wantFree(t, adminDB(t), key)
+		wantFree(t, adminDB(t), testKey(t))
 	})
+}
+
+// A stepDownRecord is how soon the next leader begins when one has stepped down.
+type stepDownRecord struct {
+	enough int // then stop is called
+	stop   func()
+
+	leaders atomic.Int64
+
+	mu        sync.Mutex
+	steppedBy int // who stepped down last, or -1
+	steppedAt time.Time
+	took      []time.Duration
+}
+
+// campaign calls Lead again and again, until ctx ends.
+func (s *stepDownRecord) campaign(ctx context.Context, t *testing.T, candidate int, db *sql.DB) error {
+	for turn := 0; ; turn++ {
+		want := []error{nil, errStepDown}[turn%2]
+		err := advisory.Lead(ctx, db, testKey(t), func(context.Context) error {
+			s.lead(t, candidate)
+			return want
+		})
+		if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, want)) {
+			return nil
+		}
+		if !errors.Is(err, want) || want == nil && err != nil {
+			return fmt.Errorf("Lead returned %v, want fn's %v", err, want)
+		}
+	}
+}
+
+// lead leads until another candidate waits, and for a moment more.
+func (s *stepDownRecord) lead(t *testing.T, candidate int) {
+	if n := s.leaders.Add(1); n > 1 {
+		t.Errorf("%d lead", n)
+	}
+	begun := time.Now()
+	waitForWaiters(t, adminDB(t), testKey(t), 1)
+	time.Sleep(rand.N(100 * time.Millisecond)) // some term: the end of no poll interval
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.steppedBy >= 0 && s.steppedBy != candidate {
+		s.took = append(s.took, begun.Sub(s.steppedAt))
+	}
+	if len(s.took) == s.enough {
+		s.stop()
+	}
+	s.leaders.Add(-1)
+	s.steppedBy, s.steppedAt = candidate, time.Now()
 }
 
 func TestLeadEndsWithItsContext(t *testing.T) {

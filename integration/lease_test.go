@@ -4,23 +4,17 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/internal/pgtest"
-	"github.com/pgadvisory/advisory/integration/internal/testkit"
 )
 
 // logBound logs how long something took, each time that it was tried, and fails the
@@ -235,113 +229,15 @@ func serverTime(t testing.TB, db *sql.DB) (now time.Time) {
 
 // A release resets what the first heartbeat has set, however the lock is released.
 func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
-	const heartbeat, silence = 500 * time.Millisecond, 10 * time.Second
 	bothDrivers(t, func(t *testing.T, d driver) {
 		// The session's own setting is what a reset goes back to.
 		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t), "idle_session_timeout", "77000"))
 		db.SetMaxIdleConns(100)
-		key := testKey(t)
-		opts := []advisory.Option{advisory.Heartbeat(heartbeat), advisory.HolderTimeout(silence)}
-		// beat returns after the first heartbeat of the lock, or several.
-		beat := func() error {
-			waitForHeartbeats(t, adminDB(t), appName(t), 1, serverTime(t, adminDB(t)))
-			return nil
-		}
-		failure := errors.New("fn's error")
-		withConn := func(want string, opts ...advisory.Option) func(context.Context) error {
-			return func(ctx context.Context) error {
-				return advisory.WithConnLock(ctx, db, key, func(_ context.Context, conn *sql.Conn) error {
-					wantSetting(t, conn, "idle_session_timeout", want)
-					return nil
-				}, opts...)
-			}
-		}
-		withTx := func(want string, opts ...advisory.Option) func(context.Context) error {
-			return func(ctx context.Context) error {
-				return advisory.WithTxLock(ctx, db, key, func(_ context.Context, tx *sql.Tx) error {
-					wantSetting(t, tx, "idle_in_transaction_session_timeout", want)
-					return nil
-				}, opts...)
-			}
-		}
-
-		for name, path := range map[string]func(ctx context.Context) error{
-			"WithLock": func(ctx context.Context) error {
-				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, opts...)
-			},
-			"WithLock shared": func(ctx context.Context) error {
-				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, append(opts, advisory.Shared())...)
-			},
-			"WithLocks": func(ctx context.Context) error {
-				return advisory.WithLocks(ctx, db, []advisory.Key{key, advisory.ID(7)}, func(context.Context) error { return beat() }, opts...)
-			},
-			"error": func(ctx context.Context) error {
-				err := advisory.WithLock(ctx, db, key, func(context.Context) error { return errors.Join(beat(), failure) }, opts...)
-				if !errors.Is(err, failure) || errors.Is(err, advisory.ErrLost) {
-					t.Errorf("%v, want fn's error alone", err)
-				}
-				return nil
-			},
-			"end of ctx": func(ctx context.Context) error {
-				ctx, cancel := context.WithCancel(ctx)
-				return advisory.WithLock(ctx, db, key, func(context.Context) error { defer cancel(); return beat() }, opts...)
-			},
-			"panic": func(ctx context.Context) error {
-				defer func() {
-					if p := recover(); p != failure {
-						t.Errorf("recovered %v", p)
-					}
-				}()
-				return advisory.WithLock(ctx, db, key, func(context.Context) error { beat(); panic(failure) }, opts...)
-			},
-			"Goexit": func(ctx context.Context) error {
-				var wg sync.WaitGroup
-				wg.Go(func() {
-					_ = advisory.WithLock(ctx, db, key, func(context.Context) error { beat(); runtime.Goexit(); return nil }, opts...)
-				})
-				wg.Wait()
-				return nil
-			},
-			"Release": func(ctx context.Context) error {
-				lock, err := advisory.Acquire(ctx, db, key, opts...)
-				if err != nil {
-					return err
-				}
-				return errors.Join(beat(), lock.Release())
-			},
-			"no Release": func(ctx context.Context) error {
-				if _, err := advisory.Acquire(ctx, db, key, opts...); err != nil {
-					return err
-				}
-				_ = beat()
-				collect(t, adminDB(t), key)
-				return nil
-			},
-			"after a wait": func(ctx context.Context) error {
-				release := hold(t, adminDB(t), key)
-				go func() {
-					waitForWaiters(t, adminDB(t), key, 1)
-					release()
-				}()
-				return advisory.WithLock(ctx, db, key, func(context.Context) error { return beat() }, opts...)
-			},
-			"WithConnLock":                withConn("10000", opts[1]),
-			"WithConnLock, not given":     withConn("77000"),
-			"WithTxLock":                  withTx("10000", opts[1]),
-			"WithTxLock, REPEATABLE READ": withTx("10000", opts[1], advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelRepeatableRead})),
-			"WithTxLock, not given":       withTx("0"),
-			"WithTxLock, rolled back": func(ctx context.Context) error {
-				err := advisory.WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error { return failure }, opts[1])
-				if !errors.Is(err, failure) {
-					t.Errorf("%v, want fn's error", err)
-				}
-				return nil
-			},
-		} {
-			if err := path(soon(t)); err != nil {
+		for name, use := range leaseUses {
+			if err := use(soon(t), leaseTest{t, db, testKey(t)}); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
-			wantFree(t, adminDB(t), key)
+			wantFree(t, adminDB(t), testKey(t))
 			settings := pooledSettings(t, db)
 			if len(settings) == 0 {
 				t.Errorf("%s: no pooled connection", name)
@@ -356,6 +252,129 @@ func TestNoSettingIsLeftOnPooledConnections(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A leaseTest takes a lock whose session the server is told to watch.
+type leaseTest struct {
+	t   *testing.T
+	db  *sql.DB
+	key advisory.Key
+}
+
+var (
+	leaseTimeout = advisory.HolderTimeout(10 * time.Second)
+	leaseOptions = []advisory.Option{advisory.Heartbeat(500 * time.Millisecond), leaseTimeout}
+	errInLease   = errors.New("fn's error")
+)
+
+// leaseUses take the lock and release it, each in another way.
+var leaseUses = map[string]func(ctx context.Context, l leaseTest) error{
+	"WithLock": func(ctx context.Context, l leaseTest) error {
+		return l.withLock(ctx, l.beat, leaseOptions...)
+	},
+	"WithLock shared": func(ctx context.Context, l leaseTest) error {
+		return l.withLock(ctx, l.beat, append(slices.Clone(leaseOptions), advisory.Shared())...)
+	},
+	"WithLocks": func(ctx context.Context, l leaseTest) error {
+		return advisory.WithLocks(ctx, l.db, []advisory.Key{l.key, advisory.ID(7)}, func(context.Context) error { return l.beat() }, leaseOptions...)
+	},
+	"error": func(ctx context.Context, l leaseTest) error {
+		err := l.withLock(ctx, func() error { return errors.Join(l.beat(), errInLease) }, leaseOptions...)
+		if !errors.Is(err, errInLease) || errors.Is(err, advisory.ErrLost) {
+			l.t.Errorf("%v, want fn's error alone", err)
+		}
+		return nil
+	},
+	"end of ctx": func(ctx context.Context, l leaseTest) error {
+		ctx, cancel := context.WithCancel(ctx)
+		return l.withLock(ctx, func() error { defer cancel(); return l.beat() }, leaseOptions...)
+	},
+	"panic": func(ctx context.Context, l leaseTest) error {
+		defer func() {
+			if p := recover(); p != errInLease {
+				l.t.Errorf("recovered %v", p)
+			}
+		}()
+		return l.withLock(ctx, func() error { l.beat(); panic(errInLease) }, leaseOptions...)
+	},
+	"Goexit": func(ctx context.Context, l leaseTest) error {
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_ = l.withLock(ctx, func() error { l.beat(); runtime.Goexit(); return nil }, leaseOptions...)
+		})
+		wg.Wait()
+		return nil
+	},
+	"Release": func(ctx context.Context, l leaseTest) error {
+		lock, err := advisory.Acquire(ctx, l.db, l.key, leaseOptions...)
+		if err != nil {
+			return err
+		}
+		return errors.Join(l.beat(), lock.Release())
+	},
+	"no Release": func(ctx context.Context, l leaseTest) error {
+		if _, err := advisory.Acquire(ctx, l.db, l.key, leaseOptions...); err != nil {
+			return err
+		}
+		_ = l.beat()
+		collect(l.t, adminDB(l.t), l.key)
+		return nil
+	},
+	"after a wait": func(ctx context.Context, l leaseTest) error {
+		release := hold(l.t, adminDB(l.t), l.key)
+		go func() {
+			waitForWaiters(l.t, adminDB(l.t), l.key, 1)
+			release()
+		}()
+		return l.withLock(ctx, l.beat, leaseOptions...)
+	},
+	"WithConnLock": func(ctx context.Context, l leaseTest) error {
+		return l.withConnLock(ctx, "10000", leaseTimeout)
+	},
+	"WithConnLock, not given": func(ctx context.Context, l leaseTest) error {
+		return l.withConnLock(ctx, "77000")
+	},
+	"WithTxLock": func(ctx context.Context, l leaseTest) error {
+		return l.withTxLock(ctx, "10000", leaseTimeout)
+	},
+	"WithTxLock, REPEATABLE READ": func(ctx context.Context, l leaseTest) error {
+		return l.withTxLock(ctx, "10000", leaseTimeout, advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelRepeatableRead}))
+	},
+	"WithTxLock, not given": func(ctx context.Context, l leaseTest) error {
+		return l.withTxLock(ctx, "0")
+	},
+	"WithTxLock, rolled back": func(ctx context.Context, l leaseTest) error {
+		err := advisory.WithTxLock(ctx, l.db, l.key, func(context.Context, *sql.Tx) error { return errInLease }, leaseTimeout)
+		if !errors.Is(err, errInLease) {
+			l.t.Errorf("%v, want fn's error", err)
+		}
+		return nil
+	},
+}
+
+// beat returns after the first heartbeat of the lock, or several.
+func (l leaseTest) beat() error {
+	waitForHeartbeats(l.t, adminDB(l.t), appName(l.t), 1, serverTime(l.t, adminDB(l.t)))
+	return nil
+}
+
+func (l leaseTest) withLock(ctx context.Context, fn func() error, opts ...advisory.Option) error {
+	return advisory.WithLock(ctx, l.db, l.key, func(context.Context) error { return fn() }, opts...)
+}
+
+// withConnLock wants a setting under the lock, as withTxLock does.
+func (l leaseTest) withConnLock(ctx context.Context, want string, opts ...advisory.Option) error {
+	return advisory.WithConnLock(ctx, l.db, l.key, func(_ context.Context, conn *sql.Conn) error {
+		wantSetting(l.t, conn, "idle_session_timeout", want)
+		return nil
+	}, opts...)
+}
+
+func (l leaseTest) withTxLock(ctx context.Context, want string, opts ...advisory.Option) error {
+	return advisory.WithTxLock(ctx, l.db, l.key, func(_ context.Context, tx *sql.Tx) error {
+		wantSetting(l.t, tx, "idle_in_transaction_session_timeout", want)
+		return nil
+	}, opts...)
 }
 
 // pooledSettings returns, of each connection in the pool, idle_session_timeout,
@@ -394,11 +413,8 @@ func wantSetting(t testing.TB, q querier, name, want string) {
 // the last to speak.
 func TestReleaseAtTheMomentOfAHeartbeatLeavesNoSetting(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		const heartbeat = 2 * time.Millisecond
-		ctx, dsn := soon(t), watchLog(t, server.DSN())
-		deadline := time.Now().Add(1500 * time.Millisecond)
-		var mu sync.Mutex
-		rounds, armed := 0, 0
+		dsn := watchLog(t, server.DSN())
+		r := &releasesAtHeartbeats{deadline: time.Now().Add(1500 * time.Millisecond)}
 		if err := concurrently(8, 1, func(g int) error {
 			db, err := d.openDB(dsn)
 			if err != nil {
@@ -406,120 +422,50 @@ func TestReleaseAtTheMomentOfAHeartbeatLeavesNoSetting(t *testing.T) {
 			}
 			defer db.Close()
 			db.SetMaxOpenConns(1)
-			key := advisory.Name(fmt.Sprint(t.Name(), g))
-			for i := 0; time.Now().Before(deadline); i++ {
-				lock, err := advisory.Acquire(ctx, db, key, advisory.Heartbeat(heartbeat), advisory.HolderTimeout(time.Minute))
-				if err != nil {
-					return err
-				}
-				time.Sleep(heartbeat + time.Duration(i%40-30)*10*time.Microsecond)
-				// A heartbeat of 2 ms may well be late.
-				if err := lock.Release(); err != nil && !errors.Is(err, advisory.ErrLost) {
-					return err
-				}
-				var setting string
-				if err := db.QueryRowContext(ctx, "SHOW idle_session_timeout").Scan(&setting); err != nil {
-					return err
-				}
-				mu.Lock()
-				rounds++
-				if setting != "0" {
-					armed++
-				}
-				mu.Unlock()
-			}
-			return nil
+			return r.run(soon(t), db, advisory.Name(fmt.Sprint(t.Name(), g)))
 		}); err != nil {
 			t.Fatal(err)
 		}
-		t.Logf("%d rounds", rounds)
-		if armed > 0 {
-			t.Errorf("after %d of %d releases, the pooled connection had an idle_session_timeout", armed, rounds)
+		t.Logf("%d rounds", r.rounds)
+		if r.armed > 0 {
+			t.Errorf("after %d of %d releases, the pooled connection had an idle_session_timeout", r.armed, r.rounds)
 		}
 	})
 }
 
-// A wire stands between a pool and the server and records the statements that pass.
-type wire struct {
-	dsn    string
-	server *pgtest.Server
-	delay  time.Duration // of the answers
+// releasesAtHeartbeats counts releases, and those that left a setting.
+type releasesAtHeartbeats struct {
+	deadline time.Time
 
-	mu         sync.Mutex
-	statements []string
+	mu            sync.Mutex
+	rounds, armed int
 }
 
-func newWire(t testing.TB) *wire { return newWireTo(t, server, 0) }
-
-func newWireTo(t testing.TB, server *pgtest.Server, delay time.Duration) *wire {
-	t.Helper()
-	w := &wire{server: server, delay: delay}
-	_, port, _ := net.SplitHostPort(testkit.Serve(t, w.serve).String())
-	w.dsn = withParams(t, server.DSN(), "host", "127.0.0.1", "port", port, "sslmode", "disable")
-	return w
-}
-
-func (w *wire) serve(client net.Conn) {
-	backend, err := net.Dial("tcp", net.JoinHostPort(w.server.Host(), strconv.Itoa(w.server.Port())))
-	if err != nil {
-		return
+// run takes and releases a lock until the deadline, over a pool of one connection.
+func (r *releasesAtHeartbeats) run(ctx context.Context, db *sql.DB, key advisory.Key) error {
+	const heartbeat = 2 * time.Millisecond
+	for i := 0; time.Now().Before(r.deadline); i++ {
+		lock, err := advisory.Acquire(ctx, db, key, advisory.Heartbeat(heartbeat), advisory.HolderTimeout(time.Minute))
+		if err != nil {
+			return err
+		}
+		time.Sleep(heartbeat + time.Duration(i%40-30)*10*time.Microsecond)
+		// A heartbeat of 2 ms may well be late.
+		if err := lock.Release(); err != nil && !errors.Is(err, advisory.ErrLost) {
+			return err
+		}
+		var setting string
+		if err := db.QueryRowContext(ctx, "SHOW idle_session_timeout").Scan(&setting); err != nil {
+			return err
+		}
+		r.mu.Lock()
+		r.rounds++
+		if setting != "0" {
+			r.armed++
+		}
+		r.mu.Unlock()
 	}
-	defer backend.Close()
-	go func() {
-		defer client.Close()
-		answer := make([]byte, 1<<16)
-		for {
-			n, err := backend.Read(answer)
-			time.Sleep(w.delay)
-			if _, werr := client.Write(answer[:n]); err != nil || werr != nil {
-				return
-			}
-		}
-	}()
-	for first := true; ; first = false {
-		// The first message has no type (PostgreSQL manual, "Message Formats").
-		var head [5]byte
-		from := 0
-		if first {
-			from = 1
-		}
-		if _, err := io.ReadFull(client, head[from:]); err != nil {
-			return
-		}
-		body := make([]byte, binary.BigEndian.Uint32(head[1:])-4)
-		if _, err := io.ReadFull(client, body); err != nil {
-			return
-		}
-		switch head[0] {
-		case 'Q':
-			w.record(string(bytes.TrimRight(body, "\x00")))
-		case 'P':
-			_, query, _ := bytes.Cut(body, []byte{0})
-			query, _, _ = bytes.Cut(query, []byte{0})
-			w.record(string(query))
-		}
-		if _, err := backend.Write(append(head[from:], body...)); err != nil {
-			return
-		}
-	}
-}
-
-func (w *wire) record(statement string) {
-	if statement == "-- ping" {
-		return // pgx looks after connections that were idle
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.statements = append(w.statements, statement)
-}
-
-// take returns what passed since it was called last.
-func (w *wire) take() []string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	s := w.statements
-	w.statements = nil
-	return s
+	return nil
 }
 
 func TestShortSectionsSendTwoStatements(t *testing.T) {

@@ -125,14 +125,7 @@ func TestSharedLocksExcludeWriters(t *testing.T) {
 func TestLockIsReleasedHoweverTheWorkEnds(t *testing.T) {
 	t.Parallel()
 	failed := errors.New("work failed")
-	endings := []struct {
-		name string
-		end  func(cancel context.CancelFunc) error
-		// what becomes of the caller
-		err       error
-		panicking any
-		exit      bool
-	}{
+	endings := []ending{
 		{name: "success", end: func(context.CancelFunc) error { return nil }},
 		{name: "error", end: func(context.CancelFunc) error { return failed }, err: failed},
 		{name: "panic", end: func(context.CancelFunc) error { panic(failed) }, panicking: failed},
@@ -144,49 +137,62 @@ func TestLockIsReleasedHoweverTheWorkEnds(t *testing.T) {
 		db, other := d.open(t, server.DSN()), d.open(t, server.DSN())
 		eachWay(t, closures, func(t *testing.T, w way) {
 			for _, e := range endings {
-				t.Run(e.name, func(t *testing.T) {
-					key := testKey(t)
-					ctx, cancel := context.WithCancel(t.Context())
-					defer cancel()
-					var (
-						err       error
-						panicking any
-						exit      = true
-					)
-					done := make(chan struct{})
-					go func() {
-						defer close(done)
-						defer func() {
-							if panicking = recover(); panicking != nil {
-								exit = false
-							}
-						}()
-						err = w.with(ctx, db, key, func(_ context.Context, q querier) error {
-							wantRefused(t, other, key)
-							return e.end(cancel)
-						})
-						exit = false
-					}()
-					<-done
-					if !errors.Is(err, e.err) || errors.Is(err, advisory.ErrLost) {
-						t.Errorf("error is %v, want %v", err, e.err)
-					}
-					if panicking != e.panicking {
-						t.Errorf("panic value is %v, want %v", panicking, e.panicking)
-					}
-					if exit != e.exit {
-						t.Errorf("goroutine exited: %t, want %t", exit, e.exit)
-					}
-					if ctx.Err() != nil {
-						// database/sql rolls back at the end of ctx, in its own time.
-						wantFree(t, other, key)
-					}
-					wantGranted(t, other, key)
-					wantClean(t, db)
-				})
+				t.Run(e.name, func(t *testing.T) { e.test(t, w, db, other) })
 			}
 		})
 	})
+}
+
+// An ending is how work under a lock ends.
+type ending struct {
+	name string
+	end  func(cancel context.CancelFunc) error
+	// what becomes of the caller
+	err       error
+	panicking any
+	exit      bool
+}
+
+// test ends work under a lock that a session of db holds, and looks from the other pool.
+func (e ending) test(t *testing.T, w way, db, other *sql.DB) {
+	key := testKey(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var (
+		err       error
+		panicking any
+		exit      = true
+	)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if panicking = recover(); panicking != nil {
+				exit = false
+			}
+		}()
+		err = w.with(ctx, db, key, func(_ context.Context, q querier) error {
+			wantRefused(t, other, key)
+			return e.end(cancel)
+		})
+		exit = false
+	}()
+	<-done
+	if !errors.Is(err, e.err) || errors.Is(err, advisory.ErrLost) {
+		t.Errorf("error is %v, want %v", err, e.err)
+	}
+	if panicking != e.panicking {
+		t.Errorf("panic value is %v, want %v", panicking, e.panicking)
+	}
+	if exit != e.exit {
+		t.Errorf("goroutine exited: %t, want %t", exit, e.exit)
+	}
+	if ctx.Err() != nil {
+		// database/sql rolls back at the end of ctx, in its own time.
+		wantFree(t, other, key)
+	}
+	wantGranted(t, other, key)
+	wantClean(t, db)
 }
 
 // A waiter in another process begins at once, not at the end of some poll interval.

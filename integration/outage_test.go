@@ -143,21 +143,7 @@ func TestOutageIsOneEventForAllWaits(t *testing.T) {
 			})
 		}
 		// Each has been refused once and asks again.
-		waitFor(t, "all wait", func() (bool, error) {
-			sent := r.sent()
-			for _, key := range keys {
-				n := 0
-				for _, s := range sent {
-					if strings.Contains(s, key.SQL()) {
-						n++
-					}
-				}
-				if n < 2 {
-					return false, fmt.Errorf("%v has been asked for %d times", key, n)
-				}
-			}
-			return true, nil
-		})
+		waitFor(t, "all wait", func() (bool, error) { return askedTwice(r.sent(), keys) })
 
 		r.answerDials(func() []byte { time.Sleep(10 * time.Millisecond); return nil })
 		began := time.Now()
@@ -185,6 +171,22 @@ func TestOutageIsOneEventForAllWaits(t *testing.T) {
 		}
 		wantClean(t, db)
 	})
+}
+
+// askedTwice tells whether two of the statements or more ask for each key.
+func askedTwice(statements []string, keys []advisory.Key) (bool, error) {
+	for _, key := range keys {
+		n := 0
+		for _, s := range statements {
+			if strings.Contains(s, key.SQL()) {
+				n++
+			}
+		}
+		if n < 2 {
+			return false, fmt.Errorf("%v has been asked for %d times", key, n)
+		}
+	}
+	return true, nil
 }
 
 // wantFewAttempts fails the test unless there were fewer than most attempts in an outage, one at a time, with

@@ -154,7 +154,7 @@ func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 			Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond, Stagger: 53 * time.Millisecond,
 		}
 		t.Cleanup(n.heal)
-		var told, took, lead []time.Duration
+		var p partitions
 		for event := range events {
 			for i := range each {
 				a.Keys = append(a.Keys[:i], fmt.Sprintf("%s %d %d", t.Name(), event, i))
@@ -173,20 +173,7 @@ func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 			cut := history.Now()
 			n.cut()
 			for _, key := range a.Keys {
-				begun := succession.await(key)
-				took = append(took, begun-cut)
-				e, ok := c.find("told", key)
-				if !ok {
-					t.Fatalf("a successor has begun, and the old holder has not been told")
-				}
-				told = append(told, e.At-cut)
-				lead = append(lead, begun-e.At)
-				if begun <= e.At {
-					t.Errorf("a successor began %v before the old holder was told", e.At-begun)
-				}
-				if !e.Lost {
-					t.Errorf("the old holder was told %q, want ErrLost", e.Err)
-				}
+				p.succeed(t, c, key, cut, succession.await(key))
 			}
 			for _, key := range a.Keys {
 				if e := c.await("returned", key); !e.Lost {
@@ -197,13 +184,39 @@ func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 			succession.end()
 			n.heal()
 		}
-		if len(took) != 20 {
-			t.Errorf("%d runs, want 20", len(took))
+		if len(p.took) != 20 {
+			t.Errorf("%d runs, want 20", len(p.took))
 		}
-		logBound(t, "partition "+d.name, "holder told", 2*a.Heartbeat+300*time.Millisecond, told)
-		logBound(t, "partition "+d.name, "successor begins", a.HolderTimeout+time.Second, took)
-		t.Logf("bound: %-20s | %-32s | n %3d | min %7.0f ms", "partition "+d.name, "from told to begins", len(lead), milliseconds(slices.Min(lead)))
+		logBound(t, "partition "+d.name, "holder told", 2*a.Heartbeat+300*time.Millisecond, p.told)
+		logBound(t, "partition "+d.name, "successor begins", a.HolderTimeout+time.Second, p.took)
+		t.Logf("bound: %-20s | %-32s | n %3d | min %7.0f ms", "partition "+d.name, "from told to begins", len(p.lead), milliseconds(slices.Min(p.lead)))
 	})
+}
+
+// partitions are the times of each lock whose holder was cut off.
+type partitions struct {
+	told []time.Duration // from the cut until the holder was told
+	took []time.Duration // from the cut until its successor began
+	lead []time.Duration // from the one to the other
+}
+
+// succeed notes when a successor began, and fails the test unless the old holder c was told
+// before.
+func (p *partitions) succeed(t *testing.T, c *child, key string, cut, begun time.Duration) {
+	t.Helper()
+	p.took = append(p.took, begun-cut)
+	e, ok := c.find("told", key)
+	if !ok {
+		t.Fatalf("a successor has begun, and the old holder has not been told")
+	}
+	p.told = append(p.told, e.At-cut)
+	p.lead = append(p.lead, begun-e.At)
+	if begun <= e.At {
+		t.Errorf("a successor began %v before the old holder was told", e.At-begun)
+	}
+	if !e.Lost {
+		t.Errorf("the old holder was told %q, want ErrLost", e.Err)
+	}
 }
 
 // A release has its own bound, also with a driver that does not return from a

@@ -52,6 +52,7 @@ func TestSilenceThatABalancerCutsOff(t *testing.T) {
 	t.Parallel()
 	s := ownServer(t)
 	dsn := requirePooler(t, "haproxy")(s.HAProxy(t.Context(), settings("timeout client", "3s", "timeout server", "3s")...)).DSN()
+	const holds = 20 * time.Second
 	// Not as parallel tests: all that it takes is time.
 	var wg sync.WaitGroup
 	for _, d := range drivers[:2] {
@@ -62,28 +63,13 @@ func TestSilenceThatABalancerCutsOff(t *testing.T) {
 		defer silent.Close()
 		key, holder, waiter, direct := advisory.Name(t.Name()+d.name), d.open(t, dsn), d.open(t, dsn), d.open(t, s.DSN())
 		wg.Go(func() {
-			const holds = 20 * time.Second
 			waited := make(chan error, 1)
 			err := advisory.WithLock(t.Context(), holder, key, func(ctx context.Context) error {
 				began := time.Now()
-				go func() {
-					err := withLock.with(t.Context(), waiter, key, noWork, advisory.Timeout(2*holds))
-					if took := time.Since(began); took < holds {
-						err = errors.Join(err, fmt.Errorf("it was granted after %v", took))
-					}
-					waited <- err
-				}()
-				select {
-				case <-ctx.Done():
-				case <-time.After(holds / 2):
-				}
-				if n, err := locks(t.Context(), direct, key, false); err != nil || n != 1 {
-					t.Errorf("%s: %d wait (%v)", d.name, n, err)
-				}
-				select {
-				case <-ctx.Done():
-				case <-time.After(holds / 2):
-				}
+				go func() { waited <- waitInSilence(t.Context(), waiter, key, began, holds) }()
+				sleep(ctx, holds/2)
+				waitForWaiters(t, direct, key, 1)
+				sleep(ctx, holds/2)
 				return context.Cause(ctx)
 			})
 			if err != nil {
@@ -98,6 +84,24 @@ func TestSilenceThatABalancerCutsOff(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// waitInSilence waits for a lock that another holds. It returns an error if it has the lock
+// before the holder is done, or not at all.
+func waitInSilence(ctx context.Context, db *sql.DB, key advisory.Key, began time.Time, holds time.Duration) error {
+	err := withLock.with(ctx, db, key, noWork, advisory.Timeout(2*holds))
+	if took := time.Since(began); took < holds {
+		err = errors.Join(err, fmt.Errorf("it was granted after %v", took))
+	}
+	return err
+}
+
+// sleep returns after d, or when ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
 }
 
 // A wait goes on over a restart of the server, whatever a pooler says meanwhile.
@@ -311,37 +315,44 @@ func TestLockThatIsBrokenBehindPgpool(t *testing.T) {
 				ds, wait = ds[i:i+1], 2*time.Second // there will be no second one
 			}
 			for _, d := range ds {
-				key, direct := advisory.Name(t.Name()+d.name), d.open(t, s.DSN())
-				db := d.open(t, p.DSN())
-				lock, err := advisory.Acquire(t.Context(), db, key)
-				if err != nil {
-					t.Fatal(err)
-				}
-				waiter := make(chan error, 1)
-				ctx, cancel := context.WithTimeout(t.Context(), wait)
-				defer cancel()
-				other := d.open(t, p.DSN())
-				go func() { waiter <- withLock.with(ctx, other, key, noWork) }()
-				waitForWaiters(t, direct, key, 1)
-				if _, err := direct.Exec(`SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'`); err != nil {
-					t.Fatal(err)
-				}
-				if !awaitLoss(t, lock.Context()) {
-					t.Error("the holder is not told")
-				}
-				wantLost(t, "Release", lock.Release())
-				err = <-waiter
-				_, detached := d.open(t, p.DSN()).Exec("SELECT")
-				switch {
-				case test.detached:
+				waiter, another := breakLockBehindPgpool(t, d, s, p, wait)
+				if test.detached {
 					const says = "pgpool is not accepting any new connections"
-					if err == nil || detached == nil || !strings.Contains(detached.Error(), says) {
-						t.Errorf("the waiter: %v; a new connection: %v", err, detached)
+					if waiter == nil || another == nil || !strings.Contains(another.Error(), says) {
+						t.Errorf("the waiter: %v; a new connection: %v", waiter, another)
 					}
-				case err != nil || detached != nil:
-					t.Errorf("the waiter: %v; a new connection: %v", err, detached)
+				} else if waiter != nil || another != nil {
+					t.Errorf("the waiter: %v; a new connection: %v", waiter, another)
 				}
 			}
 		})
 	}
+}
+
+// breakLockBehindPgpool ends a holder's session. It returns what becomes of the one who
+// waits for the lock, and of a new connection.
+func breakLockBehindPgpool(t *testing.T, d driver, s *pgtest.Server, p *pgtest.Pooler, wait time.Duration) (waiter, another error) {
+	t.Helper()
+	key, direct := advisory.Name(t.Name()+d.name), d.open(t, s.DSN())
+	db := d.open(t, p.DSN())
+	lock, err := advisory.Acquire(t.Context(), db, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	result := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), wait)
+	defer cancel()
+	other := d.open(t, p.DSN())
+	go func() { result <- withLock.with(ctx, other, key, noWork) }()
+	waitForWaiters(t, direct, key, 1)
+	if _, err := direct.Exec(`SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'`); err != nil {
+		t.Fatal(err)
+	}
+	if !awaitLoss(t, lock.Context()) {
+		t.Error("the holder is not told")
+	}
+	wantLost(t, "Release", lock.Release())
+	waiter = <-result
+	_, another = d.open(t, p.DSN()).Exec("SELECT")
+	return waiter, another
 }

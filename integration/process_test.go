@@ -362,35 +362,13 @@ func TestFrozenHolderIsSucceededAfterHolderTimeout(t *testing.T) {
 		s.wantNone()
 		frozen := history.Now()
 		c.freeze()
-
-		// How long ago the server heard of each holder last.
-		rows, err := adminDB(t).Query(`
-			SELECT extract(epoch FROM clock_timestamp() - state_change)::float8 FROM pg_stat_activity
-			WHERE application_name = $1 AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted)`, appName(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		asked := history.Now()
-		oldest := asked
-		for n := 0; ; n++ {
-			var age float64
-			if !rows.Next() {
-				if n != a.Sessions || rows.Err() != nil {
-					t.Fatalf("%d sessions hold the locks, want %d (%v)", n, a.Sessions, rows.Err())
-				}
-				break
-			}
-			if err := rows.Scan(&age); err != nil {
-				t.Fatal(err)
-			}
-			oldest = min(oldest, asked-time.Duration(age*float64(time.Second)))
-		}
+		oldest := lastHeard(t, a.Sessions)
 
 		var took []time.Duration
 		for _, key := range a.Keys {
 			begun := s.await(key)
 			took = append(took, begun-frozen)
-			// The query above takes a few milliseconds.
+			// The query of lastHeard takes a few milliseconds.
 			if early := oldest + a.HolderTimeout - begun; early > 20*time.Millisecond {
 				t.Errorf("succeeded %v before HolderTimeout was over", early)
 			}
@@ -414,6 +392,33 @@ func TestFrozenHolderIsSucceededAfterHolderTimeout(t *testing.T) {
 		}
 		logBound(t, "SIGCONT "+d.name, "holder told", 500*time.Millisecond, took)
 	})
+}
+
+// lastHeard returns the earliest moment at which the server heard last of one of the
+// holders. The holders are so many sessions of the test's application.
+func lastHeard(t *testing.T, sessions int) time.Duration {
+	t.Helper()
+	rows, err := adminDB(t).Query(`
+		SELECT extract(epoch FROM clock_timestamp() - state_change)::float8 FROM pg_stat_activity
+		WHERE application_name = $1 AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted)`, appName(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	asked := history.Now()
+	oldest := asked
+	n := 0
+	for ; rows.Next(); n++ {
+		var age float64
+		if err := rows.Scan(&age); err != nil {
+			t.Fatal(err)
+		}
+		oldest = min(oldest, asked-time.Duration(age*float64(time.Second)))
+	}
+	if n != sessions || rows.Err() != nil {
+		t.Fatalf("%d sessions hold the locks, want %d (%v)", n, sessions, rows.Err())
+	}
+	return oldest
 }
 
 // A process may fall silent while it waits, and be given the lock then.

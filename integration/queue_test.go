@@ -132,41 +132,13 @@ func TestReadersDoNotStarveAWriter(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				readers := d.open(t, dsn)
 				writers := where(readers)
-				key := testKey(t)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
-				var inside, entries, overlaps atomic.Int64
+				var r overlappingReaders
 				var g errgroup.Group
-				contend(ctx, &g, readers, 4, key, func() {
-					inside.Add(1)
-					defer inside.Add(-1)
-					// Each stays until one has come after it, so that there is always one. Or
-					// until it has waited in vain, because others are kept out.
-					entry := entries.Add(1)
-					for began := time.Now(); time.Since(began) < 100*time.Millisecond; {
-						time.Sleep(time.Millisecond)
-						if entries.Load() > entry {
-							overlaps.Add(1)
-							break
-						}
-					}
-				}, advisory.Shared())
-				waitFor(t, "readers overlap", func() (bool, error) { return overlaps.Load() > 20, nil })
-				var took []time.Duration
-				for range 3 {
-					began := time.Now()
-					err := advisory.WithLock(ctx, writers, key, func(context.Context) error {
-						took = append(took, time.Since(began))
-						if n := inside.Load(); n > 0 {
-							t.Errorf("%d readers are inside beside the writer", n)
-						}
-						return nil
-					}, advisory.Timeout(10*time.Second))
-					if err != nil {
-						t.Error(err)
-					}
-				}
-				logBound(t, "readers "+d.name, "writer begins, "+name, 5*time.Second, took)
+				contend(ctx, &g, readers, 4, testKey(t), r.read, advisory.Shared())
+				waitFor(t, "readers overlap", func() (bool, error) { return r.overlaps.Load() > 20, nil })
+				logBound(t, "readers "+d.name, "writer begins, "+name, 5*time.Second, r.write(ctx, t, writers))
 				cancel()
 				if err := g.Wait(); err != nil {
 					t.Error(err)
@@ -174,6 +146,44 @@ func TestReadersDoNotStarveAWriter(t *testing.T) {
 			})
 		}
 	})
+}
+
+// overlappingReaders counts readers, and how often one comes before another has left.
+type overlappingReaders struct{ inside, entries, overlaps atomic.Int64 }
+
+// read stays until another reader has come, so that there is always one. Or it stays until
+// it has waited in vain, because others are kept out.
+func (r *overlappingReaders) read() {
+	r.inside.Add(1)
+	defer r.inside.Add(-1)
+	entry := r.entries.Add(1)
+	for began := time.Now(); time.Since(began) < 100*time.Millisecond; {
+		time.Sleep(time.Millisecond)
+		if r.entries.Load() > entry {
+			r.overlaps.Add(1)
+			break
+		}
+	}
+}
+
+// write takes the lock several times, when no reader has it, and returns how long each
+// took to begin.
+func (r *overlappingReaders) write(ctx context.Context, t *testing.T, db *sql.DB) (took []time.Duration) {
+	t.Helper()
+	for range 3 {
+		began := time.Now()
+		err := advisory.WithLock(ctx, db, testKey(t), func(context.Context) error {
+			took = append(took, time.Since(began))
+			if n := r.inside.Load(); n > 0 {
+				t.Errorf("%d readers are inside beside the writer", n)
+			}
+			return nil
+		}, advisory.Timeout(10*time.Second))
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	return took
 }
 
 // Waits for other processes leave half of a limited pool to the work.
@@ -391,75 +401,21 @@ func TestMixedStormExcludes(t *testing.T) {
 		for _, db := range pools {
 			fill(t, db, 3)
 		}
-		var keys []advisory.Key
-		ledgers := map[string]*ledger{}
+		s := &mixedStorm{ledgers: map[string]*ledger{}}
 		for i := range 3 {
 			key := advisory.Name(fmt.Sprint(t.Name(), i))
-			keys = append(keys, key)
-			ledgers[key.SQL()] = new(ledger)
-			ledgers[second(key).SQL()] = new(ledger)
+			s.keys = append(s.keys, key)
+			s.ledgers[key.SQL()] = new(ledger)
+			s.ledgers[second(key).SQL()] = new(ledger)
 		}
-		var granted, refused, canceled atomic.Int64
-		err := concurrently(goroutines, d.rounds(each), func(i int) error {
-			ctx := soon(t)
-			w, key := ways[rand.IntN(len(ways))], keys[rand.IntN(len(keys))]
-			w.shared = rand.IntN(2) == 0
-			var opts []advisory.Option
-			patient := func() bool { return true }
-			switch rand.IntN(5) {
-			case 0:
-				opts = append(opts, advisory.NoWait())
-			case 1:
-				opts = append(opts, advisory.Timeout(time.Millisecond+rand.N(50*time.Millisecond)))
-			case 2:
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithCancel(ctx)
-				defer cancel()
-				patient = time.AfterFunc(rand.N(20*time.Millisecond), cancel).Stop
-			}
-			entered := []advisory.Key{key}
-			if w.name == withLocks.name {
-				entered = append(entered, second(key))
-			}
-			err := w.with(ctx, pools[i%len(pools)], key, func(ctx context.Context, _ querier) (err error) {
-				if !patient() {
-					return ctx.Err() // a transaction, and its lock, end with it
-				}
-				for _, k := range entered {
-					l := ledgers[k.SQL()]
-					defer l.leave(w.shared)
-					err = errors.Join(err, l.enter(w.shared))
-				}
-				if err != nil {
-					return fmt.Errorf("not excluded: %w", err)
-				}
-				if rand.IntN(2) == 0 {
-					time.Sleep(rand.N(2 * time.Millisecond))
-				}
-				return nil
-			}, opts...)
-			switch {
-			case err == nil:
-				granted.Add(1)
-			case strings.Contains(err.Error(), "not excluded"):
-				return fmt.Errorf("%s, shared: %t: %w", w.name, w.shared, err)
-			case ctx.Err() != nil && !errors.Is(err, advisory.ErrLost):
-				canceled.Add(1)
-			case errors.Is(err, advisory.ErrNotAcquired):
-				refused.Add(1)
-			default:
-				return fmt.Errorf("%s, shared: %t: %w", w.name, w.shared, err)
-			}
-			return nil
-		})
-		if err != nil {
+		if err := concurrently(goroutines, d.rounds(each), func(i int) error { return s.ask(soon(t), pools[i%len(pools)]) }); err != nil {
 			t.Error(err)
 		}
-		t.Logf("%d granted, %d refused, %d cancelled", granted.Load(), refused.Load(), canceled.Load())
-		if granted.Load() == 0 || refused.Load() == 0 || canceled.Load() == 0 {
+		t.Logf("%d granted, %d refused, %d cancelled", s.granted.Load(), s.refused.Load(), s.canceled.Load())
+		if s.granted.Load() == 0 || s.refused.Load() == 0 || s.canceled.Load() == 0 {
 			t.Error("no storm")
 		}
-		for _, key := range keys {
+		for _, key := range s.keys {
 			wantFree(t, adminDB(t), key)
 			wantFree(t, adminDB(t), second(key))
 		}
@@ -468,4 +424,70 @@ func TestMixedStormExcludes(t *testing.T) {
 			wantNoStatement(t, db)
 		}
 	})
+}
+
+// A mixedStorm counts what becomes of requests of all kinds.
+type mixedStorm struct {
+	keys                       []advisory.Key
+	ledgers                    map[string]*ledger // by the text of the key
+	granted, refused, canceled atomic.Int64
+}
+
+// ask asks for a key in some way, with some patience. It returns an error if the lock does
+// not exclude others.
+func (s *mixedStorm) ask(ctx context.Context, db *sql.DB) error {
+	w, key := ways[rand.IntN(len(ways))], s.keys[rand.IntN(len(s.keys))]
+	w.shared = rand.IntN(2) == 0
+	var opts []advisory.Option
+	patient := func() bool { return true }
+	switch rand.IntN(5) {
+	case 0:
+		opts = append(opts, advisory.NoWait())
+	case 1:
+		opts = append(opts, advisory.Timeout(time.Millisecond+rand.N(50*time.Millisecond)))
+	case 2:
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+		patient = time.AfterFunc(rand.N(20*time.Millisecond), cancel).Stop
+	}
+	err := w.with(ctx, db, key, func(ctx context.Context, _ querier) error {
+		if !patient() {
+			return ctx.Err() // a transaction, and its lock, end with it
+		}
+		return s.enter(w, key)
+	}, opts...)
+	switch {
+	case err == nil:
+		s.granted.Add(1)
+	case strings.Contains(err.Error(), "not excluded"):
+		return fmt.Errorf("%s, shared: %t: %w", w.name, w.shared, err)
+	case ctx.Err() != nil && !errors.Is(err, advisory.ErrLost):
+		s.canceled.Add(1)
+	case errors.Is(err, advisory.ErrNotAcquired):
+		s.refused.Add(1)
+	default:
+		return fmt.Errorf("%s, shared: %t: %w", w.name, w.shared, err)
+	}
+	return nil
+}
+
+// enter enters what the lock guards, and stays there for a moment.
+func (s *mixedStorm) enter(w way, key advisory.Key) (err error) {
+	entered := []advisory.Key{key}
+	if w.name == withLocks.name {
+		entered = append(entered, second(key))
+	}
+	for _, k := range entered {
+		l := s.ledgers[k.SQL()]
+		defer l.leave(w.shared)
+		err = errors.Join(err, l.enter(w.shared))
+	}
+	if err != nil {
+		return fmt.Errorf("not excluded: %w", err)
+	}
+	if rand.IntN(2) == 0 {
+		time.Sleep(rand.N(2 * time.Millisecond))
+	}
+	return nil
 }

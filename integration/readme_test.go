@@ -69,6 +69,25 @@ func sources(t *testing.T) map[string]string {
 // there is.
 func TestDocumentsNameWhatExists(t *testing.T) {
 	t.Parallel()
+	exists := testsAndBenchmarks(t)
+	for _, doc := range []string{"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"} {
+		content, err := os.ReadFile(filepath.Join("..", doc))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(content)
+		for _, name := range namesIn(text) {
+			if !exists[name] {
+				t.Errorf("%s names %s, which does not exist", doc, name)
+			}
+		}
+		wantLinks(t, doc, text)
+	}
+}
+
+// testsAndBenchmarks are the names of all tests, examples and benchmarks.
+func testsAndBenchmarks(t *testing.T) map[string]bool {
+	t.Helper()
 	exists := map[string]bool{}
 	function := regexp.MustCompile(`(?m)^func ((?:Test|Example|Benchmark)\w+)\(`)
 	workload := regexp.MustCompile(`\{name: "(\w+)", title:`)
@@ -83,39 +102,44 @@ func TestDocumentsNameWhatExists(t *testing.T) {
 			exists[m[1]] = true
 		}
 	}
-	named := regexp.MustCompile("`(?:Test|Example|Benchmark)[A-Z_]\\w+`|benchmarks?(?:(?:,| and)? `\\w+`)+")
-	quoted := regexp.MustCompile("`(\\w+)`")
-	link := regexp.MustCompile(`\]\(([^)\s]*)\)`)
-	heading := regexp.MustCompile("(?m)^#+ (.*)$")
-	notInAnchor := regexp.MustCompile(`[^a-z0-9 _-]`)
-	for _, doc := range []string{"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"} {
-		content, err := os.ReadFile(filepath.Join("..", doc))
-		if err != nil {
-			t.Fatal(err)
+	return exists
+}
+
+var (
+	docNamed    = regexp.MustCompile("`(?:Test|Example|Benchmark)[A-Z_]\\w+`|benchmarks?(?:(?:,| and)? `\\w+`)+")
+	docQuoted   = regexp.MustCompile("`(\\w+)`")
+	docLink     = regexp.MustCompile(`\]\(([^)\s]*)\)`)
+	docHeading  = regexp.MustCompile("(?m)^#+ (.*)$")
+	notInAnchor = regexp.MustCompile(`[^a-z0-9 _-]`)
+)
+
+// namesIn returns the tests, examples and benchmarks that a document names.
+func namesIn(text string) (names []string) {
+	for _, m := range docNamed.FindAllString(text, -1) {
+		for _, name := range docQuoted.FindAllStringSubmatch(m, -1) {
+			names = append(names, name[1])
 		}
-		text := string(content)
-		for _, m := range named.FindAllString(text, -1) {
-			for _, name := range quoted.FindAllStringSubmatch(m, -1) {
-				if !exists[name[1]] {
-					t.Errorf("%s names %s, which does not exist", doc, name[1])
-				}
+	}
+	return names
+}
+
+// wantLinks fails the test for each link of a document that leads nowhere.
+func wantLinks(t *testing.T, doc, text string) {
+	t.Helper()
+	anchors := map[string]bool{}
+	for _, m := range docHeading.FindAllStringSubmatch(text, -1) {
+		anchors["#"+strings.ReplaceAll(notInAnchor.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-")] = true
+	}
+	for _, m := range docLink.FindAllStringSubmatch(text, -1) {
+		switch target := m[1]; {
+		case strings.Contains(target, "://"):
+		case strings.HasPrefix(target, "#"):
+			if !anchors[target] {
+				t.Errorf("%s links to its section %s, which does not exist", doc, target)
 			}
-		}
-		anchors := map[string]bool{}
-		for _, m := range heading.FindAllStringSubmatch(text, -1) {
-			anchors["#"+strings.ReplaceAll(notInAnchor.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-")] = true
-		}
-		for _, m := range link.FindAllStringSubmatch(text, -1) {
-			switch target := m[1]; {
-			case strings.Contains(target, "://"):
-			case strings.HasPrefix(target, "#"):
-				if !anchors[target] {
-					t.Errorf("%s links to its section %s, which does not exist", doc, target)
-				}
-			default:
-				if _, err := os.Stat(filepath.Join("..", target)); err != nil {
-					t.Errorf("%s links to %s: %v", doc, target, err)
-				}
+		default:
+			if _, err := os.Stat(filepath.Join("..", target)); err != nil {
+				t.Errorf("%s links to %s: %v", doc, target, err)
 			}
 		}
 	}

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"sync"
 	"testing"
@@ -21,23 +22,18 @@ func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
 		db := d.open(t, s.DSN())
 		db.SetMaxIdleConns(n + waiters)
 		opts := []advisory.Option{advisory.Heartbeat(500 * time.Millisecond)}
-		key := func(i int) advisory.Key { return advisory.Name(fmt.Sprint(t.Name(), i)) }
-
-		var held []*advisory.Lock
+		var keys []advisory.Key
 		for i := range n {
-			lock, err := advisory.Acquire(t.Context(), db, key(i), opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer lock.Release()
-			held = append(held, lock)
+			keys = append(keys, advisory.Name(fmt.Sprint(t.Name(), i)))
 		}
+
+		held := acquireEach(t, db, keys, opts...)
 		var mu sync.Mutex
 		var begun []time.Time
 		var wg sync.WaitGroup
-		for i := range waiters {
+		for _, key := range keys[:waiters] {
 			wg.Go(func() {
-				err := advisory.WithLock(soon(t), d.open(t, s.DSN()), key(i), func(ctx context.Context) error {
+				err := advisory.WithLock(soon(t), d.open(t, s.DSN()), key, func(ctx context.Context) error {
 					mu.Lock()
 					defer mu.Unlock()
 					begun = append(begun, time.Now())
@@ -49,8 +45,8 @@ func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
 			})
 		}
 		admin := d.open(t, s.DSN())
-		for i := range waiters {
-			waitForWaiters(t, admin, key(i), 1)
+		for _, key := range keys[:waiters] {
+			waitForWaiters(t, admin, key, 1)
 		}
 
 		crash := time.Now()
@@ -71,15 +67,7 @@ func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
 		logBound(t, "restart "+d.name, "waiter begins, from ready", 2*time.Second, took)
 
 		// The pool's connections are all dead, and it takes as many locks as before.
-		for i, lock := range held {
-			again, err := advisory.Acquire(t.Context(), db, lock.Key(), opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer again.Release()
-			held[i] = again
-		}
-		for _, lock := range held {
+		for _, lock := range acquireEach(t, db, keys, opts...) {
 			wantLive(t, lock.Context())
 			if err := lock.Release(); err != nil {
 				t.Error(err)
@@ -87,6 +75,20 @@ func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
 		}
 		wantClean(t, db)
 	})
+}
+
+// acquireEach takes the lock of each key. The locks are released with the test at the latest.
+func acquireEach(t testing.TB, db *sql.DB, keys []advisory.Key, opts ...advisory.Option) (held []*advisory.Lock) {
+	t.Helper()
+	for _, key := range keys {
+		lock, err := advisory.Acquire(t.Context(), db, key, opts...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { lock.Release() })
+		held = append(held, lock)
+	}
+	return held
 }
 
 // A fast shutdown says goodbye to its clients, who may well be waiting for a lock.

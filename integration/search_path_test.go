@@ -245,7 +245,44 @@ func (p *hostilePool) useEverything(t *testing.T) {
 
 // contend takes the lock of key by w when it is free, when another holds it, and after that.
 func (p *hostilePool) contend(ctx context.Context, t *testing.T, w way, key advisory.Key) error {
+	if err := p.takeFree(ctx, w, key); err != nil {
+		return err
+	}
+	conn, err := p.other.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_lock("+key.SQL()+")"); err != nil {
+		return err
+	}
+	if err := p.askInVain(ctx, w, key); err != nil {
+		return err
+	}
+	waits := make(chan error, 1)
+	go func() { waits <- w.with(ctx, p.db, key, noWork, p.watched(w)...) }()
+	if w.tries {
+		time.Sleep(1200 * time.Millisecond) // until it has asked whether it is a deadlock
+	} else {
+		waitForWaiters(t, p.other, key, 1)
+	}
+	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_unlock("+key.SQL()+")"); err != nil {
+		return err
+	}
+	return <-waits
+}
+
+// watched are options with a HolderTimeout, where w may have one.
+func (p *hostilePool) watched(w way) []advisory.Option {
 	opts := []advisory.Option{p.log.option()}
+	if w.opens {
+		opts = append(opts, advisory.HolderTimeout(20*time.Second))
+	}
+	return opts
+}
+
+// takeFree takes the lock of key, which is free, and asks who holds it.
+func (p *hostilePool) takeFree(ctx context.Context, w way, key advisory.Key) error {
 	asks := func(ctx context.Context, q querier) error {
 		holders, err := advisory.Holders(ctx, q.(advisory.Querier), key)
 		if err == nil && (len(holders) == 0 || !holders[0].Granted) {
@@ -256,28 +293,21 @@ func (p *hostilePool) contend(ctx context.Context, t *testing.T, w way, key advi
 		}
 		return err
 	}
-	if err := w.with(ctx, p.db, key, asks, opts...); err != nil {
-		return err
+	err := w.with(ctx, p.db, key, asks, p.log.option())
+	if w.opens && err == nil {
+		err = w.with(ctx, p.db, key, noWork, p.watched(w)...)
 	}
-	if w.opens {
-		if err := w.with(ctx, p.db, key, noWork, append(opts, advisory.HolderTimeout(20*time.Second))...); err != nil {
-			return err
-		}
-	}
+	return err
+}
 
-	conn, err := p.other.Conn(ctx)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_lock("+key.SQL()+")"); err != nil {
-		return err
-	}
-	if err := w.with(ctx, p.db, key, noWork, append(opts, advisory.NoWait())...); !errors.Is(err, advisory.ErrNotAcquired) {
+// askInVain asks for the lock of key, which another holds, with each kind of patience.
+func (p *hostilePool) askInVain(ctx context.Context, w way, key advisory.Key) error {
+	logger := p.log.option()
+	if err := w.with(ctx, p.db, key, noWork, logger, advisory.NoWait()); !errors.Is(err, advisory.ErrNotAcquired) {
 		return fmt.Errorf("NoWait: %w", err)
 	}
 	for timeout := 50 * time.Millisecond; ; timeout *= 2 {
-		err := w.with(ctx, p.db, key, noWork, append(opts, advisory.Timeout(timeout))...)
+		err := w.with(ctx, p.db, key, noWork, logger, advisory.Timeout(timeout))
 		if errors.Is(err, advisory.ErrNotAcquired) && (!w.opens || strings.Contains(err.Error(), "held by pid ")) {
 			break
 		}
@@ -289,26 +319,10 @@ func (p *hostilePool) contend(ctx context.Context, t *testing.T, w way, key advi
 	leaving, leave := context.WithCancel(ctx)
 	defer leave()
 	time.AfterFunc(50*time.Millisecond, leave)
-	if err := w.with(leaving, p.db, key, noWork, opts...); !errors.Is(err, context.Canceled) {
+	if err := w.with(leaving, p.db, key, noWork, logger); !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("cancelled: %w", err)
 	}
-	waits := make(chan error, 1)
-	go func() {
-		opts := slices.Clone(opts)
-		if w.opens {
-			opts = append(opts, advisory.HolderTimeout(20*time.Second))
-		}
-		waits <- w.with(ctx, p.db, key, noWork, opts...)
-	}()
-	if w.tries {
-		time.Sleep(1200 * time.Millisecond) // until it has asked whether it is a deadlock
-	} else {
-		waitForWaiters(t, p.other, key, 1)
-	}
-	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_unlock("+key.SQL()+")"); err != nil {
-		return err
-	}
-	return <-waits
+	return nil
 }
 
 // beat holds locks for several heartbeats.
@@ -469,21 +483,7 @@ func wantNoQualificationInVain(t *testing.T, place hostilePlace, sent []string) 
 		t.Fatal(err)
 	}
 	defer conn.Close(context.Background())
-	exec := func(statement string) error {
-		_, err := conn.PgConn().Exec(t.Context(), statement).ReadAll()
-		return err
-	}
-	try := func(statement string) error {
-		if err := exec("BEGIN"); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if err := exec("ROLLBACK; SELECT pg_catalog.pg_advisory_unlock_all()"); err != nil {
-				t.Fatal(err)
-			}
-		}()
-		return exec(statement)
-	}
+	c := hostileControl{t, place, conn}
 	shapes, left := map[string]bool{}, 0
 	for _, s := range sent {
 		s = commentOfKeys.ReplaceAllString(s, "")
@@ -492,41 +492,72 @@ func wantNoQualificationInVain(t *testing.T, place hostilePlace, sent []string) 
 			continue
 		}
 		shapes[shape] = true
-		release := func() {}
-		if key := waitedFor.FindStringSubmatch(s); key != nil { // in vain
-			s = waitBound.ReplaceAllString(s, "LEAST(1")
-			release = hold(t, place.other, keyOf(t, key[1:]))
-		}
-		s = parameter.ReplaceAllStringFunc(s, func(string) string {
-			if strings.Contains(s, "int4[]") {
-				return "'{1}'"
-			}
-			return "'1'"
-		})
-		if err := try(s); err != nil {
-			t.Errorf("%s: %v", s, err)
-			release()
-			continue
-		}
-		for i := 0; ; i++ {
-			next := strings.Index(s[i:], qualification)
-			if next < 0 {
-				break
-			}
-			i += next
-			if strings.HasPrefix(s[i+len(qualification):], "interval") {
-				continue // a word of the language, which means PostgreSQL's own
-			}
-			left++
-			if err := try(s[:i] + s[i+len(qualification):]); err == nil || sqlState(err) != "42501" {
-				t.Errorf("without a qualification: %v\n%s«»%s", err, s[:i], s[i+len(qualification):])
-			}
-		}
-		release()
+		left += c.leaveOutEach(s)
 	}
 	t.Logf("%d shapes with %d qualifications, in %v", len(shapes), left, time.Since(began))
 	if len(shapes) < 20 {
 		t.Errorf("%d shapes, too few to show anything", len(shapes))
+	}
+}
+
+// A hostileControl carries out statements in a hostile place.
+type hostileControl struct {
+	t     *testing.T
+	place hostilePlace
+	conn  *pgx.Conn
+}
+
+func (c hostileControl) exec(statement string) error {
+	_, err := c.conn.PgConn().Exec(c.t.Context(), statement).ReadAll()
+	return err
+}
+
+// try carries out a statement, and leaves nothing of it.
+func (c hostileControl) try(statement string) error {
+	c.t.Helper()
+	if err := c.exec("BEGIN"); err != nil {
+		c.t.Fatal(err)
+	}
+	defer func() {
+		if err := c.exec("ROLLBACK; SELECT pg_catalog.pg_advisory_unlock_all()"); err != nil {
+			c.t.Fatal(err)
+		}
+	}()
+	return c.exec(statement)
+}
+
+// leaveOutEach tries a statement, and tries it without each of its qualifications. It
+// returns how many these are.
+func (c hostileControl) leaveOutEach(s string) (left int) {
+	c.t.Helper()
+	if key := waitedFor.FindStringSubmatch(s); key != nil { // in vain
+		s = waitBound.ReplaceAllString(s, "LEAST(1")
+		release := hold(c.t, c.place.other, keyOf(c.t, key[1:]))
+		defer release()
+	}
+	s = parameter.ReplaceAllStringFunc(s, func(string) string {
+		if strings.Contains(s, "int4[]") {
+			return "'{1}'"
+		}
+		return "'1'"
+	})
+	if err := c.try(s); err != nil {
+		c.t.Errorf("%s: %v", s, err)
+		return 0
+	}
+	for i := 0; ; i++ {
+		next := strings.Index(s[i:], qualification)
+		if next < 0 {
+			return left
+		}
+		i += next
+		if strings.HasPrefix(s[i+len(qualification):], "interval") {
+			continue // a word of the language, which means PostgreSQL's own
+		}
+		left++
+		if err := c.try(s[:i] + s[i+len(qualification):]); err == nil || sqlState(err) != "42501" {
+			c.t.Errorf("without a qualification: %v\n%s«»%s", err, s[:i], s[i+len(qualification):])
+		}
 	}
 }
 

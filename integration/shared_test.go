@@ -13,11 +13,9 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/internal/pgtest"
 )
 
 // All session-level locks of a pool are on one session: these tests are about what its
@@ -103,48 +101,64 @@ func TestThousandLocksOnTwoConnections(t *testing.T) {
 	eachDriver(t, func(t *testing.T, d driver) {
 		db := d.openLimited(t, 2)
 		ctx := soon(t)
-		keys := keysNumbered(t, n)
-		var inside atomic.Int64
-		all := make(chan struct{})
+		all := newMeeting(n)
 		var g errgroup.Group
-		for _, key := range keys {
+		for _, key := range keysNumbered(t, n) {
 			g.Go(func() error {
-				return advisory.WithLock(ctx, db, key, func(ctx context.Context) error {
-					if _, err := db.ExecContext(ctx, "SELECT"); err != nil {
-						return err
-					}
-					if inside.Add(1) == n {
-						close(all)
-					}
-					select {
-					case <-all:
-					case <-ctx.Done():
-						return context.Cause(ctx)
-					}
-					_, err := db.ExecContext(ctx, "SELECT")
-					return err
-				})
+				return advisory.WithLock(ctx, db, key, func(ctx context.Context) error { return all.workAround(ctx, db) })
 			})
 		}
 		select {
-		case <-all:
+		case <-all.begun:
 			// Those who release by now are slower than one query: or they would not be
 			// counted, which is not what is asked here.
 			if _, sessions, holding := heldBy(t, adminDB(t), appName(t)); sessions > 2 || holding > 1 {
 				t.Errorf("%d sessions, %d of which hold locks; want 2 at most, and 1", sessions, holding)
 			}
 		case <-ctx.Done():
-			t.Errorf("%d hold their locks", inside.Load())
+			t.Errorf("%d hold their locks", all.inside.Load())
 		}
 		if err := g.Wait(); err != nil {
 			t.Error(err)
 		}
-		if held, _, _ := heldBy(t, adminDB(t), appName(t)); len(held) > 0 {
-			t.Errorf("%d locks are still held", len(held))
-		}
+		wantNoneHeldBy(t, appName(t))
 		wantClean(t, db)
 		wantNoStatement(t, db)
 	})
+}
+
+// A meeting begins when n are inside.
+type meeting struct {
+	n      int64
+	inside atomic.Int64
+	begun  chan struct{} // closed
+}
+
+func newMeeting(n int64) *meeting { return &meeting{n: n, begun: make(chan struct{})} }
+
+// workAround does some work before the meeting begins, and some after that.
+func (m *meeting) workAround(ctx context.Context, db *sql.DB) error {
+	if _, err := db.ExecContext(ctx, "SELECT"); err != nil {
+		return err
+	}
+	if m.inside.Add(1) == m.n {
+		close(m.begun)
+	}
+	select {
+	case <-m.begun:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	_, err := db.ExecContext(ctx, "SELECT")
+	return err
+}
+
+// wantNoneHeldBy fails the test if the sessions of an application hold locks.
+func wantNoneHeldBy(t testing.TB, application string) {
+	t.Helper()
+	if held, _, _ := heldBy(t, adminDB(t), application); len(held) > 0 {
+		t.Errorf("%d locks are still held, as %q", len(held), held[0])
+	}
 }
 
 // Waiters hold no connection while others of their process are before them, and the first
@@ -206,87 +220,108 @@ func TestBatchesLockExactlyWhatIsAsked(t *testing.T) {
 		keys := keysNumbered(t, n+1)
 		taken := keys[n]
 		hold(t, adminDB(t), advisory.Name(fmt.Sprint(t.Name(), " ", n))) // n is even: a key of one number
-		var members []*turnout
-		for i, key := range keys[:n] {
-			members = append(members, &turnout{key: key, shared: i%4 > 1})
-			if i%4 > 1 { // others share it
-				members = append(members, &turnout{key: key, shared: true}, &turnout{key: key, shared: true})
-			}
-		}
-		opts := []advisory.Option{advisory.Heartbeat(3 * time.Second), advisory.HolderTimeout(20 * time.Second)}
-		shared := append(slices.Clone(opts), advisory.Shared())
-		change := func(m *turnout) (err error) {
-			if m.lock != nil {
-				err = m.lock.Release()
-				m.lock = nil
-				return err
-			}
-			o := opts
-			if m.shared {
-				o = shared
-			}
-			m.lock, err = advisory.Acquire(soon(t), db, m.key, o...)
-			return err
-		}
+		members := turnoutsOf(keys[:n])
+		holds := func(m *turnout) bool { return m.lock != nil }
 		for round := range rounds {
 			var g errgroup.Group
-			for _, m := range members {
-				if rand.IntN(2) == 0 || round == rounds-1 && m.lock != nil {
-					g.Go(func() error { return change(m) })
-				}
-			}
+			changeTogether(t, &g, db, members, func(m *turnout) bool { return rand.IntN(2) == 0 || round == rounds-1 && holds(m) })
 			for i := range 10 {
 				// Half of it may be granted, and must not stay.
 				free := advisory.Name(fmt.Sprint(t.Name(), " free ", i))
-				g.Go(func() error {
-					err := advisory.WithLocks(soon(t), db, []advisory.Key{free, second(free), taken}, func(context.Context) error { return nil },
-						advisory.NoWait())
-					if !errors.Is(err, advisory.ErrNotAcquired) {
-						return fmt.Errorf("WithLocks of a key that is taken: %w", err)
-					}
-					return nil
-				})
+				g.Go(func() error { return refusedLocks(soon(t), db, free, second(free), taken) })
 			}
 			if err := g.Wait(); err != nil {
 				t.Fatal(err)
 			}
-			want := []string{}
-			for _, m := range members {
-				if m.lock != nil {
-					wantLive(t, m.lock.Context())
-					if m.shared {
-						want = append(want, m.key.SQL()+" shared")
-					} else {
-						want = append(want, m.key.SQL())
-					}
-				}
-			}
-			slices.Sort(want)
-			want = slices.Compact(want)
+			want := heldByMembers(t, members)
 			held, _, holding := heldBy(t, adminDB(t), appName(t))
 			if !slices.Equal(held, want) || holding > 1 {
 				t.Fatalf("round %d: %d sessions hold\n%q\nwant one with\n%q", round, holding, held, want)
 			}
 		}
 		var g errgroup.Group
-		for _, m := range members {
-			if m.lock != nil {
-				g.Go(func() error { return change(m) })
-			}
-		}
+		changeTogether(t, &g, db, members, holds)
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		if held, _, _ := heldBy(t, adminDB(t), appName(t)); len(held) > 0 {
-			t.Errorf("%q are still held", held)
-		}
+		wantNoneHeldBy(t, appName(t))
 		wantNoStatement(t, db)
-		for _, s := range pooledSettings(t, db) {
-			if s != old+" 0 0" {
-				t.Errorf("a pooled connection has the timeouts %q", s)
-			}
-		}
+		wantTimeouts(t, db, old)
 	})
+}
+
+// changeTogether has the chosen members change, each in a goroutine of g.
+func changeTogether(t testing.TB, g *errgroup.Group, db *sql.DB, members []*turnout, chosen func(*turnout) bool) {
+	for _, m := range members {
+		if chosen(m) {
+			g.Go(func() error { return m.change(soon(t), db) })
+		}
+	}
+}
+
+// turnoutsOf returns one for each key, or several, where they share it.
+func turnoutsOf(keys []advisory.Key) (members []*turnout) {
+	for i, key := range keys {
+		members = append(members, &turnout{key: key, shared: i%4 > 1})
+		if i%4 > 1 { // others share it
+			members = append(members, &turnout{key: key, shared: true}, &turnout{key: key, shared: true})
+		}
+	}
+	return members
+}
+
+// change releases the lock, or takes it if it is not held.
+func (m *turnout) change(ctx context.Context, db *sql.DB) (err error) {
+	if m.lock != nil {
+		err = m.lock.Release()
+		m.lock = nil
+		return err
+	}
+	opts := []advisory.Option{advisory.Heartbeat(3 * time.Second), advisory.HolderTimeout(20 * time.Second)}
+	if m.shared {
+		opts = append(opts, advisory.Shared())
+	}
+	m.lock, err = advisory.Acquire(ctx, db, m.key, opts...)
+	return err
+}
+
+// heldByMembers returns the locks that the members hold, as heldBy does.
+func heldByMembers(t testing.TB, members []*turnout) []string {
+	t.Helper()
+	held := []string{}
+	for _, m := range members {
+		if m.lock == nil {
+			continue
+		}
+		wantLive(t, m.lock.Context())
+		name := m.key.SQL()
+		if m.shared {
+			name += " shared"
+		}
+		held = append(held, name)
+	}
+	slices.Sort(held)
+	return slices.Compact(held)
+}
+
+// refusedLocks asks for several locks at once, one of which is taken.
+func refusedLocks(ctx context.Context, db *sql.DB, keys ...advisory.Key) error {
+	err := advisory.WithLocks(ctx, db, keys, func(context.Context) error { return nil }, advisory.NoWait())
+	if !errors.Is(err, advisory.ErrNotAcquired) {
+		return fmt.Errorf("WithLocks of a key that is taken: %w", err)
+	}
+	return nil
+}
+
+// wantTimeouts fails the test if a pooled connection has another idle_session_timeout, or
+// another timeout.
+func wantTimeouts(t testing.TB, db *sql.DB, idleSession string) {
+	t.Helper()
+	for _, s := range pooledSettings(t, db) {
+		if s != idleSession+" 0 0" {
+			t.Errorf("a pooled connection has the timeouts %q", s)
+		}
+	}
 }
 
 // Where many release at once, the last one's release is not alone in its statement.
@@ -308,152 +343,8 @@ func TestNoSettingIsLeftByReleasesThatGoTogether(t *testing.T) {
 			if err := concurrently(n, 1, func(i int) error { return locks[i].Release() }); err != nil {
 				t.Fatal(err)
 			}
-			for _, s := range pooledSettings(t, db) {
-				if s != "77000 0 0" {
-					t.Errorf("a pooled connection has the timeouts %q", s)
-				}
-			}
+			wantTimeouts(t, db, "77000")
 			wantNoStatement(t, db)
-		}
-	})
-}
-
-// The server keeps its locks in shared memory, which can be full.
-func TestLockTableIsFull(t *testing.T) {
-	t.Parallel()
-	s := ownServer(t, pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
-	eachDriver(t, func(t *testing.T, d driver) {
-		const before, room, asked = 20, 100, 300
-		allowLog(t, "ERROR:  out of shared memory")
-		admin := d.open(t, s.DSN())
-		db := d.open(t, withParams(t, s.DSN(), "application_name", appName(t)))
-		keys := keysNumbered(t, before+asked)
-		held := make([]*advisory.Lock, len(keys))
-		acquire := func(i int) (err error) {
-			held[i], err = advisory.Acquire(soon(t), db, keys[i], advisory.Heartbeat(600*time.Millisecond))
-			return err
-		}
-		for i := range before {
-			if err := acquire(i); err != nil {
-				t.Fatal(err)
-			}
-		}
-
-		// Another application has the rest of it, but for some.
-		filler, err := admin.Conn(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer filler.Close()
-		fill := func(function string, n int) error {
-			_, err := filler.ExecContext(t.Context(), fmt.Sprintf("SELECT count(%s(i)) FROM generate_series(1, %d) AS i", function, n))
-			return err
-		}
-		// What the session has to know of the system's tables takes room, at first.
-		if err := errors.Join(fill("pg_advisory_lock", 1), fill("pg_advisory_unlock", 1)); err != nil {
-			t.Fatal(err)
-		}
-		if err := fill("pg_advisory_lock", 1000000); sqlState(err) != "53200" {
-			t.Fatalf("%v, want an error because the lock table is full", err)
-		}
-		if err := fill("pg_advisory_unlock", room); err != nil {
-			t.Fatal(err)
-		}
-
-		var failed atomic.Int64
-		if err := concurrently(asked, 1, func(i int) error {
-			i += before
-			err := acquire(i)
-			if err == nil {
-				return nil
-			}
-			failed.Add(1)
-			if sqlState(err) != "53200" || !strings.Contains(err.Error(), keys[i].SQL()) || !strings.Contains(err.Error(), "max_locks_per_transaction") {
-				return fmt.Errorf("want an error that says what to do: %w", err)
-			}
-			return nil
-		}); err != nil {
-			t.Error(err)
-		}
-		// Those that are held are not disturbed, and have their heartbeats.
-		time.Sleep(1300 * time.Millisecond)
-		want := 0
-		for _, lock := range held {
-			if lock != nil {
-				want++
-				wantLive(t, lock.Context())
-			}
-		}
-		if _, err := filler.ExecContext(t.Context(), "SELECT pg_advisory_unlock_all()"); err != nil {
-			t.Fatal(err)
-		}
-		have, _, holding := heldBy(t, admin, appName(t))
-		if len(have) != want || holding != 1 {
-			t.Errorf("%d locks are held on %d sessions, want %d on 1", len(have), holding, want)
-		}
-		// How much room a lock takes, and who else takes some of it, is the server's business.
-		if granted := asked - int(failed.Load()); granted < room/2 || granted == asked {
-			t.Errorf("%d locks were granted where there was room for about %d", granted, room)
-		} else {
-			t.Logf("%d of %d granted", granted, asked)
-		}
-		if err := concurrently(len(held), 1, func(i int) error {
-			if held[i] == nil {
-				return nil
-			}
-			return held[i].Release()
-		}); err != nil {
-			t.Error(err)
-		}
-		if err := concurrently(len(held), 1, func(i int) error {
-			if err := acquire(i); err != nil {
-				return err
-			}
-			return held[i].Release()
-		}); err != nil {
-			t.Errorf("when there is room again: %v", err)
-		}
-		wantClean(t, db)
-	})
-}
-
-// Requests that fail one by one take their time, and holders have their heartbeats in it.
-func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
-	t.Parallel()
-	s := ownServer(t, pgtest.Setting("max_connections", "16"), pgtest.Setting("max_locks_per_transaction", "10"))
-	bothDrivers(t, func(t *testing.T, d driver) {
-		const asked = 400
-		allowLog(t, "ERROR:  out of shared memory")
-		admin := d.open(t, s.DSN())
-		db := d.open(t, newWireTo(t, s, 3*time.Millisecond).dsn)
-		lock, err := advisory.Acquire(soon(t), db, testKey(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		filler, err := admin.Conn(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer filler.Close()
-		if _, err := filler.ExecContext(t.Context(), "SELECT count(pg_advisory_lock(i)) FROM generate_series(1, 1000000) AS i"); sqlState(err) != "53200" {
-			t.Fatalf("%v, want an error because the lock table is full", err)
-		}
-		keys := keysNumbered(t, asked)
-		if err := concurrently(asked, 1, func(i int) error {
-			_, err := advisory.Acquire(soon(t), db, keys[i])
-			if sqlState(err) != "53200" {
-				return err
-			}
-			return nil
-		}); err != nil {
-			t.Error(err)
-		}
-		wantLive(t, lock.Context())
-		if err := lock.Release(); err != nil {
-			t.Error(err)
-		}
-		if _, err := filler.ExecContext(t.Context(), "SELECT pg_advisory_unlock_all()"); err != nil {
-			t.Fatal(err)
 		}
 	})
 }
@@ -502,9 +393,7 @@ func TestLossOfTheSharedSession(t *testing.T) {
 		for _, lock := range held {
 			wantLost(t, "Release", lock.Release())
 		}
-		if held, _, _ := heldBy(t, adminDB(t), appName(t)); len(held) > 0 {
-			t.Errorf("%q are still held", held)
-		}
+		wantNoneHeldBy(t, appName(t))
 		wantClean(t, db)
 	})
 }
@@ -513,7 +402,6 @@ func TestLossOfTheSharedSession(t *testing.T) {
 func TestNoGrantIsLeftByThoseWhoGaveUp(t *testing.T) {
 	t.Parallel()
 	const goroutines, each = 24, 60
-	patience := []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 15 * time.Millisecond, 150 * time.Millisecond}
 	eachDriver(t, func(t *testing.T, d driver) {
 		dsn := withParams(t, server.DSN(), "application_name", appName(t))
 		pools := []*sql.DB{d.open(t, dsn), d.open(t, dsn)}
@@ -522,35 +410,13 @@ func TestNoGrantIsLeftByThoseWhoGaveUp(t *testing.T) {
 			fill(t, db, 4) // few have the time to open one
 		}
 		keys := keysNumbered(t, 3)
-		var granted, gaveUp atomic.Int64
-		err := concurrently(goroutines, d.rounds(each), func(i int) error {
-			ctx, cancel := context.WithCancel(soon(t))
-			defer cancel()
-			defer time.AfterFunc(rand.N(patience[rand.IntN(len(patience))]), cancel).Stop()
-			var opts []advisory.Option
-			if rand.IntN(2) == 0 {
-				opts = append(opts, advisory.Shared())
-			}
-			asked := []advisory.Key{keys[rand.IntN(len(keys))], keys[rand.IntN(len(keys))]}
-			if rand.IntN(3) > 0 {
-				asked = asked[:1]
-			}
-			err := advisory.WithLocks(ctx, pools[i%2], asked, func(context.Context) error { return nil }, opts...)
-			switch {
-			case err == nil:
-				granted.Add(1)
-			case ctx.Err() != nil && !errors.Is(err, advisory.ErrLost):
-				gaveUp.Add(1)
-			default:
-				return err
-			}
-			return nil
-		})
+		var s impatientStorm
+		err := concurrently(goroutines, d.rounds(each), func(i int) error { return s.ask(soon(t), pools[i%2], keys) })
 		if err != nil {
 			t.Error(err)
 		}
-		t.Logf("%d granted, %d gave up", granted.Load(), gaveUp.Load())
-		if granted.Load() == 0 || gaveUp.Load() == 0 {
+		t.Logf("%d granted, %d gave up", s.granted.Load(), s.gaveUp.Load())
+		if s.granted.Load() == 0 || s.gaveUp.Load() == 0 {
 			t.Error("no storm")
 		}
 		for _, key := range keys {
@@ -569,6 +435,35 @@ func TestNoGrantIsLeftByThoseWhoGaveUp(t *testing.T) {
 			}
 		}
 	})
+}
+
+// An impatientStorm counts what becomes of requests whose callers leave before long.
+type impatientStorm struct{ granted, gaveUp atomic.Int64 }
+
+// ask asks for one of the keys, or two, as long as its patience lasts.
+func (s *impatientStorm) ask(ctx context.Context, db *sql.DB, keys []advisory.Key) error {
+	patience := []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 15 * time.Millisecond, 150 * time.Millisecond}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer time.AfterFunc(rand.N(patience[rand.IntN(len(patience))]), cancel).Stop()
+	var opts []advisory.Option
+	if rand.IntN(2) == 0 {
+		opts = append(opts, advisory.Shared())
+	}
+	asked := []advisory.Key{keys[rand.IntN(len(keys))], keys[rand.IntN(len(keys))]}
+	if rand.IntN(3) > 0 {
+		asked = asked[:1]
+	}
+	err := advisory.WithLocks(ctx, db, asked, func(context.Context) error { return nil }, opts...)
+	switch {
+	case err == nil:
+		s.granted.Add(1)
+	case ctx.Err() != nil && !errors.Is(err, advisory.ErrLost):
+		s.gaveUp.Add(1)
+	default:
+		return err
+	}
+	return nil
 }
 
 // The locks of one session may ask for different Heartbeats and HolderTimeouts.
@@ -650,106 +545,6 @@ func TestStrictHolderLeavesNothingToTheNext(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	})
-}
-
-// Not in parallel with other tests, whose goroutines it would count.
-func TestPoolIsClosedUnderHoldersAndWaiters(t *testing.T) {
-	adminDB(t)
-	eachDriver(t, func(t *testing.T, d driver) {
-		const n = 10
-		var outside []func()
-		defer func() {
-			for _, release := range outside {
-				release()
-			}
-		}()
-		before := goleak.IgnoreCurrent()
-		db := d.open(t, withParams(t, server.DSN(), "application_name", appName(t)))
-		var held []*advisory.Lock
-		for _, key := range keysNumbered(t, n) {
-			lock, err := advisory.Acquire(soon(t), db, key)
-			if err != nil {
-				t.Fatal(err)
-			}
-			held = append(held, lock)
-		}
-		var wg sync.WaitGroup
-		var handed, ended atomic.Int64
-		wait := func(key advisory.Key, w way) {
-			wg.Go(func() {
-				switch err := w.with(soon(t), db, key, noWork); {
-				case err == nil:
-					handed.Add(1)
-				case !strings.Contains(err.Error(), "database is closed"):
-					t.Errorf("%s: %v", w.name, err)
-				}
-				ended.Add(1)
-			})
-		}
-		abroad := []way{withLock, withTxLock, withConnLock}
-		for _, w := range abroad { // for another process
-			key := advisory.Name(t.Name() + w.name)
-			outside = append(outside, hold(t, adminDB(t), key))
-			wait(key, w)
-			waitForWaiters(t, adminDB(t), key, 1)
-		}
-		for i, lock := range held { // for this process
-			wait(lock.Key(), abroad[i%len(abroad)])
-		}
-		if err := db.Close(); err != nil {
-			t.Error(err)
-		}
-		waitFor(t, "who waits for another process has ended", func() (bool, error) { return ended.Load() >= int64(len(abroad)), nil })
-		for _, lock := range held {
-			wantLive(t, lock.Context())
-			if err := lock.Release(); err != nil {
-				t.Error(err)
-			}
-		}
-		wg.Wait()
-		// The session of the last holder may have served another.
-		if n := handed.Load(); n > int64(len(held)) {
-			t.Errorf("%d had a lock of which another process is the holder", n-int64(len(held)))
-		}
-		waitFor(t, "the goroutines have ended", func() (bool, error) {
-			err := goleak.Find(before)
-			return err == nil, err
-		})
-		waitFor(t, "the sessions have ended", func() (bool, error) {
-			return isTrue(adminDB(t), `SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = $1)`, appName(t))
-		})
-	})
-}
-
-// A holder may go on for as long as it likes with a pool that is closed. Who waits for it
-// need not, wherever it waits.
-func TestWaitersForTheirOwnProcessEndWithThePool(t *testing.T) {
-	t.Parallel()
-	bothDrivers(t, func(t *testing.T, d driver) {
-		db := d.open(t, server.DSN())
-		key := testKey(t)
-		lock, err := advisory.Acquire(t.Context(), db, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer lock.Release()
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-		defer cancel()
-		var g errgroup.Group
-		for _, w := range []way{withLock, withTxLock, withConnLock} {
-			g.Go(func() error {
-				if err := w.with(ctx, db, key, noWork); err == nil || ctx.Err() != nil {
-					t.Errorf("%s: %v, want an error at once, as by who waits for another process", w.name, err)
-				}
-				return nil
-			})
-		}
-		time.Sleep(50 * time.Millisecond) // most likely they wait by then
-		if err := db.Close(); err != nil {
-			t.Error(err)
-		}
-		_ = g.Wait()
 	})
 }
 

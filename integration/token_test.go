@@ -108,30 +108,30 @@ func TestTokenGrowsOverACrash(t *testing.T) {
 	t.Parallel()
 	s := ownServer(t)
 	bothDrivers(t, func(t *testing.T, d driver) {
-		key := testKey(t)
 		for range 3 {
-			var tokens []int64
-			for range 2 {
-				db := d.open(t, s.DSN())
-				for range 10 {
-					if err := advisory.WithLock(t.Context(), db, key, func(ctx context.Context) error {
-						token, err := advisory.Token(ctx)
-						tokens = append(tokens, token)
-						return err
-					}); err != nil {
-						t.Fatal(err)
-					}
-				}
-				if len(tokens) == 10 {
-					if err := s.Restart(t.Context(), "immediate"); err != nil {
-						t.Fatal(err)
-					}
-				}
+			before := takeTokens(t, d.open(t, s.DSN()), 10)
+			if err := s.Restart(t.Context(), "immediate"); err != nil {
+				t.Fatal(err)
 			}
-			before, after := tokens[9], tokens[10]
-			if after <= before {
-				t.Errorf("token %d before the crash, %d after it", before, after)
+			after := takeTokens(t, d.open(t, s.DSN()), 10)
+			if last := before[len(before)-1]; after[0] <= last {
+				t.Errorf("token %d before the crash, %d after it", last, after[0])
 			}
 		}
 	})
+}
+
+// takeTokens takes the lock of the test n times, and returns its tokens.
+func takeTokens(t *testing.T, db *sql.DB, n int) (tokens []int64) {
+	t.Helper()
+	for range n {
+		if err := advisory.WithLock(t.Context(), db, testKey(t), func(ctx context.Context) error {
+			token, err := advisory.Token(ctx)
+			tokens = append(tokens, token)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return tokens
 }

@@ -15,77 +15,84 @@ import (
 // What ends a wait does not end the caller's transaction.
 func TestRefusedAcquireTxLeavesTheTransactionAlive(t *testing.T) {
 	t.Parallel()
-	tests := []struct {
-		name string
-		opts []advisory.Option
-		ctx  func(t *testing.T, key advisory.Key) context.Context
-		want []error
-	}{
-		{
-			name: "NoWait", want: []error{advisory.ErrNotAcquired},
-			opts: []advisory.Option{advisory.NoWait()},
-		},
-		{
-			name: "Timeout", want: []error{advisory.ErrNotAcquired},
-			opts: []advisory.Option{advisory.Timeout(30 * time.Millisecond)},
-		},
-		{
-			name: "ctx_cancelled_while_waiting", want: []error{advisory.ErrNotAcquired, context.Canceled},
-			ctx: func(t *testing.T, key advisory.Key) context.Context {
-				ctx, cancel := context.WithCancel(t.Context())
-				go func() {
-					defer cancel()
-					waitForTriers(t, adminDB(t), key, 1)
-				}()
-				return ctx
-			},
-		},
-		{
-			name: "deadline_of_ctx", want: []error{advisory.ErrNotAcquired, context.DeadlineExceeded},
-			ctx: func(t *testing.T, _ advisory.Key) context.Context {
-				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
-				t.Cleanup(cancel)
-				return ctx
-			},
-		},
-		{
-			name: "ctx_ended_before", want: []error{advisory.ErrNotAcquired, context.Canceled},
-			ctx: func(t *testing.T, _ advisory.Key) context.Context {
-				ctx, cancel := context.WithCancel(t.Context())
-				cancel()
-				return ctx
-			},
-		},
-	}
 	eachDriver(t, func(t *testing.T, d driver) {
 		db := d.open(t, server.DSN())
-		for _, test := range tests {
-			t.Run(test.name, func(t *testing.T) {
-				key, c := testKey(t), newCounter(t, db)
-				hold(t, adminDB(t), key)
-				ctx := t.Context()
-				if test.ctx != nil {
-					ctx = test.ctx(t, key)
-				}
-				inTx(t, db, func(tx *sql.Tx) {
-					if err := c.increment(t.Context(), tx); err != nil {
-						t.Fatal(err)
-					}
-					err := advisory.AcquireTx(ctx, tx, key, test.opts...)
-					for _, want := range test.want {
-						if !errors.Is(err, want) {
-							t.Errorf("error is %v, want %v", err, want)
-						}
-					}
-					if err := c.increment(t.Context(), tx); err != nil {
-						t.Errorf("the transaction after the refusal: %v", err)
-					}
-				})
-				c.wantValue(t, db, 2)
-				wantClean(t, db)
-			})
+		for _, test := range txRefusals {
+			t.Run(test.name, func(t *testing.T) { test.run(t, db) })
 		}
 	})
+}
+
+// A txRefusal is what ends a wait of AcquireTx.
+type txRefusal struct {
+	name string
+	opts []advisory.Option
+	ctx  func(t *testing.T, key advisory.Key) context.Context
+	want []error
+}
+
+var txRefusals = []txRefusal{
+	{
+		name: "NoWait", want: []error{advisory.ErrNotAcquired},
+		opts: []advisory.Option{advisory.NoWait()},
+	},
+	{
+		name: "Timeout", want: []error{advisory.ErrNotAcquired},
+		opts: []advisory.Option{advisory.Timeout(30 * time.Millisecond)},
+	},
+	{
+		name: "ctx_cancelled_while_waiting", want: []error{advisory.ErrNotAcquired, context.Canceled},
+		ctx: func(t *testing.T, key advisory.Key) context.Context {
+			ctx, cancel := context.WithCancel(t.Context())
+			go func() {
+				defer cancel()
+				waitForTriers(t, adminDB(t), key, 1)
+			}()
+			return ctx
+		},
+	},
+	{
+		name: "deadline_of_ctx", want: []error{advisory.ErrNotAcquired, context.DeadlineExceeded},
+		ctx: func(t *testing.T, _ advisory.Key) context.Context {
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+			t.Cleanup(cancel)
+			return ctx
+		},
+	},
+	{
+		name: "ctx_ended_before", want: []error{advisory.ErrNotAcquired, context.Canceled},
+		ctx: func(t *testing.T, _ advisory.Key) context.Context {
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			return ctx
+		},
+	},
+}
+
+// run has AcquireTx refused in the middle of a transaction.
+func (test txRefusal) run(t *testing.T, db *sql.DB) {
+	key, c := testKey(t), newCounter(t, db)
+	hold(t, adminDB(t), key)
+	ctx := t.Context()
+	if test.ctx != nil {
+		ctx = test.ctx(t, key)
+	}
+	inTx(t, db, func(tx *sql.Tx) {
+		if err := c.increment(t.Context(), tx); err != nil {
+			t.Fatal(err)
+		}
+		err := advisory.AcquireTx(ctx, tx, key, test.opts...)
+		for _, want := range test.want {
+			if !errors.Is(err, want) {
+				t.Errorf("error is %v, want %v", err, want)
+			}
+		}
+		if err := c.increment(t.Context(), tx); err != nil {
+			t.Errorf("the transaction after the refusal: %v", err)
+		}
+	})
+	c.wantValue(t, db, 2)
+	wantClean(t, db)
 }
 
 // A holds the row and wants the lock; B holds the lock and wants the row.
@@ -125,13 +132,7 @@ func TestDeadlockLeavesTheTransactionAlive(t *testing.T) {
 // The waiting sets lock_timeout. The statements that follow must not find it set.
 func TestLockTimeoutIsTheCallersOwn(t *testing.T) {
 	t.Parallel()
-	tests := []struct {
-		name      string
-		dsn       []string
-		set       string // in the transaction
-		want      string // in the transaction
-		wantAfter string // on the session, after it
-	}{
+	tests := []lockTimeout{
 		{name: "default", set: "SELECT 1", want: "0", wantAfter: "0"},
 		{name: "of_the_transaction", set: "SET LOCAL lock_timeout = '1234ms'", want: "1234ms", wantAfter: "0"},
 		{name: "of_the_session", dsn: []string{"lock_timeout", "4321ms"}, set: "SELECT 1", want: "4321ms", wantAfter: "4321ms"},
@@ -139,58 +140,75 @@ func TestLockTimeoutIsTheCallersOwn(t *testing.T) {
 	}
 	eachDriver(t, func(t *testing.T, d driver) {
 		for _, test := range tests {
-			t.Run(test.name, func(t *testing.T) {
-				db := d.open(t, withParams(t, server.DSN(), test.dsn...))
-				db.SetMaxOpenConns(1)
-				key := testKey(t)
-				release := hold(t, adminDB(t), key)
-
-				inTx(t, db, func(tx *sql.Tx) {
-					if _, err := tx.Exec(test.set); err != nil {
-						t.Fatal(err)
-					}
-					for _, opt := range []advisory.Option{advisory.NoWait(), advisory.Timeout(20 * time.Millisecond)} {
-						if err := advisory.AcquireTx(t.Context(), tx, key, opt); !errors.Is(err, advisory.ErrNotAcquired) {
-							t.Errorf("error is %v, want ErrNotAcquired", err)
-						}
-						wantLockTimeout(t, tx, test.want)
-					}
-					go func() {
-						defer release()
-						waitForTriers(t, adminDB(t), key, 1)
-					}()
-					if err := advisory.AcquireTx(t.Context(), tx, key); err != nil {
-						t.Error(err)
-					}
-					wantLockTimeout(t, tx, test.want)
-				})
-				wantLockTimeout(t, db, test.wantAfter)
-			})
+			t.Run(test.name, func(t *testing.T) { test.run(t, d) })
 		}
 		t.Run("WithTxLock", func(t *testing.T) {
 			for lockTimeout, opts := range map[string][]advisory.Option{
 				"0": nil, "4321ms": nil,
 				"7s": {advisory.TxOptions(&sql.TxOptions{Isolation: sql.LevelSerializable})},
 			} {
-				db := d.open(t, withParams(t, server.DSN(), "lock_timeout", lockTimeout))
-				db.SetMaxOpenConns(1)
-				key := testKey(t)
-				release := hold(t, adminDB(t), key)
-				go func() {
-					defer release()
-					waitForWaiters(t, adminDB(t), key, 1)
-				}()
-				err := advisory.WithTxLock(t.Context(), db, key, func(_ context.Context, tx *sql.Tx) error {
-					wantLockTimeout(t, tx, lockTimeout)
-					return nil
-				}, opts...)
-				if err != nil {
-					t.Error(err)
-				}
-				wantLockTimeout(t, db, lockTimeout)
+				testLockTimeoutOfWithTxLock(t, d, lockTimeout, opts)
 			}
 		})
 	})
+}
+
+// A lockTimeout is a lock_timeout of the caller's.
+type lockTimeout struct {
+	name      string
+	dsn       []string
+	set       string // in the transaction
+	want      string // in the transaction
+	wantAfter string // on the session, after it
+}
+
+// run has AcquireTx refused, and then granted after a wait.
+func (test lockTimeout) run(t *testing.T, d driver) {
+	db := d.open(t, withParams(t, server.DSN(), test.dsn...))
+	db.SetMaxOpenConns(1)
+	key := testKey(t)
+	release := hold(t, adminDB(t), key)
+
+	inTx(t, db, func(tx *sql.Tx) {
+		if _, err := tx.Exec(test.set); err != nil {
+			t.Fatal(err)
+		}
+		for _, opt := range []advisory.Option{advisory.NoWait(), advisory.Timeout(20 * time.Millisecond)} {
+			if err := advisory.AcquireTx(t.Context(), tx, key, opt); !errors.Is(err, advisory.ErrNotAcquired) {
+				t.Errorf("error is %v, want ErrNotAcquired", err)
+			}
+			wantLockTimeout(t, tx, test.want)
+		}
+		go func() {
+			defer release()
+			waitForTriers(t, adminDB(t), key, 1)
+		}()
+		if err := advisory.AcquireTx(t.Context(), tx, key); err != nil {
+			t.Error(err)
+		}
+		wantLockTimeout(t, tx, test.want)
+	})
+	wantLockTimeout(t, db, test.wantAfter)
+}
+
+// testLockTimeoutOfWithTxLock waits for a lock on a session with a lock_timeout.
+func testLockTimeoutOfWithTxLock(t *testing.T, d driver, want string, opts []advisory.Option) {
+	db := d.open(t, withParams(t, server.DSN(), "lock_timeout", want))
+	db.SetMaxOpenConns(1)
+	key := testKey(t)
+	release := hold(t, adminDB(t), key)
+	go func() {
+		defer release()
+		waitForWaiters(t, adminDB(t), key, 1)
+	}()
+	err := advisory.WithTxLock(t.Context(), db, key, func(_ context.Context, tx *sql.Tx) error {
+		wantLockTimeout(t, tx, want)
+		return nil
+	}, opts...)
+	if err != nil {
+		t.Error(err)
+	}
+	wantLockTimeout(t, db, want)
 }
 
 func wantLockTimeout(t *testing.T, q querier, want string) {

@@ -78,74 +78,93 @@ func TestTracesHaveNoWaitsAndNoHeartbeats(t *testing.T) {
 	t.Parallel()
 	bothDrivers(t, func(t *testing.T, d driver) {
 		dsn := watchLog(t, server.DSN())
-		for name, open := range map[string]func() (db *sql.DB, statements func() []string){
-			"otelsql": func() (*sql.DB, func() []string) {
-				spans := tracetest.NewInMemoryExporter()
-				provider := trace.NewTracerProvider(trace.WithSyncer(spans))
-				return otelsql.OpenDB(d.connector(t, dsn), otelsql.WithTracerProvider(provider)), func() (statements []string) {
-					for _, s := range spans.GetSpans() {
-						statement := s.Name
-						for _, a := range s.Attributes {
-							statement += " " + a.Value.String()
-						}
-						if s.Status.Code == codes.Error {
-							t.Errorf("a failed span: %s: %s", statement, s.Status.Description)
-						}
-						statements = append(statements, statement)
-					}
-					return statements
-				}
-			},
-			"dd-trace-go": func() (*sql.DB, func() []string) {
-				c := &traced{Connector: d.connector(t, dsn)}
-				return sql.OpenDB(c), func() []string {
-					c.mu.Lock()
-					defer c.mu.Unlock()
-					return c.statements
-				}
-			},
+		for name, open := range map[string]func(*testing.T, sqldriver.Connector) (*sql.DB, func() []string){
+			"otelsql":     openOtelsql,
+			"dd-trace-go": openTraced,
 		} {
 			t.Run(name, func(t *testing.T) {
 				for _, w := range openers {
-					db, statements := open()
-					key := advisory.Name(t.Name() + w.name)
-					release := hold(t, adminDB(t), key)
-					var opts []advisory.Option
-					if w.beats {
-						opts = append(opts, advisory.Heartbeat(200*time.Millisecond))
-					}
-					go func() {
-						waitForWaiters(t, adminDB(t), key, 1)
-						release()
-					}()
-					err := w.with(soon(t), db, key, func(ctx context.Context, _ querier) error {
-						if w.beats {
-							waitFor(t, "a heartbeat", func() (bool, error) {
-								return isTrue(adminDB(t), `SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
-									WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32 | objid::bigint)::text = $1
-									AND query LIKE '/* advisory: %current_setting(''advisory.session''%')`, key.SQL())
-							})
-						}
-						return ctx.Err()
-					}, opts...)
-					if err != nil {
-						t.Errorf("%s: %v", w.name, err)
-					}
-					tries := 0
-					for _, s := range statements() {
-						if strings.Contains(s, "/* advisory") || strings.Contains(s, "advisory.session', ") {
-							t.Errorf("%s: the trace has %s", w.name, s)
-						}
-						if strings.Contains(s, "pg_try_advisory_") {
-							tries++
-						}
-					}
-					if tries == 0 {
-						t.Errorf("%s: the trace has no try: %q", w.name, statements())
-					}
+					db, statements := open(t, d.connector(t, dsn))
+					traceWaitAndHeartbeat(t, w, db)
+					wantOnlyTries(t, w, statements())
 					db.Close()
 				}
 			})
 		}
 	})
+}
+
+// openOtelsql opens a pool whose statements are spans. It fails the test for each span
+// that has failed.
+func openOtelsql(t *testing.T, c sqldriver.Connector) (db *sql.DB, statements func() []string) {
+	spans := tracetest.NewInMemoryExporter()
+	provider := trace.NewTracerProvider(trace.WithSyncer(spans))
+	return otelsql.OpenDB(c, otelsql.WithTracerProvider(provider)), func() (statements []string) {
+		for _, s := range spans.GetSpans() {
+			statement := s.Name
+			for _, a := range s.Attributes {
+				statement += " " + a.Value.String()
+			}
+			if s.Status.Code == codes.Error {
+				t.Errorf("a failed span: %s: %s", statement, s.Status.Description)
+			}
+			statements = append(statements, statement)
+		}
+		return statements
+	}
+}
+
+// openTraced opens a pool of traced connections.
+func openTraced(_ *testing.T, connector sqldriver.Connector) (db *sql.DB, statements func() []string) {
+	c := &traced{Connector: connector}
+	return sql.OpenDB(c), func() []string {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.statements
+	}
+}
+
+// traceWaitAndHeartbeat waits for a lock, and holds it until its first heartbeat.
+func traceWaitAndHeartbeat(t *testing.T, w way, db *sql.DB) {
+	t.Helper()
+	key := advisory.Name(t.Name() + w.name)
+	release := hold(t, adminDB(t), key)
+	var opts []advisory.Option
+	if w.beats {
+		opts = append(opts, advisory.Heartbeat(200*time.Millisecond))
+	}
+	go func() {
+		waitForWaiters(t, adminDB(t), key, 1)
+		release()
+	}()
+	err := w.with(soon(t), db, key, func(ctx context.Context, _ querier) error {
+		if w.beats {
+			waitFor(t, "a heartbeat", func() (bool, error) {
+				return isTrue(adminDB(t), `SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
+					WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32 | objid::bigint)::text = $1
+					AND query LIKE '/* advisory: %current_setting(''advisory.session''%')`, key.SQL())
+			})
+		}
+		return ctx.Err()
+	}, opts...)
+	if err != nil {
+		t.Errorf("%s: %v", w.name, err)
+	}
+}
+
+// wantOnlyTries fails the test if the trace has a wait or a heartbeat, or no try.
+func wantOnlyTries(t *testing.T, w way, statements []string) {
+	t.Helper()
+	tries := 0
+	for _, s := range statements {
+		if strings.Contains(s, "/* advisory") || strings.Contains(s, "advisory.session', ") {
+			t.Errorf("%s: the trace has %s", w.name, s)
+		}
+		if strings.Contains(s, "pg_try_advisory_") {
+			tries++
+		}
+	}
+	if tries == 0 {
+		t.Errorf("%s: the trace has no try: %q", w.name, statements)
+	}
 }

@@ -325,15 +325,7 @@ func TestNotAcquired(t *testing.T) {
 	cancel()
 	lostAround, cancelCause := context.WithCancelCause(context.Background())
 	cancelCause(advisory.ErrLost)
-	for _, test := range []struct {
-		name   string
-		ctx    func() (context.Context, context.CancelFunc)
-		fail   error
-		option advisory.Option
-		want   string
-		state  string // SQLSTATE
-		status codes.Code
-	}{
+	for _, test := range []notAcquired{
 		{name: "refused", option: advisory.NoWait(), want: "not_acquired", status: codes.Unset},
 		{name: "Timeout", option: advisory.Timeout(10 * time.Millisecond), want: "timeout", status: codes.Error},
 		{name: "deadline", ctx: func() (context.Context, context.CancelFunc) {
@@ -346,49 +338,62 @@ func TestNotAcquired(t *testing.T) {
 		{name: "network timeout", fail: timeoutError{}, want: "timeout", status: codes.Error},
 		{name: "other", fail: errors.New("it broke"), want: "_OTHER", status: codes.Error},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			m := newTelemetry(t)
-			s := newServer()
-			db := s.pool(t)
-			if test.fail == nil {
-				other, err := advisory.Acquire(context.Background(), db, key)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer other.Release()
-			}
-			s.fail(test.fail)
-			ctx := context.Background()
-			if test.ctx != nil {
-				var cancel context.CancelFunc
-				ctx, cancel = test.ctx()
-				defer cancel()
-			}
-			options := []advisory.Option{m.option}
-			if test.option != nil {
-				options = append(options, test.option)
-			}
-			err := advisory.WithLock(ctx, db, key, ok, options...)
-			if err == nil {
-				t.Fatal("acquired")
-			}
-			if test.fail == nil && !errors.Is(err, advisory.ErrNotAcquired) {
-				t.Fatal(err)
-			}
-			acquire := m.one("advisory.acquire")
-			if len(m.ended("advisory.hold")) > 0 || m.sum("advisory.lock.count") != 0 {
-				t.Error("a hold was reported")
-			}
-			want := []attribute.KeyValue{attribute.String("error.type", test.want)}
-			checkSet(t, "metric", m.point("advisory.acquire.duration").Attributes, measured("WithLock", want...)...)
-			if test.state != "" {
-				want = append(want, attribute.String("db.response.status_code", test.state))
-			}
-			checkSpan(t, acquire, test.status, acquiring("WithLock", want...)...)
-			if test.status == codes.Error && acquire.Status.Description != err.Error() {
-				t.Errorf("status %q, want %q", acquire.Status.Description, err)
-			}
-		})
+		t.Run(test.name, test.run)
+	}
+}
+
+// A notAcquired is a request that fails.
+type notAcquired struct {
+	name   string
+	ctx    func() (context.Context, context.CancelFunc)
+	fail   error // the server's; else another holds the lock
+	option advisory.Option
+	want   string
+	state  string // SQLSTATE
+	status codes.Code
+}
+
+func (test notAcquired) run(t *testing.T) {
+	m := newTelemetry(t)
+	s := newServer()
+	db := s.pool(t)
+	if test.fail == nil {
+		other, err := advisory.Acquire(context.Background(), db, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Release()
+	}
+	s.fail(test.fail)
+	ctx := context.Background()
+	if test.ctx != nil {
+		var cancel context.CancelFunc
+		ctx, cancel = test.ctx()
+		defer cancel()
+	}
+	options := []advisory.Option{m.option}
+	if test.option != nil {
+		options = append(options, test.option)
+	}
+	err := advisory.WithLock(ctx, db, key, ok, options...)
+	if err == nil {
+		t.Fatal("acquired")
+	}
+	if test.fail == nil && !errors.Is(err, advisory.ErrNotAcquired) {
+		t.Fatal(err)
+	}
+	acquire := m.one("advisory.acquire")
+	if len(m.ended("advisory.hold")) > 0 || m.sum("advisory.lock.count") != 0 {
+		t.Error("a hold was reported")
+	}
+	want := []attribute.KeyValue{attribute.String("error.type", test.want)}
+	checkSet(t, "metric", m.point("advisory.acquire.duration").Attributes, measured("WithLock", want...)...)
+	if test.state != "" {
+		want = append(want, attribute.String("db.response.status_code", test.state))
+	}
+	checkSpan(t, acquire, test.status, acquiring("WithLock", want...)...)
+	if test.status == codes.Error && acquire.Status.Description != err.Error() {
+		t.Errorf("status %q, want %q", acquire.Status.Description, err)
 	}
 }
 

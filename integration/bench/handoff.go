@@ -17,26 +17,13 @@ import (
 // nothing of each other, so that one clock times both ends. What it is compared with is
 // the least that the server offers: a waiter that blocks in pg_advisory_lock, with two
 // connections that do nothing else.
-func handOff(b *bench, ctx context.Context, w *workload) (err error) {
-	type entrant struct {
-		contestant
-		once  func(context.Context) (time.Duration, error)
-		times []time.Duration
-	}
-	var entrants []*entrant
+func handOff(b *bench, ctx context.Context, w *workload) error {
+	var entrants []*handOffEntrant
 	for _, driver := range drivers {
 		for _, impl := range []string{ours, floor} {
-			e := &entrant{contestant: contestant{impl, driver}}
-			var pools [2]*sql.DB
-			for i := range pools {
-				if pools[i], err = openPool(driver, b.direct.Postgres, poolSize); err != nil {
-					return err
-				}
-				defer pools[i].Close()
-			}
-			if impl == ours {
-				e.once = handOverOurs(pools[0], pools[1])
-			} else if e.once, err = handOverRaw(ctx, pools[0], pools[1]); err != nil {
+			e := &handOffEntrant{contestant: contestant{impl, driver}}
+			defer e.close()
+			if err := e.open(ctx, b.direct.Postgres); err != nil {
 				return err
 			}
 			entrants = append(entrants, e)
@@ -59,6 +46,36 @@ func handOff(b *bench, ctx context.Context, w *workload) (err error) {
 	}
 	b.report.compareTimes(w)
 	return nil
+}
+
+// A handOffEntrant is a contestant, as two processes.
+type handOffEntrant struct {
+	contestant
+	holder, waiter *sql.DB
+	once           func(context.Context) (time.Duration, error)
+	times          []time.Duration
+}
+
+func (e *handOffEntrant) open(ctx context.Context, dsn string) (err error) {
+	for _, pool := range []**sql.DB{&e.holder, &e.waiter} {
+		if *pool, err = openPool(e.Driver, dsn, poolSize); err != nil {
+			return err
+		}
+	}
+	if e.Impl == ours {
+		e.once = handOverOurs(e.holder, e.waiter)
+		return nil
+	}
+	e.once, err = handOverRaw(ctx, e.holder, e.waiter)
+	return err
+}
+
+func (e *handOffEntrant) close() {
+	for _, pool := range []*sql.DB{e.holder, e.waiter} {
+		if pool != nil {
+			pool.Close()
+		}
+	}
 }
 
 // A handOver is one hand-off: hold takes a lock, calls held, and keeps it until release

@@ -60,23 +60,8 @@ func TestRun(t *testing.T) {
 		t.Error(f)
 	}
 	for _, w := range workloads {
-		if !o.run.MatchString(w.name) {
-			continue
-		}
-		n := 0
-		for _, row := range r.rows {
-			if row.workload != w {
-				continue
-			}
-			n++
-			for _, driver := range drivers {
-				if c, ok := row.cells[driver]; !ok || c.failure != "" {
-					t.Errorf("%s, %s %s, %s: %q", w.title, row.measure, row.against, driver, c.failure)
-				}
-			}
-		}
-		if n == 0 {
-			t.Errorf("%s: no row", w.title)
+		if o.run.MatchString(w.name) {
+			wantRows(t, r, w)
 		}
 	}
 	dir := t.TempDir()
@@ -87,6 +72,27 @@ func TestRun(t *testing.T) {
 		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Size() == 0 {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// wantRows fails the test unless the report has rows of the workload, and in each of them
+// a number for each driver.
+func wantRows(t *testing.T, r *report, w *workload) {
+	t.Helper()
+	n := 0
+	for _, row := range r.rows {
+		if row.workload != w {
+			continue
+		}
+		n++
+		for _, driver := range drivers {
+			if c, ok := row.cells[driver]; !ok || c.failure != "" {
+				t.Errorf("%s, %s %s, %s: %q", w.title, row.measure, row.against, driver, c.failure)
+			}
+		}
+	}
+	if n == 0 {
+		t.Errorf("%s: no row", w.title)
 	}
 }
 

@@ -39,48 +39,17 @@ func throughput(b *bench, ctx context.Context, w *workload) (err error) {
 			return nil // the notes say why
 		}
 	}
-	var entrants []*entrant
+	entrants, err := b.entrants(ctx, w, s)
 	defer func() {
 		for _, e := range entrants {
 			err = errors.Join(err, e.team.Close())
 		}
 	}()
-	for _, c := range b.contestants(w, s) {
-		e, err := enter(ctx, w, c, s)
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if err != nil {
-			b.report.failed("%s: %v: %v", w.title, c, err)
-			continue
-		}
-		entrants = append(entrants, e)
+	if err != nil {
+		return err
 	}
-	// Many short rounds: so the contestants get the same of the machine's good and bad
-	// moments. Processes that take turns need longer ones for each to have its turns.
-	round, rounds := b.round, b.rounds
-	if w.processes > 0 {
-		round, rounds = 3*round, max(1, rounds/3)
-	}
-	turns := slices.Clone(entrants)
-	for i := range rounds + 1 {
-		warmUp := i == 0 // opens connections, and prepares statements
-		d := round
-		// Nobody always comes after the same one, who may have left something behind.
-		rand.Shuffle(len(turns), func(i, j int) { turns[i], turns[j] = turns[j], turns[i] })
-		for _, e := range turns {
-			if e.failed {
-				continue
-			}
-			err := e.round(ctx, d, !warmUp)
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if err != nil {
-				e.failed = true
-				b.report.failed("%s: %v: %v", w.title, e.contestant, err)
-			}
-		}
+	if err := b.takeTurns(ctx, w, entrants); err != nil {
+		return err
 	}
 	for _, e := range entrants {
 		if !e.failed {
@@ -88,6 +57,61 @@ func throughput(b *bench, ctx context.Context, w *workload) (err error) {
 		}
 	}
 	b.report.compareRates(w)
+	return nil
+}
+
+// entrants are the contestants that are ready for the workload. The report has the
+// others. The error is that of ctx.
+func (b *bench) entrants(ctx context.Context, w *workload, s servers) (entrants []*entrant, err error) {
+	for _, c := range b.contestants(w, s) {
+		e, err := enter(ctx, w, c, s)
+		if ctx.Err() != nil {
+			return entrants, ctx.Err()
+		}
+		if err != nil {
+			b.report.failed("%s: %v: %v", w.title, c, err)
+			continue
+		}
+		entrants = append(entrants, e)
+	}
+	return entrants, nil
+}
+
+// takeTurns has the entrants do all rounds. The rounds are many and short: so the
+// contestants get the same of the machine's good and bad moments. The error is that of ctx.
+func (b *bench) takeTurns(ctx context.Context, w *workload, entrants []*entrant) error {
+	round, rounds := b.round, b.rounds
+	if w.processes > 0 { // which take turns, and need longer rounds for each to have its own
+		round, rounds = 3*round, max(1, rounds/3)
+	}
+	turns := slices.Clone(entrants)
+	for i := range rounds + 1 {
+		warmUp := i == 0 // opens connections, and prepares statements
+		// Nobody always comes after the same one, who may have left something behind.
+		rand.Shuffle(len(turns), func(i, j int) { turns[i], turns[j] = turns[j], turns[i] })
+		for _, e := range turns {
+			if err := b.takeTurn(ctx, w, e, round, !warmUp); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// takeTurn has an entrant do a round, unless it has failed before. If it fails now, the
+// report says so. The error is that of ctx.
+func (b *bench) takeTurn(ctx context.Context, w *workload, e *entrant, d time.Duration, counts bool) error {
+	if e.failed {
+		return nil
+	}
+	err := e.round(ctx, d, counts)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		e.failed = true
+		b.report.failed("%s: %v: %v", w.title, e.contestant, err)
+	}
 	return nil
 }
 

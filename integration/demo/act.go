@@ -2,7 +2,7 @@ package main
 
 import "context"
 
-// An act is one part of the demo, in a file of its own. It shows one thing and
+// An act is one part of the demo, in files of its own. It shows one thing and
 // checks what the package promises about it.
 type act interface {
 	name() string

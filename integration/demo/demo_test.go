@@ -128,123 +128,134 @@ func (d *demo) nothingIsLeft(t *testing.T) {
 
 func TestDemo(t *testing.T) {
 	d := newDemo(t)
-
-	t.Run("keeps its promises", func(t *testing.T) {
-		cmd := d.command("-updates=300", "-rows=50000", "-holder-timeout=2s")
-		out, err := cmd.CombinedOutput()
-		noProcessIsLeft(t, cmd, 0)
-		d.nothingIsLeft(t)
-		if err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		for _, want := range []string{
-			"WithLock: no update is lost                            kept    0 of 300 lost, ",
-			"WithConnLock: one migrates, the others find it done    kept    process ",
-			" applied 4, in ",
-			"found applied by ",
-			"(lib/pq)",
-			"WithConnLock: no deadlock with the index build         kept    0 deadlocks\n",
-			"CREATE INDEX CONCURRENTLY leaves a valid index         kept    50,000 rows\n",
-			"Lead: a job has one leader at a time                   kept    ",
-			" 0 beside another\n",
-			"Lead: a killed leader is followed at once              kept    ",
-			"webhooks after ",
-			"Lead: a frozen leader is followed after HolderTimeout  kept    ",
-			"told so ",
-			"Lead: every job is done, each piece once               kept    400 tokens, 400 webhooks, 200 stock, 300 search\n",
-			"no webhook is taken twice                              kept    400 of 400 taken\n",
-			" sent again, and known by the idempotency key\n",
-			"9 of 9 promises kept, in ",
-		} {
-			if !strings.Contains(string(out), want) {
-				t.Errorf("no %q in the output", want)
-			}
-		}
-		if bytes.ContainsAny(out, "\r\x1b") {
-			t.Error("control characters in output that is not for a terminal")
-		}
-		if t.Failed() {
-			t.Logf("the output:\n%s", out)
-		}
-	})
-
+	t.Run("keeps its promises", d.testKeepsPromises)
 	// Without their locks, the acts must break their promises, or they would prove
 	// nothing.
-	t.Run("notices broken locks", func(t *testing.T) {
-		cmd := d.command("-updates=1000", "-rows=50000", "-holder-timeout=1s")
-		cmd.Env = append(cmd.Env, breakEnv+"=1")
-		out, err := cmd.CombinedOutput()
-		noProcessIsLeft(t, cmd, 0)
-		d.nothingIsLeft(t)
-		if status := cmd.ProcessState.ExitCode(); status != 1 {
-			t.Errorf("exit status %d (%v), want 1", status, err)
-		}
-		for _, want := range []string{
-			"WithLock: no update is lost                          BROKEN  ",
-			"WithConnLock: one migrates, the others find it done  BROKEN  ",
-			"Lead: a job has one leader at a time                 BROKEN  ",
-			"no webhook is taken twice                            BROKEN  ",
-			errBroken.Error(),
-		} {
-			if !strings.Contains(string(out), want) {
-				t.Errorf("no %q in the output", want)
-			}
-		}
-		if t.Failed() {
-			t.Logf("the output:\n%s", out)
-		}
-	})
-
-	t.Run("ends in time", func(t *testing.T) {
-		cmd := d.command("-updates=1000000", "-timeout=500ms")
-		start := time.Now()
-		out, _ := cmd.CombinedOutput()
-		took := time.Since(start)
-		noProcessIsLeft(t, cmd, 0)
-		d.nothingIsLeft(t)
-		if status := cmd.ProcessState.ExitCode(); status != 1 || !strings.Contains(string(out), "not done within 500ms") {
-			t.Errorf("exit status %d, want 1; the output:\n%s", status, out)
-		}
-		if took > 10*time.Second {
-			t.Errorf("took %v", took)
-		}
-	})
-
+	t.Run("notices broken locks", d.testNoticesBrokenLocks)
+	t.Run("ends in time", d.testEndsInTime)
 	// Both come while the workers are at work.
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
-		t.Run("leaves nothing behind after "+sig.String(), func(t *testing.T) {
-			// The acts would go on for long.
-			cmd := d.command("-updates=1000000")
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			for end := time.Now().Add(20 * time.Second); len(d.query(t, sessions)) < 4; time.Sleep(10 * time.Millisecond) {
-				if time.Now().After(end) {
-					t.Error("the workers do not begin")
-					break
-				}
-			}
-			// A terminal sends Ctrl-C to the workers, too.
-			to := cmd.Process.Pid
-			if sig == syscall.SIGINT {
-				to = -to
-			}
-			if err := syscall.Kill(to, sig); err != nil {
-				t.Error(err)
-			}
-			if err := cmd.Wait(); err == nil {
-				t.Error("exit status 0")
-			}
-			if sig == syscall.SIGKILL {
-				noProcessIsLeft(t, cmd, 5*time.Second)
-				// That the schema is left is the price of a SIGKILL.
-				for _, schema := range d.query(t, schemas) {
-					d.query(t, "DROP SCHEMA "+schema+" CASCADE")
-				}
-			}
-			noProcessIsLeft(t, cmd, 0)
-			d.nothingIsLeft(t)
-		})
+		t.Run("leaves nothing behind after "+sig.String(), func(t *testing.T) { d.testLeavesNothingBehind(t, sig) })
+	}
+}
+
+func (d *demo) testKeepsPromises(t *testing.T) {
+	cmd := d.command("-updates=300", "-rows=50000", "-holder-timeout=2s")
+	out, err := cmd.CombinedOutput()
+	noProcessIsLeft(t, cmd, 0)
+	d.nothingIsLeft(t)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	wantOutput(t, out,
+		"WithLock: no update is lost                            kept    0 of 300 lost, ",
+		"WithConnLock: one migrates, the others find it done    kept    process ",
+		" applied 4, in ",
+		"found applied by ",
+		"(lib/pq)",
+		"WithConnLock: no deadlock with the index build         kept    0 deadlocks\n",
+		"CREATE INDEX CONCURRENTLY leaves a valid index         kept    50,000 rows\n",
+		"Lead: a job has one leader at a time                   kept    ",
+		" 0 beside another\n",
+		"Lead: a killed leader is followed at once              kept    ",
+		"webhooks after ",
+		"Lead: a frozen leader is followed after HolderTimeout  kept    ",
+		"told so ",
+		"Lead: every job is done, each piece once               kept    400 tokens, 400 webhooks, 200 stock, 300 search\n",
+		"no webhook is taken twice                              kept    400 of 400 taken\n",
+		" sent again, and known by the idempotency key\n",
+		"9 of 9 promises kept, in ",
+	)
+	if bytes.ContainsAny(out, "\r\x1b") {
+		t.Error("control characters in output that is not for a terminal")
+	}
+	if t.Failed() {
+		t.Logf("the output:\n%s", out)
+	}
+}
+
+func wantOutput(t *testing.T, out []byte, wants ...string) {
+	t.Helper()
+	for _, want := range wants {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("no %q in the output", want)
+		}
+	}
+}
+
+func (d *demo) testNoticesBrokenLocks(t *testing.T) {
+	cmd := d.command("-updates=1000", "-rows=50000", "-holder-timeout=1s")
+	cmd.Env = append(cmd.Env, breakEnv+"=1")
+	out, err := cmd.CombinedOutput()
+	noProcessIsLeft(t, cmd, 0)
+	d.nothingIsLeft(t)
+	if status := cmd.ProcessState.ExitCode(); status != 1 {
+		t.Errorf("exit status %d (%v), want 1", status, err)
+	}
+	wantOutput(t, out,
+		"WithLock: no update is lost                          BROKEN  ",
+		"WithConnLock: one migrates, the others find it done  BROKEN  ",
+		"Lead: a job has one leader at a time                 BROKEN  ",
+		"no webhook is taken twice                            BROKEN  ",
+		errBroken.Error(),
+	)
+	if t.Failed() {
+		t.Logf("the output:\n%s", out)
+	}
+}
+
+func (d *demo) testEndsInTime(t *testing.T) {
+	cmd := d.command("-updates=1000000", "-timeout=500ms")
+	start := time.Now()
+	out, _ := cmd.CombinedOutput()
+	took := time.Since(start)
+	noProcessIsLeft(t, cmd, 0)
+	d.nothingIsLeft(t)
+	if status := cmd.ProcessState.ExitCode(); status != 1 || !strings.Contains(string(out), "not done within 500ms") {
+		t.Errorf("exit status %d, want 1; the output:\n%s", status, out)
+	}
+	if took > 10*time.Second {
+		t.Errorf("took %v", took)
+	}
+}
+
+func (d *demo) testLeavesNothingBehind(t *testing.T, sig syscall.Signal) {
+	// The acts would go on for long.
+	cmd := d.command("-updates=1000000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); len(d.query(t, sessions)) < 4; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Error("the workers do not begin")
+			break
+		}
+	}
+	// A terminal sends Ctrl-C to the workers, too.
+	to := cmd.Process.Pid
+	if sig == syscall.SIGINT {
+		to = -to
+	}
+	if err := syscall.Kill(to, sig); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Error("exit status 0")
+	}
+	if sig == syscall.SIGKILL {
+		noProcessIsLeft(t, cmd, 5*time.Second)
+		d.dropSchemas(t)
+	}
+	noProcessIsLeft(t, cmd, 0)
+	d.nothingIsLeft(t)
+}
+
+// dropSchemas drops the schema of a demo that was killed. That it is left is the price of
+// a SIGKILL.
+func (d *demo) dropSchemas(t *testing.T) {
+	t.Helper()
+	for _, schema := range d.query(t, schemas) {
+		d.query(t, "DROP SCHEMA "+schema+" CASCADE")
 	}
 }
 
@@ -252,39 +263,39 @@ func TestDemo(t *testing.T) {
 func TestDemoLeavesNoFrozenProcessBehind(t *testing.T) {
 	d := newDemo(t)
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
-		t.Run(sig.String(), func(t *testing.T) {
-			cmd := d.command("-updates=1", "-rows=1", "-holder-timeout=3s")
-			// The killed demo's workers have it open, too, for a moment.
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			frozen := false
-			for lines := bufio.NewScanner(out); !frozen && lines.Scan(); {
-				frozen = strings.Contains(lines.Text(), "is frozen")
-			}
-			if !frozen {
-				t.Error("no process is frozen")
-			}
-			if err := cmd.Process.Signal(sig); err != nil {
-				t.Error(err)
-			}
-			_, _ = io.Copy(io.Discard, out)
-			if err := cmd.Wait(); err == nil {
-				t.Error("exit status 0")
-			}
-			noProcessIsLeft(t, cmd, 5*time.Second)
-			if sig == syscall.SIGKILL {
-				for _, schema := range d.query(t, schemas) {
-					d.query(t, "DROP SCHEMA "+schema+" CASCADE")
-				}
-			}
-			d.nothingIsLeft(t)
-		})
+		t.Run(sig.String(), func(t *testing.T) { d.testLeavesNoFrozenProcess(t, sig) })
 	}
+}
+
+func (d *demo) testLeavesNoFrozenProcess(t *testing.T, sig syscall.Signal) {
+	cmd := d.command("-updates=1", "-rows=1", "-holder-timeout=3s")
+	// The killed demo's workers have it open, too, for a moment.
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	frozen := false
+	for lines := bufio.NewScanner(out); !frozen && lines.Scan(); {
+		frozen = strings.Contains(lines.Text(), "is frozen")
+	}
+	if !frozen {
+		t.Error("no process is frozen")
+	}
+	if err := cmd.Process.Signal(sig); err != nil {
+		t.Error(err)
+	}
+	_, _ = io.Copy(io.Discard, out)
+	if err := cmd.Wait(); err == nil {
+		t.Error("exit status 0")
+	}
+	noProcessIsLeft(t, cmd, 5*time.Second)
+	if sig == syscall.SIGKILL {
+		d.dropSchemas(t)
+	}
+	d.nothingIsLeft(t)
 }
 
 func TestDemoWithoutServer(t *testing.T) {

@@ -135,6 +135,13 @@ func thousands(n int) string {
 
 func seconds(d time.Duration) string { return fmt.Sprintf("%.1f s", d.Seconds()) }
 
+func milliseconds(d time.Duration) string {
+	if d >= time.Second {
+		return seconds(d)
+	}
+	return fmt.Sprintf("%d ms", max(1, d.Milliseconds()))
+}
+
 // rate is n per second, to three digits.
 func rate(n int, d time.Duration) string {
 	r := float64(n) / max(d.Seconds(), 0.001)

@@ -163,17 +163,8 @@ func perform[Result any](
 			}
 		}
 	}()
-	for i := range s.processes {
-		p, err := s.start(ctx, a, i+1, brief(i+1))
-		if err != nil {
-			return nil, 0, err
-		}
-		crew = append(crew, p)
-	}
-	for _, p := range crew {
-		if err := p.waitReady(); err != nil {
-			return nil, 0, err
-		}
+	if crew, err = s.startCrew(ctx, a, brief); err != nil {
+		return nil, 0, err
 	}
 
 	begin := time.Now()
@@ -181,27 +172,18 @@ func perform[Result any](
 		_ = p.tell(true)
 	}
 	results = make([]Result, len(crew))
-	var (
-		g    errgroup.Group
-		mu   sync.Mutex
-		done = make([]int64, len(crew))
-	)
+	all := &steps{
+		of:       make([]int64, len(crew)),
+		progress: func(done int) { progress(done, time.Since(begin)) },
+	}
+	var g errgroup.Group
 	for i, p := range crew {
 		g.Go(func() error {
 			for m := range p.messages {
-				if m.Result != nil {
-					if err := json.Unmarshal(m.Result, &results[i]); err != nil {
-						return err
-					}
+				if err := m.decodeResult(&results[i]); err != nil {
+					return err
 				}
-				mu.Lock()
-				done[i] = max(done[i], m.Done)
-				var all int64
-				for _, n := range done {
-					all += n
-				}
-				progress(int(all), time.Since(begin))
-				mu.Unlock()
+				all.update(i, m.Done)
 			}
 			if p.err != nil {
 				cancel(p.err) // the others need not go on
@@ -211,6 +193,53 @@ func perform[Result any](
 	}
 	err = g.Wait()
 	return results, time.Since(begin), err
+}
+
+// startCrew starts the workers of an act, and returns when all of them are ready. It
+// returns those that it has started, also with an error.
+func (s *stage) startCrew(ctx context.Context, a act, brief func(number int) any) (crew []*process, err error) {
+	for i := range s.processes {
+		p, err := s.start(ctx, a, i+1, brief(i+1))
+		if err != nil {
+			return crew, err
+		}
+		crew = append(crew, p)
+	}
+	for _, p := range crew {
+		if err := p.waitReady(); err != nil {
+			return crew, err
+		}
+	}
+	return crew, nil
+}
+
+// decodeResult stores the message's result, if it has one, in the value to which result
+// points.
+func (m message) decodeResult(result any) error {
+	if m.Result == nil {
+		return nil
+	}
+	return json.Unmarshal(m.Result, result)
+}
+
+// steps counts the steps of all workers of an act.
+type steps struct {
+	progress func(done int)
+
+	mu sync.Mutex
+	of []int64 // the steps of each worker
+}
+
+// update notes how many steps a worker has done, and calls progress with the sum.
+func (s *steps) update(worker int, done int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.of[worker] = max(s.of[worker], done)
+	var all int64
+	for _, n := range s.of {
+		all += n
+	}
+	s.progress(int(all))
 }
 
 // A worker is a worker process, seen from inside.

@@ -291,19 +291,7 @@ func TestCachesOfAllReplicasFollowTheStockThoughTheLeaderIsKilled(t *testing.T) 
 				alive++
 			}
 			testkit.WaitFor(s.t, fmt.Sprintf("replica %d knows the stock", i), func() (bool, error) {
-				s.mu.Lock()
-				defer s.mu.Unlock()
-				var last report
-				for _, r := range s.reports[i] {
-					if r.Leads {
-						continue
-					}
-					if r.Version < last.Version || r.Quantity < last.Quantity {
-						t.Fatalf("replica %d: %+v after %+v", i, r, last)
-					}
-					last = r
-				}
-				if last.Quantity != n {
+				if last := s.lastOfStock(i); last.Quantity != n {
 					return false, fmt.Errorf("it knows %+v", last)
 				}
 				return true, nil
@@ -313,6 +301,24 @@ func TestCachesOfAllReplicasFollowTheStockThoughTheLeaderIsKilled(t *testing.T) 
 			t.Errorf("%d replicas are left, want 2", alive)
 		}
 	})
+}
+
+// lastOfStock is what a replica has reported last of the stock. It fails the test if a
+// report came after a later one.
+func (s *service) lastOfStock(replica int) (last report) {
+	s.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.reports[replica] {
+		if r.Leads {
+			continue
+		}
+		if r.Version < last.Version || r.Quantity < last.Quantity {
+			s.t.Fatalf("replica %d: %+v after %+v", replica, r, last)
+		}
+		last = r
+	}
+	return last
 }
 
 func TestSearchRebuildGoesOnWhereTheKilledLeaderStopped(t *testing.T) {

@@ -102,6 +102,9 @@ func parse(profile string) ([]block, error) {
 		// example.com/package/file.go:10.2,12.16 2 1
 		name, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
 		b := block{file: path.Base(name)}
+		if _, inside, ok := strings.Cut(name, "/internal/"); ok {
+			b.file = "internal/" + inside
+		}
 		count := 0
 		if _, err := fmt.Sscanf(rest, "%d.%d,%d.%d %d %d", &b.line, &b.column, &b.endLine, &b.end, &b.statements, &count); err != nil {
 			return nil, fmt.Errorf("%q: %w", line, err)

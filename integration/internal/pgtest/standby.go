@@ -116,36 +116,45 @@ func (s *Server) copyTree(ctx context.Context, from string) error {
 		if err != nil {
 			return err
 		}
-		to := filepath.Join(s.datadir(), rel)
-		switch top, rest, _ := strings.Cut(filepath.ToSlash(rel), "/"); {
-		case rel == "postmaster.pid", rel == "postmaster.opts":
-			return nil
-		case rest != "" && rest != "archive_status" && rest != "summaries" && emptyInCopies[top]:
+		if isNotCopied(rel) {
 			if d.IsDir() {
 				return fs.SkipDir
 			}
 			return nil
-		case strings.HasPrefix(d.Name(), "pgsql_tmp"):
-			if d.IsDir() {
-				return fs.SkipDir
-			}
-			return nil
-		case d.IsDir():
-			if err := os.Mkdir(to, 0o700); err != nil {
-				return err
-			}
-		case d.Type().IsRegular():
-			if err := copyFile(to, path); err != nil {
-				if errors.Is(err, fs.ErrNotExist) {
-					return nil
-				}
-				return err
-			}
-		default:
-			return fmt.Errorf("cannot copy %s: %s", path, d.Type())
 		}
-		return s.box.chown(to)
+		return s.copyEntry(filepath.Join(s.datadir(), rel), path, d)
 	})
+}
+
+// copyEntry makes a directory, or copies a file that the server may delete meanwhile.
+func (s *Server) copyEntry(to, from string, d fs.DirEntry) error {
+	switch {
+	case d.IsDir():
+		if err := os.Mkdir(to, 0o700); err != nil {
+			return err
+		}
+	case d.Type().IsRegular():
+		err := copyFile(to, from)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("cannot copy %s: %s", from, d.Type())
+	}
+	return s.box.chown(to)
+}
+
+// isNotCopied tells whether a path in the data directory belongs to the server that runs
+// there.
+func isNotCopied(path string) bool {
+	if path == "postmaster.pid" || path == "postmaster.opts" || strings.HasPrefix(filepath.Base(path), "pgsql_tmp") {
+		return true
+	}
+	top, rest, _ := strings.Cut(filepath.ToSlash(path), "/")
+	return emptyInCopies[top] && rest != "" && rest != "archive_status" && rest != "summaries"
 }
 
 // emptyInCopies lists the directories whose files a copy must not have, or has
