@@ -1,0 +1,169 @@
+package pgsql
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"unicode"
+)
+
+// A Key is the argument of PostgreSQL's advisory lock functions. Name says where it comes from,
+// for messages and comments; the server does not know it.
+type Key struct {
+	Space Space
+	ID    int64 // the bigint, or the class in the upper and the object in the lower half
+	Name  string
+}
+
+// A Space is one of PostgreSQL's two key spaces, which never collide.
+type Space uint8
+
+const (
+	NoSpace Space = iota // the zero Key, which is invalid
+	Bigint               // pg_advisory_lock(bigint)
+	Pair                 // pg_advisory_lock(int, int)
+)
+
+// Lock is k without its name: what the server tells locks apart by.
+func (k Key) Lock() Key {
+	k.Name = ""
+	return k
+}
+
+// Compare orders keys as every process orders them, whatever they are named.
+func Compare(a, b Key) int {
+	return cmp.Or(cmp.Compare(a.Space, b.Space), cmp.Compare(a.ID, b.ID))
+}
+
+// Pair returns the two ints of a key of the (int, int) space.
+func (k Key) Pair() (class, object int32) { return int32(k.ID >> 32), int32(k.ID) }
+
+// String describes k for people.
+func (k Key) String() string {
+	switch {
+	case k.Space == NoSpace:
+		return "invalid key"
+	case k.Space == Pair:
+		class, object := k.Pair()
+		return fmt.Sprintf("pair (%d, %d)", class, object)
+	case k.Name != "":
+		return fmt.Sprintf("%s (bigint %d)", printable(k.Name), k.ID)
+	default:
+		return "bigint " + strconv.FormatInt(k.ID, 10)
+	}
+}
+
+// printable returns name as it stands, or quoted if it would break a line of a log.
+func printable(name string) string {
+	for _, r := range name {
+		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
+			return strconv.Quote(name)
+		}
+	}
+	return name
+}
+
+// List describes keys for people: all of them, or the first three and how many more.
+func List(keys []Key) string {
+	var b strings.Builder
+	for i, k := range keys {
+		if i == 3 && len(keys) > 4 {
+			b.WriteString(" and " + Plural(len(keys)-i, "more key"))
+			break
+		}
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(k.String())
+	}
+	return b.String()
+}
+
+// Plural returns n and what, with an s unless n is 1.
+func Plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// SQL returns the argument list of the lock functions, or "" for an invalid Key.
+func (k Key) SQL() string {
+	var buf [48]byte
+	return string(k.appendSQL(buf[:0]))
+}
+
+func (k Key) appendSQL(b []byte) []byte {
+	switch k.Space {
+	case Bigint:
+		// Where a cast follows, PostgreSQL reads a literal's digits before its sign, and
+		// the digits of the smallest integer overflow.
+		if k.ID == math.MinInt64 {
+			return append(b, "-9223372036854775807-1"...)
+		}
+		return strconv.AppendInt(b, k.ID, 10)
+	case Pair:
+		class, object := k.Pair()
+		return appendInt4(append(appendInt4(b, class), ", "...), object)
+	default:
+		return b
+	}
+}
+
+func appendInt4(b []byte, i int32) []byte {
+	if i == math.MinInt32 { // as above
+		return append(b, "-2147483647-1"...)
+	}
+	return strconv.AppendInt(b, int64(i), 10)
+}
+
+// Columns returns the key as pg_locks spreads it over its columns (PostgreSQL manual, section
+// "pg_locks").
+func (k Key) Columns() (classid, objid uint32, objsubid int) {
+	if k.Space == Pair {
+		return uint32(uint64(k.ID) >> 32), uint32(k.ID), 2
+	}
+	return uint32(uint64(k.ID) >> 32), uint32(k.ID), 1
+}
+
+// label returns k's name, percent-encoded and cut, or its number, or its two with a dot between.
+func (k Key) label() string {
+	const longest = 64
+	switch {
+	case k.Name != "":
+	case k.Space == Pair:
+		class, object := k.Pair()
+		return fmt.Sprintf("%d.%d", class, object)
+	default:
+		return strconv.FormatInt(k.ID, 10)
+	}
+	var b strings.Builder
+	for i := range len(k.Name) {
+		c := k.Name[i]
+		s := string(rune(c))
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.IndexByte("-._~", c) >= 0) {
+			s = fmt.Sprintf("%%%02X", c)
+		}
+		if b.Len()+len(s) > longest {
+			break
+		}
+		b.WriteString(s)
+	}
+	return b.String()
+}
+
+// comment begins a statement that waits, or a heartbeat: pg_stat_activity then says by name who
+// waits, and who holds.
+func comment(keys []Key) string {
+	const most = 4
+	var labels []string
+	for _, k := range keys[:min(len(keys), most)] {
+		labels = append(labels, k.label())
+	}
+	if len(keys) > most {
+		labels = append(labels, "+"+strconv.Itoa(len(keys)-most))
+	}
+	return "/* advisory: " + strings.Join(labels, ", ") + " */ "
+}
