@@ -1,0 +1,260 @@
+// Package keyqueue is the first-come, first-served queue of one key in this process. It is a pure
+// state machine: it sends nothing, waits for nothing, and each method says what the caller is to
+// do. It knows nothing of sessions, but that a lock is granted on something that can be compared.
+package keyqueue
+
+import (
+	"slices"
+	"time"
+)
+
+// HandOffFor is how long after its grant a lock is handed on within the process, before it is
+// given back to the server, in whose queue other processes wait.
+const HandOffFor = 20 * time.Millisecond
+
+// A Queue is what this process knows of one key: who holds it, and who waits. One waiter at a
+// time, the requester, asks the server for all that can share the answer. What the server grants
+// is handed from one holder to the next, and shared by shared ones, without asking again.
+//
+// Holders are of two kinds: most hold the grant, which is on a session that they share. Those of
+// WithTxLock and WithConnLock are dedicated: each has the server's lock on a session of its own,
+// and is in the queue so as not to wait on a connection for others of this process.
+//
+// The zero Queue is empty. A Queue is not safe for concurrent use: its owner has a mutex.
+type Queue[S comparable] struct {
+	grant    Grant[S] // the current one, or the last
+	granted  bool     // there is a current one
+	until    time.Time
+	holders  int  // of the grant
+	closed   bool // others wait in the server's queue: the grant is not handed on or shared any more
+	releases bool // the grant has had its last holder and goes back to the server
+
+	requester *Waiter[S] // asks the server for a grant, or whether others wait for it
+	refused   bool       // the server has refused, and the requester waits there
+	dedicated int        // those who hold the lock, or ask for it, on sessions of their own
+
+	exclusive bool // what those inside, requester, holders and dedicated, ask for or hold
+	waiters   []*Waiter[S]
+}
+
+// A Grant is what the server has granted, and on which session. The number tells it from older
+// ones: who comes back with one that is over, because its session was lost, changes nothing.
+type Grant[S comparable] struct {
+	On S
+	No uint64
+}
+
+// A Waiter is one request for the lock of one key.
+type Waiter[S comparable] struct {
+	Shared    bool
+	Dedicated bool
+	NoWait    bool
+
+	// Turns has the turn of a waiter that has been told to Await. It has room for one.
+	Turns chan Turn[S]
+}
+
+// A Turn is what a waiter gets.
+type Turn[S comparable] struct {
+	To    Action
+	Grant Grant[S] // with Hold and Look
+}
+
+// An Action is what a waiter is to do.
+type Action uint8
+
+const (
+	Await  Action = iota // wait for Turns
+	Hold                 // it holds the grant
+	Ask                  // ask the server for the lock, and call Granted, Refused or GaveUp
+	Look                 // look whether others wait in the server's queue, and call Looked or GaveUp
+	Refuse               // another holds the lock, and the waiter does not wait
+)
+
+// Enter is a waiter's arrival.
+func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
+	if len(q.waiters) == 0 {
+		if t := q.start(w, now); t.To != Await {
+			return t
+		}
+	}
+	// The answer that a shared lock of this process waits for is a shared waiter's, too.
+	sharesAnswer := w.Shared && len(q.waiters) == 0 && q.requester != nil && q.requester.Shared && !q.refused
+	if w.NoWait && !sharesAnswer {
+		return Turn[S]{To: Refuse}
+	}
+	w.Turns = make(chan Turn[S], 1)
+	q.waiters = append(q.waiters, w)
+	return Turn[S]{To: Await}
+}
+
+// EnterIdle is the arrival of a waiter who asks the server, if there is nobody else.
+func (q *Queue[S]) EnterIdle(w *Waiter[S]) bool {
+	if !q.Idle() {
+		return false
+	}
+	q.requester, q.exclusive = w, !w.Shared
+	return true
+}
+
+// start lets in w, which is the first in line, if it fits to those inside.
+func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
+	inside := q.holders > 0 || q.dedicated > 0 || q.requester != nil
+	fits := !inside || w.Shared && !q.exclusive
+	switch {
+	case q.releases || !fits:
+	case w.Dedicated && q.granted && q.holders == 0: // the grant goes back first
+	case w.Dedicated:
+		q.dedicated++
+		q.exclusive = !w.Shared
+		return Turn[S]{To: Ask}
+	case q.requester != nil: // w waits for the same answer
+	case !q.granted:
+		q.requester, q.exclusive = w, !w.Shared
+		return Turn[S]{To: Ask}
+	case q.closed, q.exclusive == w.Shared:
+	case now.Before(q.until):
+		q.holders++
+		return Turn[S]{Hold, q.grant}
+	case q.holders > 0:
+		q.requester = w
+		return Turn[S]{Look, q.grant}
+	}
+	return Turn[S]{To: Await}
+}
+
+// advance lets in whoever can be.
+func (q *Queue[S]) advance(now time.Time) {
+	for len(q.waiters) > 0 {
+		w := q.waiters[0]
+		t := q.start(w, now)
+		if t.To == Await {
+			return
+		}
+		q.waiters = q.waiters[1:]
+		w.Turns <- t
+	}
+}
+
+// Granted is the server's grant to the requester, who holds it from then on. It was asked for at
+// the time at.
+func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
+	q.requester, q.refused = nil, false
+	q.grant = Grant[S]{on, q.grant.No + 1}
+	q.granted, q.until, q.holders = true, at.Add(HandOffFor), 1
+	q.advance(now)
+	return q.grant
+}
+
+// Refused is the server's refusal to the requester, who waits in the server's queue from then on.
+func (q *Queue[S]) Refused() {
+	q.refused = true
+	q.refuse()
+}
+
+// refuse refuses all who do not wait.
+func (q *Queue[S]) refuse() {
+	q.waiters = slices.DeleteFunc(q.waiters, func(w *Waiter[S]) bool {
+		if w.NoWait {
+			w.Turns <- Turn[S]{To: Refuse}
+		}
+		return w.NoWait
+	})
+}
+
+// Looked is the answer to Look: whether others wait in the server's queue.
+func (q *Queue[S]) Looked(w *Waiter[S], looked Grant[S], others bool, now time.Time) Turn[S] {
+	q.requester = nil
+	if q.current(looked) && q.holders > 0 {
+		if !others {
+			q.until = now.Add(HandOffFor)
+			q.holders++
+			q.advance(now)
+			return Turn[S]{Hold, q.grant}
+		}
+		q.closed = true
+		q.refuse()
+	}
+	if w.NoWait && others {
+		q.advance(now)
+		return Turn[S]{To: Refuse}
+	}
+	// It goes first when the grant is back.
+	w.Turns = make(chan Turn[S], 1)
+	q.waiters = slices.Insert(q.waiters, 0, w)
+	q.advance(now)
+	return Turn[S]{To: Await}
+}
+
+// GaveUp ends the turn of a waiter who was to Ask or to Look, and does not hold the lock.
+func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time) {
+	if w.Dedicated {
+		q.dedicated--
+	} else {
+		q.requester, q.refused = nil, false
+	}
+	q.advance(now)
+}
+
+// Release ends one holder's hold of the grant. If it returns true, the grant goes back to the
+// server: the caller is to unlock it, and to call Unlocked.
+func (q *Queue[S]) Release(g Grant[S], now time.Time) (unlock bool) {
+	if !q.current(g) {
+		return false // it was lost
+	}
+	q.holders--
+	if q.holders > 0 {
+		return false
+	}
+	q.advance(now) // the next one takes it over, if it can
+	q.releases = q.holders == 0
+	return q.releases
+}
+
+// Unlocked says that the server has the grant back.
+func (q *Queue[S]) Unlocked(g Grant[S], now time.Time) {
+	if q.current(g) {
+		q.end(now)
+	}
+}
+
+// ReleaseDedicated ends the hold of a dedicated holder.
+func (q *Queue[S]) ReleaseDedicated(now time.Time) {
+	q.dedicated--
+	q.advance(now)
+}
+
+// Lost says that a session has died. A grant that was on it is over.
+func (q *Queue[S]) Lost(on S, now time.Time) {
+	if q.granted && q.grant.On == on {
+		q.end(now)
+	}
+}
+
+func (q *Queue[S]) end(now time.Time) {
+	q.granted, q.holders, q.closed, q.releases = false, 0, false, false
+	q.advance(now)
+}
+
+// current tells whether g is not over.
+func (q *Queue[S]) current(g Grant[S]) bool { return q.granted && q.grant == g }
+
+// Cancel takes w out of the line. It returns false if w's turn has come: Turns has it.
+func (q *Queue[S]) Cancel(w *Waiter[S], now time.Time) bool {
+	i := slices.Index(q.waiters, w)
+	if i < 0 {
+		return false
+	}
+	q.waiters = slices.Delete(q.waiters, i, i+1)
+	q.advance(now) // those behind may fit to those inside
+	return true
+}
+
+// Held tells whether there is a grant, or a dedicated holder or one who asks to be. A requester who
+// has no grant yet does not count.
+func (q *Queue[S]) Held() bool { return q.granted || q.dedicated > 0 }
+
+// Idle tells whether there is nothing left to know.
+func (q *Queue[S]) Idle() bool {
+	return len(q.waiters) == 0 && !q.granted && q.requester == nil && q.dedicated == 0
+}
