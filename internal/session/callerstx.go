@@ -1,0 +1,95 @@
+package session
+
+import (
+	"context"
+	"database/sql"
+	"math/rand/v2"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+const (
+	// txPauseMax is how long a try in a transaction of the caller's pauses at most.
+	txPauseMax = 100 * time.Millisecond
+
+	// deadlockPause is how long one tries before one asks whether the holder waits for oneself. It is
+	// PostgreSQL's default deadlock_timeout.
+	deadlockPause = time.Second
+)
+
+// ErrDeadlock says that the holder of the lock waits for the transaction of its caller.
+var ErrDeadlock = error(verdict{msg: "the holder of the lock waits for this transaction: deadlock"})
+
+// LockTx takes the lock of k in a transaction of the caller's, by trying again and again. CREATE
+// INDEX CONCURRENTLY that has met the transaction while it waited would wait for all of it.
+func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool) error {
+	c := callersTx{s: &Session{turn: make(chan struct{}, 1)}, tx: tx}
+	lookAt := time.Now().Add(deadlockPause)
+	suspect := false
+	for pause := PauseMin; ; pause = min(2*pause, txPauseMax) {
+		last := timedOut(ctx) // it tries once more then
+		if ctx.Err() != nil && !last {
+			return context.Cause(ctx)
+		}
+		rows, err := c.exec(ctx, pgsql.TryCallersTx(k, shared))
+		switch {
+		case err != nil:
+			return err
+		case rows == pgsql.OnStandby:
+			return ErrStandby
+		case rows > 0:
+			return nil
+		case noWait:
+			return ErrRefused
+		case last:
+			return ErrTimeout
+		}
+		Sleep(ctx, pause/2+rand.N(pause/2))
+		if time.Now().Before(lookAt) || ctx.Err() != nil {
+			continue
+		}
+		deadlock, err := c.deadlocked(ctx, k)
+		switch {
+		case err != nil:
+			return err
+		case deadlock && suspect: // twice: it is no moment in a hand-off
+			return ErrDeadlock
+		}
+		suspect = deadlock
+		lookAt = time.Now().Add(deadlockPause)
+	}
+}
+
+// A callersTx sends statements in a transaction of the caller's.
+type callersTx struct {
+	s  *Session // bounds them; it has no connection
+	tx *sql.Tx
+}
+
+func (c callersTx) exec(ctx context.Context, query string) (rows int64, err error) {
+	var n int64 // the statement's until it has returned
+	err = c.s.Do(ctx, AnswerBound, func(ctx context.Context) (err error) {
+		n, err = rowsAffected(c.tx.ExecContext(ctx, query))
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// deadlocked tells whether a holder of the lock waits for this transaction. It asks under a
+// savepoint: a question that fails must not cost the transaction. The error is that of a
+// transaction that may be lost all the same.
+func (c callersTx) deadlocked(ctx context.Context, k pgsql.Key) (bool, error) {
+	if _, err := c.exec(ctx, pgsql.Savepoint); err != nil {
+		return false, err
+	}
+	rows, err := c.exec(ctx, pgsql.Deadlock(k))
+	if err != nil && pgsql.State(err) == "" {
+		return false, err
+	}
+	_, err = c.exec(ctx, pgsql.RollbackToSavepoint)
+	return rows > 0, err
+}

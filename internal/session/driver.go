@@ -1,0 +1,161 @@
+package session
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"fmt"
+	"math"
+	"net"
+	"reflect"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+// raw is Conn.Raw, which panics if database/sql closes the Conn at the wrong moment, as it does
+// by itself when the context of a transaction ends: it looks whether the Conn is closed, and then
+// takes its connection, without a lock around the two.
+func raw(conn *sql.Conn, f func(dc any) error) (err error) {
+	called := false
+	defer func() {
+		if !called && recover() != nil {
+			err = sql.ErrConnDone
+		}
+	}()
+	return conn.Raw(func(dc any) error {
+		called = true
+		return f(dc)
+	})
+}
+
+// execOn executes query on a driver's connection, and returns the number of rows in its command
+// tag.
+func execOn(ctx context.Context, dc any, query string) (int64, error) {
+	execer, ok := dc.(driver.ExecerContext)
+	if !ok {
+		return 0, noExec(dc)
+	}
+	rows, err := rowsAffected(execer.ExecContext(ctx, query, nil))
+	if err == driver.ErrSkip { // of a wrapper around a connection that cannot
+		return 0, noExec(dc)
+	}
+	return rows, err
+}
+
+func noExec(dc any) error {
+	return fmt.Errorf("the driver's connection, a %T, does not execute statements without preparing them (driver.ExecerContext)", dc)
+}
+
+func rowsAffected(result driver.Result, err error) (int64, error) {
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected()
+}
+
+// A path leads from a driver's connection to the one that a statement is sent to.
+type path = func(dc any) any
+
+func direct(dc any) any { return dc }
+
+// unwrap returns the driver's connection inside of those that wrap it to trace statements, if
+// they hand it out, and it executes statements without them: otelsql's do so by Raw, and
+// dd-trace-go's by WrappedConn.
+func unwrap(dc any) any {
+	for {
+		var inner driver.Conn
+		switch c := dc.(type) {
+		case interface{ Raw() driver.Conn }:
+			inner = c.Raw()
+		case interface{ WrappedConn() driver.Conn }:
+			inner = c.WrappedConn()
+		}
+		if _, ok := inner.(driver.ExecerContext); !ok {
+			return dc
+		}
+		dc = inner
+	}
+}
+
+// A breaker breaks off the statement under way on a driver's connection, so that it returns with
+// an error. The zero breaker is that of a driver that is not known.
+type breaker struct {
+	breaks func(dc any)
+
+	// longest is the length of the longest statement, in bytes, for which that is certain.
+	longest int
+}
+
+var breakers sync.Map // reflect.Type → breaker
+
+func breakerOf(dc any) breaker {
+	t := reflect.TypeOf(dc)
+	found, ok := breakers.Load(t)
+	if !ok {
+		found, _ = breakers.LoadOrStore(t, findBreaker(t))
+	}
+	return found.(breaker)
+}
+
+// findBreaker knows drivers by their connections' types: no driver is imported. The names of
+// methods are constants, so that the linker still drops what a program does not use.
+func findBreaker(t reflect.Type) breaker {
+	switch {
+	case t.Kind() != reflect.Pointer:
+	case t.Elem().PkgPath() == "github.com/lib/pq":
+		// Close is made to be called while another goroutine reads. But it writes, and so waits for
+		// one that writes: as a longer statement may for ever, once the network's buffers are full.
+		return breaker{longest: 4096, breaks: func(dc any) {
+			if conn, ok := dc.(driver.Conn); ok {
+				_ = conn.Close()
+			}
+		}}
+	case isPgx(t):
+		// The deadline of the network's connection may be set at any time, which is what pgx itself
+		// does when a context ends.
+		return breaker{longest: math.MaxInt, breaks: func(dc any) {
+			if conn, ok := pgConn(dc).MethodByName("Conn").Call(nil)[0].Interface().(net.Conn); ok {
+				_ = conn.SetDeadline(time.Unix(1, 0))
+			}
+		}}
+	}
+	return breaker{}
+}
+
+// isPgx tells whether t has pgx's Conn().PgConn().Conn(), a net.Conn.
+func isPgx(t reflect.Type) bool {
+	var ok bool
+	for _, m := range [...]func(reflect.Type) (reflect.Method, bool){
+		func(t reflect.Type) (reflect.Method, bool) { return t.MethodByName("Conn") },
+		func(t reflect.Type) (reflect.Method, bool) { return t.MethodByName("PgConn") },
+		func(t reflect.Type) (reflect.Method, bool) { return t.MethodByName("Conn") },
+	} {
+		var method reflect.Method
+		if method, ok = m(t); !ok || method.Type.NumIn() != 1 || method.Type.NumOut() != 1 {
+			return false
+		}
+		t = method.Type.Out(0)
+	}
+	return t == reflect.TypeFor[net.Conn]()
+}
+
+// pgConn returns the *pgconn.PgConn of a connection for which isPgx is true.
+func pgConn(dc any) reflect.Value {
+	return reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0].MethodByName("PgConn").Call(nil)[0]
+}
+
+// rowsOpen tells whether rows are open on a driver's connection. pgx hides that in
+// driver.ErrBadConn, and is asked. lib/pq refuses a statement.
+func rowsOpen(ctx context.Context, dc any) bool {
+	if t := reflect.TypeOf(dc); t.Kind() == reflect.Pointer && isPgx(t) {
+		if isBusy := pgConn(dc).MethodByName("IsBusy"); isBusy.IsValid() {
+			busy, _ := isBusy.Call(nil)[0].Interface().(bool)
+			return busy
+		}
+	}
+	_, err := execOn(ctx, dc, pgsql.LeftOpen)
+	return err != nil && strings.Contains(err.Error(), "already a query being processed")
+}

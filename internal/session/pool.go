@@ -1,0 +1,147 @@
+package session
+
+import (
+	"context"
+	"database/sql"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+// dialBound is how long a connection may take to be made where the pool has no limit, so that
+// waiting for one cannot mean waiting for others.
+const dialBound = 30 * time.Second
+
+// A Pool is where sessions are borrowed from.
+type Pool struct {
+	DB      *sql.DB
+	Refused *Refusals
+}
+
+// Refusals are what the server of a pool has been found to refuse.
+type Refusals struct {
+	mu      sync.Mutex
+	refused [2]bool // by refusal
+}
+
+// A refusal is a statement, or a setting, that not every server knows.
+type refusal int
+
+const (
+	waits  refusal = iota // pgsql.Wait
+	checks                // the setting of pgsql.Settings.Check
+)
+
+func (p *Pool) refuses(r refusal) bool {
+	p.Refused.mu.Lock()
+	defer p.Refused.mu.Unlock()
+	return p.Refused.refused[r]
+}
+
+// refuse notes a refusal. It tells whether that is new.
+func (p *Pool) refuse(r refusal) bool {
+	p.Refused.mu.Lock()
+	defer p.Refused.mu.Unlock()
+	before := p.Refused.refused[r]
+	p.Refused.refused[r] = true
+	return !before
+}
+
+// RefusesWaits tells whether the server does not execute the statement that waits.
+func (p *Pool) RefusesWaits() bool { return p.refuses(waits) }
+
+// Closed returns an error if the pool has been closed: a connection in use outlives it, and so
+// would a wait.
+func (p *Pool) Closed() error {
+	if _, err := p.DB.Conn(endedCtx); pgsql.PoolClosed(err) {
+		return err
+	}
+	return nil
+}
+
+// endedCtx asks for a connection without taking one.
+var endedCtx = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
+// Exhausted tells whether all connections of a limited pool are in use.
+func (p *Pool) Exhausted() bool {
+	stats := p.DB.Stats()
+	return stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections
+}
+
+// Open borrows a connection.
+func (p *Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, error) {
+	conn, err := p.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return newSession(conn, p, log, use), nil
+}
+
+// conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection
+// does not. What comes later goes to the pool: to break off the making of a connection would cost
+// the server a session, and the next one another.
+func (p *Pool) conn(ctx context.Context) (*sql.Conn, error) {
+	stats := p.DB.Stats()
+	// One that lies ready may have to be asked whether it lives; one that must be made takes longer.
+	// But if others have all of a limited pool, the wait is for them.
+	bound := AnswerBound
+	if stats.Idle == 0 {
+		bound = dialBound
+	}
+	making, cancel := ctx, func() {}
+	if !p.Exhausted() {
+		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, pgsql.NoAnswer{After: bound})
+	}
+	borrow := func() (*sql.Conn, error) {
+		conn, err := p.DB.Conn(making)
+		if err != nil && making.Err() != nil {
+			err = context.Cause(making)
+		}
+		return conn, err
+	}
+	if stats.Idle > 0 && ctx.Done() == nil {
+		defer cancel()
+		return borrow()
+	}
+	type result struct {
+		conn *sql.Conn
+		err  error
+	}
+	results, left := make(chan result), make(chan struct{})
+	defer close(left)
+	go func() {
+		defer cancel()
+		conn, err := borrow()
+		select {
+		case results <- result{conn, err}:
+		case <-left:
+			if err == nil {
+				_ = conn.Close()
+			}
+		}
+	}()
+	select {
+	case r := <-results:
+		return r.conn, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-making.Done():
+		return nil, context.Cause(making)
+	}
+}
+
+// Sleep sleeps for d or until ctx ends.
+func Sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

@@ -1,0 +1,302 @@
+package session
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+const (
+	// AnswerBound is how long past its own wait a statement may go unanswered before its session is
+	// given up.
+	AnswerBound = 10 * time.Second
+
+	// ReleaseBound is how long a release may take, whatever happens.
+	ReleaseBound = 5 * time.Second
+
+	// Grace is how long past the end of ctx a statement may go unanswered: to break it off costs the
+	// connection. It is also how long the message of a Timeout may take to find the holder.
+	Grace = 400 * time.Millisecond
+
+	// abandonAfter is how long a driver may take to return from a statement that has been broken
+	// off. Drivers differ: lib/pq asks the server to cancel and reads on, for as long as the network
+	// keeps it waiting. Grace and twice abandonAfter make less than a second.
+	abandonAfter = 200 * time.Millisecond
+
+	// clearBound is how long the last statement on a connection may take that is to be closed.
+	clearBound = time.Second
+)
+
+// A condition is what is known of a session's state on the server. It only gets worse.
+type condition = int32
+
+const (
+	known     condition = iota // what it holds is known
+	doubtful                   // what it holds is not known: it may be closed only
+	gone                       // the session has ended, or a statement's answer is missing
+	abandoned                  // the driver has not returned from a statement: nothing more is sent
+)
+
+func (s *Session) worsen(to condition) {
+	for {
+		is := s.cond.Load()
+		if is >= to || s.cond.CompareAndSwap(is, to) {
+			return
+		}
+	}
+}
+
+// An abandonedError is that of a session whose driver has not returned.
+type abandonedError struct{}
+
+func (abandonedError) Error() string        { return "the driver has not returned from the statement before" }
+func (abandonedError) Is(target error) bool { return target == driver.ErrBadConn }
+
+// take waits for the turn to send a statement, which ends with give.
+func (s *Session) take(ctx context.Context, bound time.Duration) error {
+	select {
+	case s.turn <- struct{}{}:
+		return s.taken()
+	default:
+	}
+	if s.cond.Load() == abandoned {
+		return abandonedError{}
+	}
+	if bound > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, bound, pgsql.NoAnswer{After: bound})
+		defer cancel()
+	}
+	select {
+	case s.turn <- struct{}{}:
+		return s.taken()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// taken gives the turn back if the statement that had it before was abandoned.
+func (s *Session) taken() error {
+	if s.cond.Load() == abandoned {
+		<-s.turn
+		return abandonedError{}
+	}
+	return nil
+}
+
+// give ends a turn; but not that of a statement that is abandoned, which ends when the driver
+// returns.
+func (s *Session) give() {
+	if s.cond.Load() != abandoned {
+		<-s.turn
+	}
+}
+
+// Exec sends one statement, when it is its turn. It returns at most Grace and abandonAfter past
+// the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
+// After an error that is not the server's, the session may be given up only.
+func (s *Session) Exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	return s.exec(ctx, bound, query, direct)
+}
+
+// ExecQuiet is Exec past the wrappers that trace statements: nobody has asked for this one.
+func (s *Session) ExecQuiet(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
+	return s.exec(ctx, bound, query, unwrap)
+}
+
+func (s *Session) exec(ctx context.Context, bound time.Duration, query string, to path) (rows int64, err error) {
+	var n int64 // the statement's until it has returned: it may outlive this call
+	err = s.Run(ctx, bound, len(query), func(ctx context.Context) (err error) {
+		n, err = s.send(ctx, query, to)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// Run has f, which sends one statement of so many bytes, run when it is its turn, like Exec.
+func (s *Session) Run(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
+	if err := s.take(ctx, bound); err != nil {
+		return err
+	}
+	defer s.give()
+	return s.run(ctx, bound, length, f)
+}
+
+// run is Run for one who has the turn: on this goroutine, if the statement can be broken off.
+func (s *Session) run(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
+	if s.breaker.breaks == nil || length > s.breaker.longest {
+		return s.aside(ctx, bound, f)
+	}
+	no := s.guard.begin(func(error) { s.breaker.breaks(s.dc) })
+	defer s.guardOver(ctx, no, bound)()
+	err := f(context.WithoutCancel(ctx))
+	if cause := s.guard.end(); cause != nil {
+		s.worsen(gone) // even if the answer came: the connection is of no use
+		if err != nil {
+			err = cause
+		}
+	}
+	return s.noted(err)
+}
+
+// aside runs f on a goroutine of its own, whose context is ended to break the statement off. If f
+// does not return even then, the session is abandoned.
+func (s *Session) aside(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	no := s.guard.begin(cancel)
+	defer s.guardOver(ctx, no, bound)()
+	defer s.guard.end()
+	done := spawn(func() error { return f(inner) })
+	var err error
+	select {
+	case o := <-done:
+		err = o.result()
+	case <-inner.Done():
+		grace := time.NewTimer(abandonAfter)
+		defer grace.Stop()
+		select {
+		case o := <-done:
+			err = o.result()
+		case <-grace.C:
+			s.worsen(abandoned)
+			go func() {
+				<-done
+				<-s.turn
+			}()
+			return context.Cause(inner)
+		}
+	}
+	if err != nil && inner.Err() != nil {
+		// Whatever the driver makes of it: it may report a statement that it has cancelled as the
+		// server's error, on a connection that it has closed.
+		err = context.Cause(inner)
+		s.worsen(gone)
+	}
+	return s.noted(err)
+}
+
+// guardOver bounds statement no, and what is left of it at the end of ctx. Its result ends that.
+func (s *Session) guardOver(ctx context.Context, no uint64, bound time.Duration) (end func() bool) {
+	if bound > 0 {
+		s.guard.bound(no, bound, pgsql.NoAnswer{After: bound})
+	}
+	if ctx.Done() == nil {
+		return func() bool { return true }
+	}
+	return context.AfterFunc(ctx, func() {
+		grace, why := Grace, context.Cause(ctx)
+		if s.use == Callers { // whose waits are not left
+			grace += sliceMin
+		}
+		if timedOut(ctx) {
+			why = pgsql.NoAnswer{After: grace}
+		}
+		s.guard.bound(no, grace, why)
+	})
+}
+
+// noted notes an error that says that the session has ended.
+func (s *Session) noted(err error) error {
+	if err != nil && pgsql.Gone(err) {
+		s.worsen(gone)
+	}
+	return err
+}
+
+// Hasten leaves no more than d to the statement under way.
+func (s *Session) Hasten(d time.Duration) { s.guard.bound(0, d, pgsql.NoAnswer{After: d}) }
+
+// Interrupt breaks off the statement under way: the session is lost.
+func (s *Session) Interrupt(cause error) {
+	s.worsen(gone)
+	s.guard.bound(0, 0, cause)
+}
+
+// An outcome is how a function on a goroutine of its own has ended.
+type outcome struct {
+	err      error
+	panicked any
+}
+
+// ErrPanicked is the error of a driver that panicked, until the panic has propagated.
+var ErrPanicked = errors.New("the driver panicked")
+
+// spawn runs f on a goroutine of its own.
+func spawn(f func() error) <-chan outcome {
+	done := make(chan outcome, 1)
+	go func() {
+		o := outcome{err: ErrPanicked}
+		defer func() {
+			o.panicked = recover()
+			done <- o
+		}()
+		o.err = f()
+	}()
+	return done
+}
+
+// Soon runs f on a goroutine of its own, and waits a moment for it.
+func Soon(f func() error) {
+	done := spawn(f)
+	soon := time.NewTimer(abandonAfter)
+	defer soon.Stop()
+	select {
+	case o := <-done:
+		_ = o.result()
+	case <-soon.C:
+		go func() { _ = (<-done).result() }() // a panic is not swallowed
+	}
+}
+
+// result returns the error, or has the panic propagate.
+func (o outcome) result() error {
+	if o.panicked != nil {
+		panic(o.panicked)
+	}
+	return o.err
+}
+
+// execLeavable is ExecQuiet, but returns at once if ctx ends. The statement and its turn then go on
+// until the answer: to break it off would cost the connection. A connection of the caller's is not
+// left like that.
+func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query string) (int64, error) {
+	if ctx.Done() == nil || s.use == Callers {
+		return s.ExecQuiet(ctx, bound, query)
+	}
+	if err := s.take(ctx, bound); err != nil {
+		return 0, err
+	}
+	// The end of a Timeout is also that of the statement, whose answer is waited for.
+	inner, stop := context.WithoutCancel(ctx), func() {}
+	if deadline, ok := ctx.Deadline(); ok {
+		inner, stop = context.WithDeadlineCause(inner, deadline, pgsql.NoAnswer{After: Grace})
+	}
+	var rows int64 // the statement's until it has returned
+	done := spawn(func() error {
+		defer s.give()
+		defer stop()
+		return s.run(inner, bound, len(query), func(ctx context.Context) (err error) {
+			rows, err = s.send(ctx, query, unwrap)
+			return err
+		})
+	})
+	select {
+	case o := <-done:
+		return rows, o.result()
+	case <-ctx.Done():
+	}
+	if ctx.Err() == context.DeadlineExceeded {
+		o := <-done
+		return rows, o.result()
+	}
+	s.left = true
+	go func() { _ = (<-done).result() }() // a panic is not swallowed
+	return 0, context.Cause(ctx)
+}

@@ -1,0 +1,374 @@
+// Package session is one connection to the server, on which locks are taken: it sends one bounded
+// statement at a time, from any goroutine, and sees to it that the connection goes back to its
+// pool clean, or is closed. It knows nothing of other sessions, nor of who else wants a lock.
+//
+// A Session is borrowed from a pool, or it is the caller's. One that is borrowed ends with exactly
+// one of HandBack, Discard, Release and GiveUp. The server frees the locks of a closed session, so
+// that in doubt it is closed.
+package session
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"reflect"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+// A Use is what a session is for.
+type Use uint8
+
+const (
+	ForLocks Use = iota // it holds locks, and nobody else sends statements
+	ForConn             // fn uses the connection: WithConnLock
+	ForTx               // fn uses a transaction on it: WithTxLock
+	Callers             // it is a connection of the caller's: AcquireConn
+)
+
+// A Session is one connection, and the locks on it. Exec, Run and Do are safe to call from several
+// goroutines. The rest is for the goroutine that takes or releases the lock.
+type Session struct {
+	Shared  bool        // the lock is shared
+	Yield   func() bool // tells whether a wait yields to others; nil: it does not
+	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
+	conn    *sql.Conn   // the connection
+	dc      any         // the driver's
+	pool    *Pool       // nil: the connection is the caller's
+	use     Use
+	log     *slog.Logger
+	turn    chan struct{} // filled by who sends: a channel, because waiting for it must end with a context
+	cond    atomic.Int32  // a condition
+	guard   guard
+	breaker breaker
+
+	settingsMu sync.Mutex // guards settings and made: Discard may come while another still sends
+	settings   pgsql.Settings
+	made       bool // the settings may have been made
+
+	place    pgsql.Place
+	restart  string      // begins a new transaction, in one
+	held     []pgsql.Key // by a lone lock
+	refused  bool        // the server has answered, and the lock was taken
+	sent     time.Time   // when the last statement that takes a lock went out
+	left     bool        // the caller has left a statement that takes the lock
+	rowsOpen bool        // fn has left rows open
+	unwind   func()      // ends what was begun before the lock was asked for; nil: nothing was
+}
+
+// OnConn returns the session of a connection of the caller's.
+func OnConn(conn *sql.Conn, log *slog.Logger, shared bool) *Session {
+	s := newSession(conn, nil, log, Callers)
+	s.place, s.Shared = pgsql.OnCalled, shared
+	return s
+}
+
+func newSession(conn *sql.Conn, pool *Pool, log *slog.Logger, use Use) *Session {
+	s := &Session{conn: conn, pool: pool, log: log, use: use, turn: make(chan struct{}, 1)}
+	s.settings = pgsql.Settings{Nonce: strconv.FormatUint(rand.Uint64(), 36), Exposed: use == ForConn}
+	if pool != nil {
+		_ = raw(conn, func(dc any) error {
+			s.dc = dc
+			if use == ForLocks {
+				s.dc = unwrap(dc)
+				s.breaker = breakerOf(s.dc)
+			}
+			return nil
+		})
+	}
+	if use == ForConn || use == ForTx {
+		s.settings.Check = !pool.refuses(checks)
+	}
+	return s
+}
+
+// Conn returns the connection.
+func (s *Session) Conn() *sql.Conn { return s.conn }
+
+// Nonce returns what tells the session from every other.
+func (s *Session) Nonce() string { return s.settings.Nonce }
+
+// SetSilence has the server end the session once it has heard nothing for d, when the next lock is
+// granted. 0 is never.
+func (s *Session) SetSilence(d time.Duration) { s.settings.Silence = d }
+
+// Silence returns how long the server waits for the next statement. 0 is for ever.
+func (s *Session) Silence() time.Duration {
+	s.settingsMu.Lock()
+	defer s.settingsMu.Unlock()
+	return s.silenceLocked()
+}
+
+func (s *Session) silenceLocked() time.Duration {
+	if !s.made {
+		return 0
+	}
+	return s.settings.Silence
+}
+
+// ChangeSilence returns the statement that makes the server wait for d, which the caller sends, or
+// "" if it does.
+func (s *Session) ChangeSilence(d time.Duration) (set string) {
+	s.settingsMu.Lock()
+	defer s.settingsMu.Unlock()
+	if d == s.silenceLocked() {
+		return ""
+	}
+	first := !s.made
+	s.settings.Silence, s.made = d, true
+	return s.settings.Set(first)
+}
+
+// Reset returns the statement that undoes the settings, or "" if there are none. WasReset says that
+// it has been sent.
+func (s *Session) Reset() string {
+	s.settingsMu.Lock()
+	defer s.settingsMu.Unlock()
+	if !s.made {
+		return ""
+	}
+	return s.settings.Reset()
+}
+
+// WasReset says that the settings are undone.
+func (s *Session) WasReset() {
+	s.settingsMu.Lock()
+	defer s.settingsMu.Unlock()
+	s.made = false
+}
+
+// send sends over the driver's connection itself. When that is found dead, Conn.ExecContext closes
+// the Conn, and first waits, for ever, for its transactions and rows to be closed, which may be the
+// caller's, or fn's to have left open.
+func (s *Session) send(ctx context.Context, query string, to path) (rows int64, err error) {
+	rawErr := raw(s.conn, func(dc any) error {
+		if s.cond.Load() == abandoned { // while database/sql's own lock was waited for
+			return abandonedError{}
+		}
+		rows, err = execOn(ctx, to(dc), query)
+		return nil
+	})
+	return rows, cmp.Or(rawErr, err)
+}
+
+// Do has f, which sends one statement by database/sql, run when it is its turn.
+func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	if err := s.take(ctx, bound); err != nil {
+		return err
+	}
+	defer s.give()
+	return s.aside(ctx, bound, f)
+}
+
+// HandBack returns the connection, which is clean, to the pool. One that has been broken off, if only in
+// the moment of its last answer, is discarded.
+func (s *Session) HandBack() {
+	if s.pool == nil {
+		return
+	}
+	if s.cond.Load() != known {
+		s.Discard()
+		return
+	}
+	if err := s.conn.Close(); err != nil && !errors.Is(err, sql.ErrConnDone) {
+		s.log.Warn("advisory: connection not handed back to the pool", "error", err)
+	}
+	s.end()
+}
+
+func (s *Session) end() {
+	if s.OnEnd != nil {
+		s.OnEnd()
+	}
+}
+
+// Discard closes the connection for good: the server then frees its locks. It waits a moment, so
+// that the pool's place is usually free when it returns. If the driver is slower than that, a
+// goroutine of its own goes on until the driver returns, and until what fn has left open on its
+// conn is closed.
+func (s *Session) Discard() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.turn <- struct{}{} // not given back: nothing is sent any more
+		err := raw(s.conn, func(dc any) error {
+			s.clear(dc)
+			return driver.ErrBadConn // database/sql's word for "do not use it again"
+		})
+		if !errors.Is(err, driver.ErrBadConn) && !errors.Is(err, sql.ErrConnDone) {
+			s.log.Warn("advisory: connection not discarded", "error", err)
+		}
+		if s.pool != nil {
+			_ = s.conn.Close() // sql.ErrConnDone by now
+			s.end()
+		}
+	}()
+	t := time.NewTimer(abandonAfter)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	}
+}
+
+// clear leaves no lock on the driver's connection. Those of a transaction go with it, and behind a
+// transaction pooler, the locks of the session are another's. What its Close does is not certain:
+// that of pgx on a pgxpool returns a sound connection to that pool (one with an open transaction,
+// it closes), and database/sql does not call it as long as a transaction or rows are open.
+func (s *Session) clear(dc any) {
+	if s.place != pgsql.InTx && s.cond.Load() < gone {
+		ctx, cancel := context.WithTimeout(context.Background(), clearBound)
+		defer cancel()
+		if _, err := execOn(ctx, dc, s.Reset()+pgsql.UnlockAll); err == nil {
+			return
+		}
+	}
+	if conn, ok := dc.(driver.Conn); ok {
+		_ = conn.Close() // database/sql calls it again, and has the error
+	}
+}
+
+// GiveUp ends a session on which an acquisition under ctx has failed with err: clean if its state is
+// known, for good otherwise. A caller's is left alone if it is known.
+func (s *Session) GiveUp(ctx context.Context, err error) {
+	if s.use == Callers {
+		if !s.stateKnown(ctx, err) {
+			s.Discard()
+		}
+		return
+	}
+	end := func() error {
+		clean := false
+		defer func() {
+			if clean {
+				s.HandBack()
+			} else { // also if the driver panics
+				s.Discard()
+			}
+		}()
+		if s.unwind != nil {
+			s.unwind()
+		}
+		if !s.stateKnown(ctx, err) {
+			return nil
+		}
+		// What a transaction held has gone with it. A statement that was left may have got its lock.
+		nothing := len(s.held) == 0 && !s.made && !s.left || s.place == pgsql.InTx
+		if !nothing {
+			if _, err := s.Exec(context.Background(), AnswerBound, s.Reset()+pgsql.UnlockAll); err != nil {
+				return nil
+			}
+		}
+		clean = true
+		return nil
+	}
+	if ctx.Err() == context.Canceled {
+		spawn(end)
+		return
+	}
+	Soon(end)
+}
+
+// stateKnown tells whether an acquisition under ctx that has failed with err has left a session
+// that is known.
+func (s *Session) stateKnown(ctx context.Context, err error) bool {
+	return s.cond.Load() == known && (errors.As(err, new(verdict)) || ctx.Err() != nil && errors.Is(err, context.Cause(ctx)))
+}
+
+// Release unlocks the lock in one round trip, and hands the connection back. It returns nil only
+// if the server says that the lock was still held; otherwise it discards the connection. It takes
+// no context, because it must happen when the caller's has ended.
+func (s *Session) Release() error {
+	if s.rowsOpen {
+		s.worsen(gone) // closing it properly would wait for the rows
+		s.Discard()
+		return ErrLeftOpen
+	}
+	unlock := pgsql.Unlock
+	if s.use == ForConn {
+		unlock = pgsql.UnlockExposed
+	}
+	rows, err := s.Exec(context.Background(), ReleaseBound, s.Reset()+unlock(s.held, s.Shared))
+	switch {
+	case err == nil && rows == 0:
+		err = ErrNotHeld
+	case err == nil && rows > 1, s.use == ForConn && pgsql.State(err) == pgsql.InFailedTransaction:
+		s.worsen(gone) // closing it properly would wait for the transaction
+		err = ErrLeftOpen
+	}
+	if err == nil {
+		s.HandBack()
+		return nil
+	}
+	if s.use == ForConn && errors.Is(err, sql.ErrConnDone) && s.reclaim() {
+		err = ErrConnClosed
+	}
+	s.Discard()
+	return err
+}
+
+// FindRows finds out whether fn has left rows open on the connection, for Release. It is called
+// before fn's ctx ends: then database/sql closes them, and the driver the connection.
+func (s *Session) FindRows() {
+	open := false // until aside has returned
+	err := s.Do(context.Background(), ReleaseBound, func(ctx context.Context) error {
+		return raw(s.conn, func(dc any) error {
+			open = rowsOpen(ctx, unwrap(dc))
+			return nil
+		})
+	})
+	s.rowsOpen = err == nil && open
+}
+
+// reclaim closes the driver's connection if fn has closed the Conn, and it lies in the pool, with
+// the lock on it. (database/sql also closes the Conn, together with that, if it finds it dead.) It
+// tells whether the lock was on it until then.
+func (s *Session) reclaim() (held bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), clearBound)
+	defer cancel()
+	found := false
+	for n := s.pool.DB.Stats().Idle; n > 0 && s.pool.DB.Stats().Idle > 0; n-- {
+		conn, err := s.pool.conn(ctx)
+		if err != nil {
+			break
+		}
+		_ = raw(conn, func(dc any) error {
+			if found = reflect.TypeOf(dc).Comparable() && dc == s.dc; found {
+				rows, err := execOn(ctx, dc, s.Reset()+pgsql.UnlockExposed(s.held, s.Shared))
+				held = err == nil && rows == 1
+				s.clear(dc)
+				return driver.ErrBadConn
+			}
+			return nil
+		})
+		if found {
+			return held
+		}
+		defer conn.Close() // when all have been looked at
+	}
+	s.log.Warn("advisory: conn was closed while fn ran, by fn or because its session died; if by fn, the pool still has the lock",
+		"key", pgsql.List(s.held))
+	return false
+}
+
+// Unlock unlocks the lock of k, which the caller's session holds, perhaps.
+func (s *Session) Unlock(k pgsql.Key) error {
+	rows, err := s.Exec(context.Background(), ReleaseBound, pgsql.UnlockHeld([]pgsql.Key{k}, s.Shared))
+	switch {
+	case err != nil:
+		s.Discard()
+		return err
+	case rows == 0:
+		return ErrNotHeld
+	default:
+		return nil
+	}
+}

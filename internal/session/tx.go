@@ -1,0 +1,170 @@
+package session
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+// A Tx is a transaction on a session that is borrowed for it, and the lock that it holds.
+type Tx struct {
+	s       *Session
+	opts    *sql.TxOptions
+	silence string // put before a statement; "": HolderTimeout is not given
+
+	// OneSnapshot: at REPEATABLE READ and above the lock is the session's. The lock statement would
+	// otherwise fix the snapshot before the lock is granted.
+	OneSnapshot bool
+
+	// tx has a context of its own. At the end of the caller's, database/sql would roll back in its
+	// own time, and close the connection.
+	tx     *sql.Tx
+	failed error              // of BEGIN: there is no tx
+	abort  context.CancelFunc // ends the context of tx
+
+	rolledBack sync.Once
+	unclean    error // of the rollback
+}
+
+// NewTx returns a transaction that has not begun. The server ends it once it has waited for a
+// statement for holderTimeout; 0 is for ever.
+func NewTx(s *Session, opts *sql.TxOptions, oneSnapshot bool, holderTimeout time.Duration) *Tx {
+	t := &Tx{s: s, opts: opts, OneSnapshot: oneSnapshot}
+	if holderTimeout > 0 {
+		t.silence = pgsql.TxSilence(holderTimeout)
+	}
+	s.unwind = func() { _ = t.Rollback() }
+	return t
+}
+
+// Tx returns the transaction, which has begun.
+func (t *Tx) Tx() *sql.Tx { return t.tx }
+
+// Begin begins the transaction and takes the lock of k. After an error, the session is to be given
+// up, which rolls back.
+func (t *Tx) Begin(ctx context.Context, k pgsql.Key, noWait bool, since time.Time) error {
+	if !t.OneSnapshot {
+		if err := t.beginThenLock(ctx, k, noWait, since); err != nil {
+			return err
+		}
+	}
+	if t.OneSnapshot {
+		if err := t.s.Lock(ctx, k, noWait, since); err != nil {
+			return err
+		}
+		if err := t.begin(ctx); err != nil {
+			return err
+		}
+		if t.silence != "" {
+			if _, err := t.s.Exec(ctx, AnswerBound, t.silence); err != nil {
+				return err
+			}
+		}
+	}
+	return ended(ctx) // a grant that comes too late is not used
+}
+
+// beginThenLock takes the transaction-scoped lock. If it finds that the transaction has one
+// snapshot, it sets OneSnapshot and leaves nothing behind.
+func (t *Tx) beginThenLock(ctx context.Context, k pgsql.Key, noWait bool, since time.Time) error {
+	t.s.place, t.s.restart = pgsql.InTx, pgsql.Restart+t.silence
+	if err := t.begin(ctx); err != nil {
+		return err
+	}
+	if err := ended(ctx); err != nil {
+		return err
+	}
+	try := pgsql.TryTx
+	if t.opts.Isolation == sql.LevelDefault {
+		try = pgsql.TryFirst
+	}
+	query := t.silence + t.s.settings.SetCheck() + try(k, t.s.Shared)
+	rows, err := t.s.Exec(ctx, AnswerBound, query)
+	switch {
+	case t.s.refusesCheck(err):
+		if err := t.rollback(ctx); err != nil {
+			return err
+		}
+		return t.beginThenLock(ctx, k, noWait, since)
+	case err != nil || rows == 1:
+		return err
+	case rows == pgsql.OneSnapshot:
+		t.OneSnapshot, t.s.place, t.s.restart = true, pgsql.OnOwn, ""
+		return t.rollback(ctx)
+	case noWait:
+		return ErrRefused
+	}
+	return t.s.waitOrTry(ctx, k, since)
+}
+
+func (t *Tx) begin(ctx context.Context) error {
+	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
+	t.tx, t.failed, t.abort, t.rolledBack, t.unclean = nil, nil, abort, sync.Once{}, nil
+	var tx *sql.Tx // BEGIN's until it has returned
+	err := t.s.Do(ctx, AnswerBound, func(context.Context) (err error) {
+		tx, err = t.s.conn.BeginTx(txCtx, t.opts)
+		return err
+	})
+	if err == nil {
+		t.tx = tx
+		return nil
+	}
+	abort()                                            // a driver that returns too late has begun nothing
+	if pgsql.State(err) == pgsql.FeatureNotSupported { // lib/pq's BEGIN READ WRITE
+		err = fmt.Errorf("%w: %w", ErrStandby, err)
+	}
+	t.failed = fmt.Errorf("begin: %w", err)
+	return t.failed
+}
+
+// Rollback rolls back, once, if the transaction has begun. If it cannot be sure that the server has
+// rolled back, the session is doubtful. It does not wait for a driver that does not return.
+func (t *Tx) Rollback() error { return t.rollback(context.Background()) }
+
+func (t *Tx) rollback(ctx context.Context) error {
+	t.rolledBack.Do(func() {
+		t.unclean = t.s.Do(ctx, ReleaseBound, func(context.Context) error {
+			if t.tx == nil {
+				return t.failed
+			}
+			return t.tx.Rollback()
+		})
+		if t.abort != nil {
+			t.abort()
+		}
+		if t.unclean != nil {
+			t.s.worsen(doubtful)
+		}
+	})
+	return t.unclean
+}
+
+// Commit commits. It is bounded by ctx alone.
+func (t *Tx) Commit(ctx context.Context) error {
+	defer context.AfterFunc(ctx, t.abort)()
+	err := t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
+	t.abort()
+	// The server's own error means that it has rolled back, and is ready for more.
+	if err != nil && (pgsql.State(err) == "" || pgsql.Gone(err)) {
+		t.s.worsen(doubtful)
+	}
+	return err
+}
+
+// End ends the session, whose transaction has ended. It returns an error if there was a
+// session-level lock that could not be released.
+func (t *Tx) End() error {
+	switch {
+	case t.s.cond.Load() != known:
+		t.s.Discard()
+	case !t.OneSnapshot:
+		t.s.HandBack()
+	default:
+		return t.s.Release()
+	}
+	return nil
+}
