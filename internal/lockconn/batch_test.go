@@ -1,0 +1,171 @@
+package lockconn_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// prepareAfter is that of batch.go.
+const prepareAfter = 8
+
+// together asks for op of the keys from first to last at once, while a round trip is under way.
+func (f *fixture) together(t *testing.T, op lockconn.Op, first, last int64) (oks []bool, errs []error) {
+	oks, errs = make([]bool, last-first+1), make([]error, last-first+1)
+	var wg sync.WaitGroup
+	wg.Go(func() { f.must(t, lockconn.Ping) })
+	synctest.Wait()
+	for n := first; n <= last; n++ {
+		wg.Go(func() { oks[n-first], errs[n-first] = f.ask(t.Context(), op, id(n)...) })
+		synctest.Wait() // in order
+	}
+	wg.Wait()
+	synctest.Wait()
+	return oks, errs
+}
+
+// prepared returns a Conn that has the prepared statement. It holds the lock of id(0).
+func prepared(t *testing.T) *fixture {
+	f := newConn(t, 0)
+	f.srv.rtt = time.Millisecond
+	f.must(t, lockconn.Try, id(0)...)
+	f.together(t, lockconn.Try, 1, prepareAfter+2)
+	f.together(t, lockconn.Unlock, 1, prepareAfter+2)
+	f.srv.clear()
+	return f
+}
+
+// What is asked for while a round trip is under way goes out together in the next one, once there has
+// been so much of that that it pays to prepare the statement.
+func TestRequestsDuringARoundTripGoOutTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		f.srv.rtt = time.Millisecond
+		f.must(t, lockconn.Try, id(0)...)
+		want := []string{try(0), pgsql.Ping}
+		for n := range int64(prepareAfter) {
+			want = append(want, try(n+1))
+		}
+		f.together(t, lockconn.Try, 1, prepareAfter+4)
+		f.srv.want(t, append(want, "prepare", "batch {1,1,1,1} {9,10,11,12}")...)
+		f.srv.clear()
+		f.together(t, lockconn.Unlock, 1, 3)
+		if lines := f.srv.lines(); len(lines) != 2 || !strings.HasPrefix(lines[1], "batch {2,2,2} ") {
+			t.Errorf("log: %q", lines)
+		}
+
+		// Alone, a request is a statement of its own.
+		f.must(t, lockconn.Unlock, id(4)...)
+		if lines := f.srv.lines(); lines[len(lines)-1] != unlock(4) {
+			t.Errorf("last: %s", lines[len(lines)-1])
+		}
+		f.s.Discard()
+	})
+}
+
+// Each request of a batch has its own answer. Of a request for several locks that has got some, those
+// are unlocked.
+func TestEachRequestOfABatchHasItsAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := prepared(t)
+		f.srv.batch = func(string, string) (string, error) { return "1011001", nil }
+		var wg sync.WaitGroup
+		wg.Go(func() { f.must(t, lockconn.Ping) })
+		synctest.Wait()
+		for i, keys := range [][]pgsql.Key{id(1), id(2), slices.Concat(id(3), id(4), id(5)), slices.Concat(id(6), id(7))} {
+			wg.Go(func() {
+				ok, err := f.ask(t.Context(), lockconn.Try, keys...)
+				if ok != (i == 0) || err != nil {
+					t.Errorf("%v: %v, %v", keys, ok, err)
+				}
+			})
+			synctest.Wait()
+		}
+		wg.Wait()
+		f.srv.want(t, pgsql.Ping, "batch {1,1,1,1,1,1,1} {1,2,3,4,5,6,7}", pgsql.Unlock(slices.Concat(id(3), id(4)), false), unlock(7))
+		f.s.Discard()
+	})
+}
+
+// If the server refuses a batch, how far it got is not known: what it may have got is unlocked, and
+// each request is answered by itself.
+func TestABatchThatIsRefused(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := prepared(t)
+		f.srv.batch = func(string, string) (string, error) { return "", serverError("53200") }
+		f.srv.answer = func(_ context.Context, query string) (int64, error) {
+			if query == try(2) {
+				return 0, serverError("53200")
+			}
+			return 1, nil
+		}
+		oks, errs := f.together(t, lockconn.Try, 1, 3)
+		if !slices.Equal(oks, []bool{true, false, true}) || errs[0] != nil || errs[1] != serverError("53200") || errs[2] != nil {
+			t.Errorf("%v, %v", oks, errs)
+		}
+		held := func(n int64) string { return pgsql.UnlockHeld(id(n), false) }
+		f.srv.want(t, pgsql.Ping, "batch {1,1,1} {1,2,3}", held(1), try(1), held(2), try(2), held(2), held(3), try(3))
+		f.s.Discard()
+	})
+}
+
+// A server that does not know the statement is asked for it once.
+func TestAServerThatDoesNotKnowTheStatement(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		f.srv.rtt = time.Millisecond
+		f.srv.answer = func(_ context.Context, query string) (int64, error) {
+			if query == "prepare" {
+				return 0, serverError("42883")
+			}
+			return 1, nil
+		}
+		f.must(t, lockconn.Try, id(0)...)
+		for range 2 {
+			oks, _ := f.together(t, lockconn.Try, 1, 2*prepareAfter)
+			if slices.Contains(oks, false) {
+				t.Errorf("answers: %v", oks)
+			}
+		}
+		sent := strings.Join(f.srv.lines(), "\n")
+		if n := strings.Count(sent, "prepare"); n != 1 || strings.Contains(sent, "batch") {
+			t.Errorf("asked %d times: %s", n, sent)
+		}
+		f.s.Discard()
+	})
+}
+
+// An unlock in a batch that finds a lock not held is the end of the session. The others are told that
+// it was lost to another's request.
+func TestAnUnlockInABatchThatFindsNothing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := prepared(t)
+		f.srv.batch = func(string, string) (string, error) { return "10", nil }
+		_, errs := f.together(t, lockconn.Unlock, 1, 2)
+		lost := 0
+		for _, err := range errs {
+			wantError(t, err, session.ErrNotHeld)
+			if errors.As(err, new(lockconn.LostError)) {
+				lost++
+			}
+		}
+		if lost != 1 {
+			t.Errorf("errors: %v", errs)
+		}
+		wantError(t, <-f.lost, session.ErrNotHeld)
+	})
+}

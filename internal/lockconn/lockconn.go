@@ -1,0 +1,362 @@
+// Package lockconn is a connection that holds locks for many callers. It answers their requests,
+// several in one round trip, checks by a heartbeat that the session still has the locks, and tells
+// the callers if it has not. It knows nothing of queues, nor of how a connection is made.
+package lockconn
+
+import (
+	"cmp"
+	"context"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// A Conn is a session that carries the locks of several holders, and tries and unlocks for several
+// at a time: what is asked of it while a round trip is under way goes out together in the next one.
+// A lone request goes out by itself; if nobody has locks on the session, on the goroutine of its caller.
+//
+// One goroutine at a time serves requests: that of a caller, or one that ends when there are no
+// more. The last of those who use the Conn hands the connection back. All methods are safe for
+// concurrent use.
+type Conn struct {
+	s      *session.Session
+	log    *slog.Logger
+	onLost func(*Conn) // is told that the session is lost: the holders know, and it is about to be closed
+
+	mu      sync.Mutex // guards what follows; nothing is sent under it
+	state   state
+	lost    error // why
+	users   int   // those between Use and Leave
+	serving bool
+	pending []*Request // wait to be served
+	locks   map[lock]string
+	holders map[*Holder]struct{}
+	silence time.Duration // after which the server ends the session; 0: never
+	watch   watch
+
+	batcher // belongs to who serves
+}
+
+// A state is what a Conn's session is good for. It goes from open to one of the others.
+type state uint8
+
+const (
+	open       state = iota // it takes requests
+	handedBack              // its last user has left
+	lost                    // it cannot be shown to hold its locks
+)
+
+// A lock is what the session holds on the server. Its name stands beside it.
+type lock struct {
+	key    pgsql.Key // without its name
+	shared bool
+}
+
+// New returns the Conn of a session that holds the locks of keys, which its caller has use for. onLost
+// is called when it is lost, under no mutex.
+func New(s *session.Session, log *slog.Logger, keys []pgsql.Key, shared bool, onLost func(*Conn)) *Conn {
+	c := &Conn{s: s, log: log, onLost: onLost, users: 1, locks: make(map[lock]string, 1), holders: make(map[*Holder]struct{}, 1)}
+	c.silence = s.Silence()
+	c.watch.proof = s.Sent()
+	for _, k := range keys {
+		c.locks[lock{k.Lock(), shared}] = k.Name
+	}
+	return c
+}
+
+// Session returns the session.
+func (c *Conn) Session() *session.Session { return c.s }
+
+// Lost returns why the session is lost, or nil.
+func (c *Conn) Lost() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.lost
+}
+
+// Empty tells whether the session holds no locks.
+func (c *Conn) Empty() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.locks) == 0
+}
+
+// Use keeps the session open until Leave. It tells whether it is.
+func (c *Conn) Use() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state != open {
+		return false
+	}
+	c.users++
+	return true
+}
+
+// Leave ends one use. The last one hands the connection back.
+func (c *Conn) Leave() { c.leave(1) }
+
+func (c *Conn) leave(uses int) {
+	c.mu.Lock()
+	c.users -= uses
+	last := c.state == open && c.users == 0 && !c.serving && len(c.locks) == 0
+	if last {
+		c.state = handedBack
+	}
+	c.mu.Unlock()
+	switch {
+	case !last:
+	case c.stmt == nil && c.s.Reset() == "":
+		c.handBack()
+	default: // which takes statements, and its caller may be late
+		session.Soon(func() error { c.handBack(); return nil })
+	}
+}
+
+// handBack hands the connection back, if it can be cleaned.
+func (c *Conn) handBack() {
+	clean := false
+	defer func() {
+		if clean { // false also if the driver panics
+			c.s.HandBack()
+		} else {
+			c.s.Discard()
+		}
+	}()
+	if err := c.clean(); err != nil {
+		c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
+		return
+	}
+	clean = true
+}
+
+// clean undoes what was made for the locks.
+func (c *Conn) clean() error {
+	if err := c.unprepare(); err != nil {
+		return err
+	}
+	if reset := c.s.Reset(); reset != "" {
+		if _, err := c.s.Exec(context.Background(), session.ReleaseBound, reset); err != nil {
+			return err
+		}
+		c.s.WasReset()
+	}
+	return nil
+}
+
+// lose ends the session, once. The contexts of those who hold its locks end before others can have
+// the locks.
+func (c *Conn) lose(cause error) {
+	c.mu.Lock()
+	if c.state != open {
+		c.mu.Unlock()
+		return
+	}
+	c.state, c.lost = lost, cause
+	holders, pending := c.holders, c.pending
+	c.holders, c.pending = nil, nil
+	c.mu.Unlock()
+	for h := range holders {
+		h.lose(cause)
+	}
+	for _, r := range pending {
+		r.err = LostError{cause}
+		close(r.done)
+	}
+	if pgsql.Gone(cause) {
+		c.s.Interrupt(cause)
+	}
+	c.onLost(c)
+	c.s.Discard()
+}
+
+// A LostError is the error of a request whose session is lost.
+type LostError struct{ Cause error }
+
+func (e LostError) Error() string { return e.Cause.Error() }
+func (e LostError) Unwrap() error { return e.Cause }
+
+// An Unanswered is the error of a request that its caller has left. What it gets is given back.
+type Unanswered struct{ Cause error }
+
+func (e Unanswered) Error() string { return e.Cause.Error() }
+func (e Unanswered) Unwrap() error { return e.Cause }
+
+// A Request is for one round trip.
+type Request struct {
+	Op     Op
+	Keys   []pgsql.Key
+	Shared bool
+
+	// The answer.
+	OK   bool      // all the locks were granted, or were held; or others wait
+	Sent time.Time // when the request went out
+	err  error
+
+	panicked any // by the driver
+
+	done chan struct{} // closed with the answer
+
+	// Guarded by Conn.mu.
+	left     bool // its caller has left
+	answered bool // its caller cannot leave any more
+}
+
+// result returns the error of r, which is done, or has a panic propagate.
+func (r *Request) result() error {
+	if r.panicked != nil {
+		panic(r.panicked)
+	}
+	return r.err
+}
+
+// An Op is what a Request is for.
+type Op uint8
+
+const (
+	Ping   Op = iota // does the session live?
+	Try              // lock all the keys, or none
+	Unlock           // unlock all the keys
+	Look             // do others wait for the key?
+	beat             // does the session still have its locks?
+)
+
+// leavable tells whether the caller of r may leave it. A release is waited for.
+func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op == beat }
+
+// Ask has r served. If ctx ends before, and others have locks on the session, the error is an
+// Unanswered: to break r off would cost them their locks.
+func (c *Conn) Ask(ctx context.Context, r *Request) error {
+	r.done = make(chan struct{})
+	c.mu.Lock()
+	if c.state != open {
+		defer c.mu.Unlock()
+		return LostError{c.lost}
+	}
+	if r.leavable() {
+		c.pending = append(c.pending, r)
+	} else { // it goes first, within the bounds of a release
+		c.pending = slices.Insert(c.pending, 0, r)
+		c.s.Hasten(session.ReleaseBound)
+	}
+	if c.serving {
+		c.mu.Unlock()
+		return c.await(ctx, r)
+	}
+	c.serving = true
+	inline := !r.leavable() || len(c.locks) == 0
+	c.mu.Unlock()
+	if !inline {
+		go c.serveAll()
+		return c.await(ctx, r)
+	}
+	c.serve(ctx, 1)
+	c.mu.Lock()
+	c.serving = len(c.pending) > 0
+	if c.serving {
+		go c.serveAll()
+	}
+	c.mu.Unlock()
+	return r.result()
+}
+
+// await waits for the answer to r, which another goroutine serves.
+func (c *Conn) await(ctx context.Context, r *Request) error {
+	if !r.leavable() {
+		<-r.done // within the bounds of the statement under way, and of its own
+		return r.result()
+	}
+	select {
+	case <-r.done:
+		return r.result()
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
+	if !r.answered {
+		r.left = true
+		if i := slices.Index(c.pending, r); i >= 0 {
+			c.pending = slices.Delete(c.pending, i, i+1)
+		}
+		c.mu.Unlock()
+		return Unanswered{context.Cause(ctx)}
+	}
+	c.mu.Unlock()
+	<-r.done
+	return r.result()
+}
+
+// serveAll serves requests until there are none.
+func (c *Conn) serveAll() {
+	for more := true; more; {
+		began := time.Now()
+		n := c.serve(context.Background(), c.portion())
+		if n > 1 {
+			c.gather(n, time.Since(began))
+		}
+		c.mu.Lock()
+		more = len(c.pending) > 0
+		if !more {
+			c.serving = false
+		}
+		c.mu.Unlock()
+	}
+	c.leave(0) // those who left their requests may have been the last
+}
+
+// serve serves the first n pending requests, and returns how many there were.
+func (c *Conn) serve(ctx context.Context, n int) int {
+	c.mu.Lock()
+	n = min(n, len(c.pending))
+	reqs := slices.Clone(c.pending[:n])
+	c.pending = slices.Delete(c.pending, 0, n)
+	c.mu.Unlock()
+	if n == 0 {
+		return 0 // its caller has left
+	}
+	err := c.guarded(reqs, func() error { return c.answer(ctx, reqs) })
+	var left []*Request
+	for _, r := range reqs {
+		if err != nil {
+			r.OK = false
+			r.err = cmp.Or(r.err, error(LostError{err}))
+		}
+		c.mu.Lock()
+		if r.answered = !r.left; r.left && r.Op == Try && r.OK {
+			left = append(left, r)
+		}
+		c.mu.Unlock()
+	}
+	if err != nil {
+		c.lose(err)
+	}
+	for _, r := range reqs {
+		close(r.done)
+	}
+	for _, r := range left { // what those got who have left is given back
+		if err == nil {
+			err = c.guarded(nil, func() error {
+				return c.answerAlone(context.Background(), &Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared})
+			})
+		}
+	}
+	if err != nil {
+		c.lose(err) // if it is not yet
+	}
+	return n
+}
+
+// guarded runs f, and has a panic of the driver's propagate on the goroutines of the callers of reqs.
+func (c *Conn) guarded(reqs []*Request, f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			for _, r := range reqs {
+				r.panicked = p
+			}
+			err = session.ErrPanicked
+		}
+	}()
+	return f()
+}

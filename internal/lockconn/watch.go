@@ -1,0 +1,248 @@
+package lockconn
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// A Holder holds locks, on one Conn or on several, and is told if one of them is lost.
+type Holder struct {
+	Heartbeat time.Duration // how often the session is checked
+	Silence   time.Duration // after which the server ends a silent session
+
+	mu   sync.Mutex // guards the rest
+	lost error      // why
+	tell func(cause error)
+}
+
+// Begin has tell called when a lock is lost, or if one has been.
+func (h *Holder) Begin(tell func(cause error)) {
+	h.mu.Lock()
+	h.tell = tell
+	lost := h.lost
+	h.mu.Unlock()
+	if lost != nil {
+		tell(lost)
+	}
+}
+
+func (h *Holder) lose(cause error) {
+	h.mu.Lock()
+	if h.lost == nil {
+		h.lost = cause
+	}
+	tell := h.tell
+	h.mu.Unlock()
+	if tell != nil {
+		tell(cause)
+	}
+}
+
+// TakeLoss returns why a lock has been lost before Begin, if one has, and forgets it.
+func (h *Holder) TakeLoss() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	lost := h.lost
+	h.lost = nil
+	return lost
+}
+
+// A watch checks the session of held locks every heartbeat, and ends it when the locks cannot be
+// shown to be held any more: by twice a heartbeat after the last proof that they were. With the
+// first heartbeat it has the server watch, too: an idle_session_timeout of at least three
+// heartbeats makes sure that the server does not let go of the locks of a holder that fell silent
+// before the holder, counting from an earlier moment to a nearer one, has given up.
+//
+// Where locks of several holders are on the session, the strictest counts: the shortest Heartbeat,
+// and the shortest Silence.
+//
+// Between heartbeats it is one timer. It ends with the last holder, or with the session: the timer
+// then fires once more, for nothing.
+type watch struct {
+	alarm   session.Alarm
+	proof   time.Time     // when a statement went out that the session has answered
+	every   time.Duration // the pace: the shortest Heartbeat
+	since   time.Time     // when that pace began
+	next    time.Time     // heartbeat
+	beating bool          // one is under way
+}
+
+// Hold has the session watched for h, who holds locks on it.
+func (c *Conn) Hold(h *Holder) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state != open {
+		return LostError{c.lost}
+	}
+	w, now := &c.watch, time.Now()
+	every, first := c.strictLocked(h.Heartbeat), len(c.holders) == 0
+	c.holders[h] = struct{}{}
+	next := now.Add(every)
+	if fresh := w.proof.Add(every); first && fresh.After(now) { // otherwise ProveFresh follows
+		next = fresh
+	}
+	if first || every < w.every {
+		w.every, w.since = every, now
+	}
+	if first || next.Before(w.next) {
+		w.next = next
+	}
+	w.alarm.Set(w.next, c.tick)
+	return nil
+}
+
+// LetGo ends the watching for h.
+func (c *Conn) LetGo(h *Holder) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.holders, h)
+}
+
+// strictLocked returns every, or what is left of the silence that the server may have been told to put up
+// with, for a lock that is not held any more: three heartbeats, as always.
+func (c *Conn) strictLocked(every time.Duration) time.Duration {
+	if c.silence > 0 {
+		return min(every, c.silence/3)
+	}
+	return every
+}
+
+// paceLocked returns the shortest Heartbeat and the shortest Silence of the holders.
+func (c *Conn) paceLocked() (every, silence time.Duration) {
+	for h := range c.holders {
+		if every == 0 || h.Heartbeat < every {
+			every = h.Heartbeat
+		}
+		if silence == 0 || h.Silence < silence {
+			silence = h.Silence
+		}
+	}
+	return c.strictLocked(every), silence
+}
+
+// deadlineLocked returns when the locks cannot be shown to be held any more.
+func (c *Conn) deadlineLocked() time.Time {
+	w := &c.watch
+	from := w.proof
+	if w.since.After(from) { // nobody has counted from the proof at this pace
+		from = w.since
+	}
+	deadline := from.Add(2 * w.every)
+	if c.silence > 0 { // but the server has
+		if server := w.proof.Add(2 * c.silence / 3); server.Before(deadline) {
+			return server
+		}
+	}
+	return deadline
+}
+
+// tick is called by the timer: a heartbeat is due, or the last one is overdue.
+func (c *Conn) tick() {
+	c.mu.Lock()
+	w, now := &c.watch, time.Now()
+	w.alarm.Fired()
+	if c.state != open || len(c.holders) == 0 {
+		c.mu.Unlock()
+		return
+	}
+	deadline := c.deadlineLocked()
+	if !now.Before(deadline) {
+		cause := error(pgsql.NoAnswer{After: deadline.Sub(w.next).Round(time.Millisecond)})
+		if !w.beating { // this process was frozen, and another may hold the lock by now
+			cause = fmt.Errorf("no heartbeat for %v", now.Sub(w.proof).Round(time.Millisecond))
+		}
+		c.mu.Unlock()
+		c.lose(cause)
+		return
+	}
+	if !w.beating && !now.Before(w.next) {
+		w.beating = true
+		w.every, _ = c.paceLocked()
+		c.users++
+		go c.beat()
+	}
+	if w.beating {
+		w.alarm.Set(c.deadlineLocked(), c.tick)
+	} else {
+		w.alarm.Set(w.next, c.tick)
+	}
+	c.mu.Unlock()
+}
+
+// beat is one heartbeat.
+func (c *Conn) beat() {
+	defer c.Leave()
+	sent := time.Now()
+	err := c.Prove(context.Background())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w := &c.watch
+	w.beating = false
+	if err != nil || c.state != open || len(c.holders) == 0 {
+		return
+	}
+	w.every, _ = c.paceLocked()
+	if next := sent.Add(w.every); !w.next.After(sent) || next.Before(w.next) {
+		w.next = next // unless somebody has come meanwhile who is stricter
+	}
+	w.alarm.Set(w.next, c.tick)
+}
+
+// Prove asks the server whether the session still has its locks, and has it watch the session as
+// the holders' Silence asks. After an error, the session is lost, or ctx has ended.
+func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op: beat}) }
+
+// ProveFresh is Prove for a grant whose answer was so long on its way that the server may have
+// ended the session since.
+func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
+	c.mu.Lock()
+	watched := c.silence > 0
+	stale := time.Since(c.watch.proof) >= c.strictLocked(every)
+	if stale && !watched {
+		c.watch.proof = time.Now() // the server has no clock to be ahead of
+	}
+	c.mu.Unlock()
+	if stale && watched {
+		return c.Prove(ctx)
+	}
+	return nil
+}
+
+// Watched tells whether the server watches the session.
+func (c *Conn) Watched() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.silence > 0
+}
+
+// heartbeat returns the statement of a heartbeat and how long its answer may take, or "" if there is
+// nothing to ask for: a release may have come first, and have undone the settings.
+func (c *Conn) heartbeat() (query string, bound time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	set := ""
+	if _, silence := c.paceLocked(); silence > 0 && len(c.locks) > 0 {
+		set = c.s.ChangeSilence(silence)
+		c.silence = silence
+	}
+	if c.silence == 0 || len(c.locks) == 0 {
+		return "", 0
+	}
+	bound = session.AnswerBound
+	if len(c.holders) > 0 {
+		bound = max(time.Millisecond, time.Until(c.deadlineLocked()))
+	}
+	keys := make([]pgsql.Key, 0, len(c.locks))
+	for l, name := range c.locks {
+		l.key.Name = name
+		keys = append(keys, l.key)
+	}
+	slices.SortFunc(keys, pgsql.Compare)
+	return pgsql.Heartbeat(keys, set, c.s.Nonce()), bound
+}
