@@ -1,0 +1,229 @@
+package manager
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// A Request is what a caller wants.
+type Request struct {
+	Keys      []pgsql.Key // sorted
+	Shared    bool
+	NoWait    bool
+	Timeout   time.Duration // 0: none
+	Heartbeat time.Duration
+	Silence   time.Duration // HolderTimeout
+	Log       *slog.Logger
+
+	// Lead: the server may be away from the start, and for ever; and it is asked whether it is a
+	// primary before the lock counts as acquired.
+	Lead bool
+}
+
+// A Failure is the error of an acquisition, and what more is known of why.
+type Failure struct {
+	Cause error
+	Hint  string
+}
+
+func (f *Failure) Error() string { return f.Cause.Error() + ": " + f.Hint }
+func (f *Failure) Unwrap() error { return f.Cause }
+
+// An acquisition is one caller's way to its locks.
+type acquisition struct {
+	attempts
+	holder   *lockconn.Holder // nil: the lock is on a session of the caller's own
+	at       pgsql.Key        // that it waits for
+	unproven []*lockconn.Conn // have granted a lock, perhaps long ago
+	yielded  bool             // it has waited in the server's queue, and let others
+	slot     bool             // a session has been counted that is not open yet
+}
+
+// Bounded returns ctx, which also ends with the Timeout.
+func (r *Request) Bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	if r.Timeout == 0 {
+		return ctx, func() {}
+	}
+	return context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
+}
+
+func ended(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
+// Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
+func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*Locks, error) {
+	ctx, cancel := r.Bounded(ctx)
+	defer cancel()
+	a := &acquisition{attempts: newAttempts(ctx, db, r), holder: h}
+	for {
+		got, err := a.all()
+		if err == nil {
+			if err = a.prove(got); err == nil {
+				return &Locks{m: a.m, holder: h, shared: r.Shared, held: got}, nil
+			}
+			a.giveBack(got)
+		}
+		var lost lockconn.LostError
+		if !errors.As(err, &lost) {
+			return nil, a.failure(err)
+		}
+		if a.lives--; a.lives < 0 || errors.Is(err, session.ErrStandby) { // as soon as it is granted, again and again
+			return nil, a.failure(lost.Cause)
+		}
+	}
+}
+
+// prove returns an error if one of the locks has been lost meanwhile, the first of several while the
+// last were waited for, say; or if it is too late for them.
+func (a *acquisition) prove(got []held) error {
+	var err error
+	for _, c := range a.unproven {
+		err = errors.Join(err, c.ProveFresh(a.ctx, a.Heartbeat))
+	}
+	a.unproven = nil
+	if c := got[0].grant.On; a.Lead && !c.Watched() {
+		err = errors.Join(err, c.Prove(a.ctx))
+	}
+	if err != nil && ended(a.ctx) == nil {
+		_ = a.holder.TakeLoss()
+		return lockconn.LostError{Cause: err}
+	}
+	if cause := a.holder.TakeLoss(); cause != nil {
+		return lockconn.LostError{Cause: cause}
+	}
+	return ended(a.ctx)
+}
+
+// failure returns the error of the acquisition, with the name of the holder where that can be told.
+func (a *acquisition) failure(err error) error {
+	if errors.Is(err, session.ErrTimeout) && a.hint == "" && a.away == nil && a.at.Space != pgsql.NoSpace {
+		a.hint = a.who()
+	}
+	if a.away != nil {
+		a.hint = ""
+		if !errors.Is(err, a.away) {
+			a.hint, err = a.away.Error(), errors.Join(err, a.away)
+		}
+	}
+	return &Failure{Cause: err, Hint: a.hint}
+}
+
+// who says who holds the lock, if one query can tell: on a connection that lies ready, one at a
+// time, and not on a session that holds locks, which a slow answer would cost.
+func (a *acquisition) who() string {
+	m := a.m
+	idle := a.pool.DB.Stats().Idle > 0
+	m.mu.Lock()
+	q := m.queues[a.at.Lock()]
+	ours := q != nil && q.Held()
+	ask := !m.asking && idle
+	m.asking = m.asking || ask
+	m.mu.Unlock()
+	var who string
+	if ask {
+		who = a.pool.HeldBy(a.ctx, a.at, func() {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.asking = false
+		})
+	}
+	if who == "" && ours {
+		who = "held by this process"
+	}
+	return who
+}
+
+// all acquires all the locks. A grant that comes too late is not used.
+func (a *acquisition) all() (got []held, err error) {
+	ok := false
+	defer func() {
+		if !ok { // also if the driver panics, or the Logger
+			a.giveBack(got)
+			got = nil
+		}
+	}()
+	if len(a.Keys) > 1 {
+		got, err = a.together()
+	}
+	for err == nil && len(got) < len(a.Keys) {
+		var one []held
+		one, err = a.one(a.Keys[len(got) : len(got)+1])
+		got = append(got, one...)
+	}
+	if err == nil {
+		err = ended(a.ctx)
+	}
+	ok = err == nil
+	return got, err
+}
+
+// together acquires all the locks in one statement. If that cannot be, it returns nil: waiting for
+// one lock while holding another is safe only in order.
+func (a *acquisition) together() (got []held, err error) {
+	m := a.m
+	waiters := make([]waiter, len(a.Keys))
+	m.mu.Lock()
+	in := 0
+	for ; in < len(a.Keys); in++ {
+		waiters[in] = waiter{Shared: a.Shared, NoWait: true}
+		if !m.queueLocked(a.Keys[in]).EnterIdle(&waiters[in]) {
+			break
+		}
+	}
+	m.mu.Unlock()
+	defer func() {
+		if got == nil {
+			for i := range in {
+				m.gaveUp(a.Keys[i], &waiters[i])
+			}
+		}
+	}()
+	if in < len(a.Keys) {
+		return nil, nil // others of this process have it, or wait for it
+	}
+	c, sent, err := a.try(a.Keys)
+	if err == nil {
+		got, err = a.granted(a.Keys, c, sent)
+	}
+	if errors.Is(err, session.ErrRefused) && !a.NoWait || errors.As(err, new(lockconn.LostError)) {
+		return nil, nil
+	}
+	return got, err
+}
+
+// one acquires the lock of one key.
+func (a *acquisition) one(keys []pgsql.Key) ([]held, error) {
+	a.at = keys[0]
+	w := &waiter{Shared: a.Shared, NoWait: a.NoWait}
+	q, t := a.m.enter(a.at, w)
+	for {
+		var err error
+		switch t.To {
+		case keyqueue.Hold:
+			return a.join(q, t.Grant)
+		case keyqueue.Refuse:
+			return nil, session.ErrRefused
+		case keyqueue.Ask:
+			return a.ask(keys, q, w)
+		case keyqueue.Look:
+			t, err = a.look(q, w, t.Grant)
+		case keyqueue.Await:
+			t, err = a.awaitTurn(q, w)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}

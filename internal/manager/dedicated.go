@@ -1,0 +1,124 @@
+package manager
+
+import (
+	"context"
+	"database/sql"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// turnBound is how long one whose turn it is waits for a connection of a limited pool: others may wait
+// for the turn who have one.
+const turnBound = 250 * time.Millisecond
+
+// A dedicated is the way of one who takes a lock on a session of its own.
+type dedicated struct {
+	acquisition
+	q   *queue
+	has bool // the turn
+}
+
+// Dedicated takes the lock of r's only key on a session of its own, for use. It waits in the key's
+// queue first, without a connection; lock takes the lock on the session, for one who wants it since
+// then. done ends the caller's hold in the queue, and is called when the session has ended. The
+// error is a *Failure.
+func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, lock func(ctx context.Context, s *session.Session, since time.Time) error) (s *session.Session, done func(), err error) {
+	ctx, cancel := r.Bounded(ctx)
+	defer cancel()
+	d := &dedicated{acquisition: acquisition{attempts: newAttempts(ctx, db, r), at: r.Keys[0]}}
+	defer func() {
+		if s == nil { // also if the driver panics
+			d.leave()
+		}
+		if err != nil {
+			err = d.failure(err)
+		}
+	}()
+	if err := d.enter(); err != nil {
+		return nil, nil, err
+	}
+	s, err = d.keepTrying(
+		func(ctx context.Context) (*session.Session, error) { return d.open(ctx, use) },
+		func(s *session.Session) error {
+			s.Shared = r.Shared
+			return lock(ctx, s, d.began)
+		})
+	return s, d.leave, err
+}
+
+// enter waits for the turn.
+func (d *dedicated) enter() error {
+	w := &waiter{Shared: d.Shared, NoWait: d.NoWait, Dedicated: true}
+	var t turn
+	var err error
+	if d.q, t = d.m.enter(d.at, w); t.To == keyqueue.Await {
+		t, err = d.awaitTurn(d.q, w)
+	}
+	d.has = t.To == keyqueue.Ask
+	if t.To == keyqueue.Refuse {
+		err = session.ErrRefused
+	}
+	return err
+}
+
+// leave ends the turn.
+func (d *dedicated) leave() {
+	if d.has {
+		d.has = false
+		d.m.mu.Lock()
+		defer d.m.mu.Unlock()
+		d.q.ReleaseDedicated(time.Now())
+		d.m.tidyLocked(d.at)
+	}
+}
+
+// open opens a session. If a limited pool has no connection for it, others have their turn.
+func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session, error) {
+	if d.pool.DB.Stats().MaxOpenConnections == 0 {
+		return d.pool.Open(ctx, d.Log, use) // which waits for nobody
+	}
+	for {
+		type opened struct {
+			s   *session.Session
+			err error
+		}
+		done := make(chan opened, 1)
+		go func() {
+			s, err := d.pool.Open(ctx, d.Log, use)
+			done <- opened{s, err}
+		}()
+		bound := time.NewTimer(turnBound)
+		select {
+		case o := <-done:
+			bound.Stop()
+			return o.s, o.err
+		case <-bound.C:
+		}
+		d.leave()
+		o := <-done // at the end of ctx, too
+		if o.err != nil || d.enterNow() {
+			return o.s, o.err
+		}
+		o.s.HandBack()
+		if err := d.enter(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// enterNow takes the turn if it is to be had at once.
+func (d *dedicated) enterNow() bool {
+	w := &waiter{Shared: d.Shared, NoWait: true, Dedicated: true}
+	d.m.mu.Lock()
+	defer d.m.mu.Unlock()
+	defer d.m.tidyLocked(d.at)
+	d.q = d.m.queueLocked(d.at)
+	t := d.q.Enter(w, time.Now())
+	if t.To == keyqueue.Await { // for another's answer
+		d.q.Cancel(w, time.Now())
+	}
+	d.has = t.To == keyqueue.Ask
+	return d.has
+}

@@ -1,0 +1,102 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// Locks are what Acquire has acquired.
+type Locks struct {
+	m      *Manager
+	holder *lockconn.Holder
+	shared bool
+	held   []held
+}
+
+// A held is one lock that a holder has.
+type held struct {
+	key    pgsql.Key
+	q      *queue
+	grant  keyqueue.Grant[*lockconn.Conn]
+	unlock bool // its release asks the server to unlock it
+}
+
+// Session returns the session that holds the first of the locks.
+func (l *Locks) Session() *session.Session { return l.held[0].grant.On.Session() }
+
+// Release releases the locks. It returns nil if each of them was held until then, which the server
+// says: also of a lock that is handed on.
+func (l *Locks) Release() error { return l.release(l.held) }
+
+func (l *Locks) release(rest []held) (err error) {
+	if len(rest) == 0 {
+		return nil
+	}
+	c := rest[0].grant.On
+	var on, others []held
+	for _, h := range rest {
+		if h.grant.On == c {
+			on = append(on, h)
+		} else {
+			others = append(others, h)
+		}
+	}
+	defer func() { // even if the driver panics
+		err = errors.Join(err, l.release(others))
+	}()
+	return l.releaseOn(c, on)
+}
+
+// releaseOn releases those locks that c carries.
+func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
+	m := l.m
+	r := &lockconn.Request{Op: lockconn.Ping, Shared: l.shared}
+	m.mu.Lock()
+	now := time.Now()
+	for i := range on {
+		h := &on[i]
+		if h.unlock = h.q.Release(h.grant, now); h.unlock {
+			r.Op = lockconn.Unlock
+			r.Keys = append(r.Keys, h.key)
+		}
+	}
+	c.LetGo(l.holder)
+	alive := c.Use()
+	m.mu.Unlock()
+	if !alive {
+		return c.Lost()
+	}
+	defer c.Leave()
+	// The answer says that the locks were held until now, also those that are handed on.
+	err := c.Ask(context.Background(), r)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now = time.Now()
+	for _, h := range on {
+		if h.unlock {
+			h.q.Unlocked(h.grant, now)
+			m.tidyLocked(h.key)
+		}
+	}
+	var lost lockconn.LostError
+	if errors.As(err, &lost) {
+		return lost.Cause
+	}
+	return err
+}
+
+// giveBack releases what an acquisition got in vain. One that is late does not wait for that.
+func (a *acquisition) giveBack(got []held) {
+	l := &Locks{m: a.m, holder: a.holder, shared: a.Shared, held: got}
+	if len(got) > 0 && a.ctx.Err() != nil {
+		go func() { _ = l.Release() }()
+		return
+	}
+	_ = l.Release()
+}

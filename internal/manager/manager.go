@@ -1,0 +1,181 @@
+// Package manager is the way of a request to its lock: through the queue of its key, to the session
+// that tries, to the server's queue, and over what goes wrong on the way. There is one Manager for
+// each *sql.DB. It decides how many sessions there are; it knows nothing of how a lock is asked for.
+package manager
+
+import (
+	"database/sql"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"time"
+	"weak"
+
+	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+type (
+	queue  = keyqueue.Queue[*lockconn.Conn]
+	waiter = keyqueue.Waiter[*lockconn.Conn]
+	turn   = keyqueue.Turn[*lockconn.Conn]
+)
+
+// A Manager is all that this process does with the locks of one *sql.DB.
+type Manager struct {
+	// Checking is filled by the Check that is under way.
+	Checking chan struct{}
+
+	refused session.Refusals
+	seed    uint64
+
+	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
+	mu       sync.Mutex
+	queues   map[pgsql.Key]*queue // by keys without names
+	shared   *lockconn.Conn       // which new locks are tried on; nil: there is none at present
+	opening  *opening             // of shared; nil: nobody opens it
+	sessions int                  // those that hold locks, or wait in the server's queue
+	polling  int                  // those who wait, and do not have such a session
+	asking   bool                 // somebody asks who holds a lock
+	outage   *outage              // that waits are in; nil: none are
+}
+
+// managers go with their *sql.DB, which they do not keep: a Manager that nobody uses knows nothing,
+// and runs nothing.
+var managers struct {
+	mu sync.Mutex
+	of map[weak.Pointer[sql.DB]]*Manager
+}
+
+// For returns the Manager of db.
+func For(db *sql.DB) *Manager {
+	p := weak.Make(db)
+	managers.mu.Lock()
+	defer managers.mu.Unlock()
+	m := managers.of[p]
+	if m == nil {
+		m = &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), Checking: make(chan struct{}, 1)}
+		if managers.of == nil {
+			managers.of = make(map[weak.Pointer[sql.DB]]*Manager)
+		}
+		managers.of[p] = m
+		runtime.AddCleanup(db, forget, p)
+	}
+	return m
+}
+
+func forget(p weak.Pointer[sql.DB]) {
+	managers.mu.Lock()
+	defer managers.mu.Unlock()
+	delete(managers.of, p)
+}
+
+// Pool returns the pool of db, whose Manager this is.
+func (m *Manager) Pool(db *sql.DB) *session.Pool { return &session.Pool{DB: db, Refused: &m.refused} }
+
+// queueLocked returns the queue of k.
+func (m *Manager) queueLocked(k pgsql.Key) *queue {
+	q := m.queues[k.Lock()]
+	if q == nil {
+		q = new(queue)
+		m.queues[k.Lock()] = q
+	}
+	return q
+}
+
+// tidyLocked forgets the queue of k if it is of no use.
+func (m *Manager) tidyLocked(k pgsql.Key) {
+	if q := m.queues[k.Lock()]; q != nil && q.Idle() {
+		delete(m.queues, k.Lock())
+	}
+}
+
+// lost is told by c that its session is lost. Nobody holds its locks any more.
+func (m *Manager) lost(c *lockconn.Conn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.shared == c {
+		m.shared = nil
+	}
+	now := time.Now()
+	for k, q := range m.queues {
+		q.Lost(c, now)
+		m.tidyLocked(k)
+	}
+}
+
+// count counts a session, or uncounts one that has ended.
+func (m *Manager) count(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sessions += n
+}
+
+// ended is told that a session has ended.
+func (m *Manager) ended(s *session.Session) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sessions--
+	if m.shared != nil && m.shared.Session() == s {
+		m.shared = nil
+	}
+}
+
+// maxWaits is how many sessions wait in the server's queue at a time where the pool has no limit.
+const maxWaits = 8
+
+// mayWait tells whether one more session may wait in the server's queue, and counts it. All
+// sessions, the shared one included, take no more than half of a limited pool.
+func (m *Manager) mayWait(pool *session.Pool) bool {
+	limit := 1 + maxWaits
+	if most := pool.DB.Stats().MaxOpenConnections; most > 0 {
+		limit = min(limit, most/2)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sessions := m.sessions
+	if m.shared == nil {
+		sessions++ // there is always room for that
+	}
+	if pool.RefusesWaits() || pool.Exhausted() || sessions >= limit {
+		return false
+	}
+	m.sessions++
+	return true
+}
+
+// poll counts those who cannot wait in the server's queue, and try again and again.
+func (m *Manager) poll(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.polling += n
+}
+
+func (m *Manager) othersPoll() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.polling > 0
+}
+
+// untilTick returns a pause of up to pause and some: until the next tick of a clock that is the same
+// for all of this process, so that they try together, and another one in others.
+func (m *Manager) untilTick(pause time.Duration) time.Duration {
+	now := time.Now()
+	tick := now.UnixNano()/int64(pause) + 1
+	jitter := rand.New(rand.NewPCG(m.seed, uint64(tick))).Int64N(int64(pause / 8))
+	return time.Unix(0, tick*int64(pause)+jitter).Sub(now)
+}
+
+// String says what the Manager has to do, or "" if nothing.
+func (m *Manager) String() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling",
+		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling)
+}

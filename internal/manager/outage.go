@@ -1,0 +1,233 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+const (
+	// reconnectFor is how long a wait goes on without a server: longer than a restart or a failover.
+	reconnectFor = 30 * time.Second
+
+	// How long the pause between two attempts to reach the server is: at first, and at most.
+	outagePauseMin = 50 * time.Millisecond
+	outagePauseMax = 2 * time.Second
+
+	// probeBound is how long one attempt takes at most: what it waits for may never come, and the next
+	// one's may.
+	probeBound = 2 * time.Second
+)
+
+// An outage lasts from the loss of a waiting session until the server answers again. All waits of a
+// *sql.DB go through it together. One goroutine tries to reach the server, until it does or nobody
+// waits any more.
+type outage struct {
+	began time.Time
+	over  chan struct{}      // closed at the end
+	stop  context.CancelFunc // ends the goroutine
+
+	// Guarded by Manager.mu.
+	waits   int
+	loggers map[*slog.Logger]bool // of the waits: whether it has been told
+	missed  error                 // why the server was last not reached; nil: it has not been tried yet
+	final   error                 // that will not pass; set before over is closed
+}
+
+// outlive waits until the server answers again. The wait has lost its session by err, or could not
+// open one.
+func (a *attempts) outlive(err error) error {
+	if a.missed.IsZero() {
+		a.missed = time.Now()
+	}
+	o := a.joinOutage(err)
+	defer a.m.leaveOutage(o)
+	ctx := a.ctx
+	if !a.Lead {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, a.missed.Add(reconnectFor))
+		defer cancel()
+	}
+	select {
+	case <-o.over:
+		a.away = nil
+		return o.final
+	case <-ctx.Done():
+	}
+	a.m.mu.Lock()
+	defer a.m.mu.Unlock()
+	if a.away = o.missed; a.away == nil {
+		a.away = err
+	}
+	if a.ctx.Err() != nil {
+		return context.Cause(a.ctx)
+	}
+	return a.away
+}
+
+// joinUnderWay has a wait join an outage that others are in, rather than find out by itself.
+func (a *attempts) joinUnderWay() error {
+	if !a.waited && !a.Lead {
+		return nil
+	}
+	a.m.mu.Lock()
+	var missed error
+	if a.m.outage != nil {
+		missed = a.m.outage.missed
+	}
+	a.m.mu.Unlock()
+	if missed == nil {
+		return nil
+	}
+	return a.outlive(missed)
+}
+
+// joinOutage counts a wait, which has lost its session by err, among those that wait for the server.
+func (a *attempts) joinOutage(err error) *outage {
+	m, log := a.m, a.Log
+	m.mu.Lock()
+	o := m.outage
+	if o == nil {
+		ctx, stop := context.WithCancel(context.Background())
+		o = &outage{began: time.Now(), over: make(chan struct{}), stop: stop, loggers: make(map[*slog.Logger]bool)}
+		m.outage = o
+		go m.reach(ctx, o, a.pool, func() {
+			log.Warn("advisory: session lost while waiting, and replaced", "key", pgsql.List(a.Keys), "error", err)
+		})
+	}
+	o.waits++
+	missed := o.missed
+	tell := missed != nil && !o.loggers[log]
+	o.loggers[log] = missed != nil
+	m.mu.Unlock()
+	if tell {
+		tellMissed(log, missed)
+	}
+	return o
+}
+
+// leaveOutage uncounts a wait. An outage that nobody waits out is forgotten.
+func (m *Manager) leaveOutage(o *outage) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if o.waits--; o.waits > 0 {
+		return
+	}
+	o.stop()
+	if m.outage == o {
+		m.outage = nil
+	}
+}
+
+// reach tries to reach the server until it answers, or ctx ends. If it does at once, one session was
+// lost and no more, which replaced tells.
+func (m *Manager) reach(ctx context.Context, o *outage, pool *session.Pool, replaced func()) {
+	defer func() {
+		if p := recover(); p != nil { // the driver's, or a Logger's
+			m.endOutage(o, fmt.Errorf("%w: %v", session.ErrPanicked, p))
+		}
+	}()
+	for pause := outagePauseMin; ; pause = min(2*pause, outagePauseMax) {
+		session.Sleep(ctx, pause/2+rand.N(pause/2))
+		if ctx.Err() != nil {
+			return
+		}
+		first := pause == outagePauseMin
+		if first && pool.Exhausted() {
+			m.endOutage(o, nil) // a wait for the pool is each wait's own
+			return
+		}
+		err := probe(ctx, pool)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			if first {
+				replaced()
+			}
+			m.endOutage(o, nil)
+			return
+		case pgsql.PoolClosed(err) || !pgsql.MayPass(err):
+			m.endOutage(o, err)
+			return
+		}
+		m.missServer(o, err)
+	}
+}
+
+// probe returns nil if the server answers, and is a primary. It passes over dead connections of the
+// pool.
+func probe(ctx context.Context, pool *session.Pool) error {
+	for dead := pool.DB.Stats().Idle; ; dead-- {
+		soon, cancel := context.WithTimeoutCause(ctx, probeBound, pgsql.NoAnswer{After: probeBound})
+		s, err := pool.Open(soon, slog.New(slog.DiscardHandler), session.ForLocks)
+		cancel()
+		if err != nil {
+			return err
+		}
+		rows, err := s.ExecQuiet(ctx, probeBound, pgsql.Probe)
+		if err == nil {
+			s.HandBack()
+			if rows == pgsql.OnStandby {
+				return session.ErrStandby
+			}
+			return nil
+		}
+		s.Discard()
+		if dead <= 0 || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// missServer notes why the server was not reached, and has it told once.
+func (m *Manager) missServer(o *outage, err error) {
+	m.mu.Lock()
+	var tell []*slog.Logger
+	for log, told := range o.loggers {
+		if !told {
+			o.loggers[log] = true
+			tell = append(tell, log)
+		}
+	}
+	o.missed = err
+	m.mu.Unlock()
+	for _, log := range tell {
+		tellMissed(log, err)
+	}
+}
+
+func tellMissed(log *slog.Logger, err error) {
+	log.Warn("advisory: the server cannot be reached; waits go on when it is back", "error", err)
+}
+
+// endOutage ends the outage. A final error ends its waits, too.
+func (m *Manager) endOutage(o *outage, final error) {
+	m.mu.Lock()
+	if o.loggers == nil { // it has ended
+		m.mu.Unlock()
+		return
+	}
+	if m.outage == o {
+		m.outage = nil
+	}
+	o.final = final
+	loggers := o.loggers
+	o.loggers = nil
+	close(o.over)
+	m.mu.Unlock()
+	o.stop()
+	if final != nil {
+		return // which each wait returns
+	}
+	for log, told := range loggers {
+		if told {
+			log.Info("advisory: the server is back", "after", time.Since(o.began).Round(time.Millisecond))
+		}
+	}
+}

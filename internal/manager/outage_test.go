@@ -1,0 +1,176 @@
+package manager_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// errDown is that of a server that is away.
+var errDown = errors.New("connection refused")
+
+// An outage is a server that goes away while five of a process wait for locks that another has.
+type outage struct {
+	*server
+	down, back     atomic.Bool
+	dials, atOnce  atomic.Int32
+	waits          sync.WaitGroup
+	cancels        []context.CancelFunc // of the waits
+	granted, ended atomic.Int32
+	log            buffer
+}
+
+// goDown begins one, after a second of waiting.
+func goDown(t *testing.T) *outage {
+	db, srv := newDB(t)
+	db.SetMaxIdleConns(0)
+	o := &outage{server: srv}
+	srv.dial = func() error {
+		if !o.down.Load() {
+			return nil
+		}
+		o.dials.Add(1)
+		if o.atOnce.Add(1) > 1 {
+			t.Error("two try to reach the server")
+		}
+		time.Sleep(10 * time.Millisecond)
+		o.atOnce.Add(-1)
+		return errDown
+	}
+	srv.answer = func(_ context.Context, _ int, query string) (int64, error) {
+		if isWait(query) && !o.down.Load() && !o.back.Load() {
+			time.Sleep(100 * time.Millisecond)
+		}
+		switch {
+		case o.down.Load():
+			return 0, io.ErrUnexpectedEOF
+		case o.back.Load(): // and the locks are free
+			return 1, nil
+		case isWait(query), isTry(query):
+			return 0, nil
+		}
+		return 1, nil
+	}
+	log := slog.New(slog.NewTextHandler(&o.log, nil))
+	for n := range int64(5) {
+		ctx, cancel := context.WithCancel(t.Context())
+		o.cancels = append(o.cancels, cancel)
+		o.waits.Go(func() {
+			r := request(key(n))
+			r.Log = log
+			locks, err := acquire(ctx, db, r)
+			if err != nil {
+				wantError(t, err, context.Canceled)
+				o.ended.Add(1)
+				return
+			}
+			wantError(t, locks.Release(), nil)
+			o.granted.Add(1)
+		})
+	}
+	time.Sleep(time.Second)
+	o.down.Store(true)
+	t.Cleanup(func() {
+		time.Sleep(time.Second)
+		wantState(t, db, 0, 0)
+	})
+	return o
+}
+
+// All waits go through an outage together: one goroutine tries to reach the server, after pauses that
+// grow, and the Logger is told once that it is away, and once that it is back.
+func TestWaitsGoThroughAnOutageTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := goDown(t)
+		time.Sleep(20 * time.Second)
+		if n := o.dials.Load(); n < 8 || n > 24 { // with pauses of 50 ms at first, and of 2 s in the end
+			t.Errorf("tried %d times in 20 s", n)
+		}
+		o.back.Store(true)
+		o.down.Store(false)
+		start := time.Now()
+		o.waits.Wait()
+		if d := time.Since(start); d > 2*time.Second || o.granted.Load() != 5 {
+			t.Errorf("%d granted, after %v", o.granted.Load(), d)
+		}
+		log := o.log.String()
+		if strings.Count(log, "cannot be reached") != 1 || strings.Count(log, "the server is back") != 1 || strings.Count(log, "\n") != 2 {
+			t.Errorf("log: %s", log)
+		}
+	})
+}
+
+// Nobody tries to reach the server any more when the last one has left who waits for it.
+func TestAnOutageEndsWithTheLastWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := goDown(t)
+		time.Sleep(10 * time.Second)
+		for i, cancel := range o.cancels {
+			before := o.dials.Load()
+			time.Sleep(3 * time.Second)
+			if n := o.dials.Load() - before; n == 0 {
+				t.Errorf("with %d that wait, nobody tries", 5-i)
+			}
+			cancel()
+			synctest.Wait()
+			if n := o.ended.Load(); n != int32(i+1) {
+				t.Errorf("%d have left, want %d", n, i+1)
+			}
+		}
+		before := o.dials.Load()
+		time.Sleep(time.Hour)
+		if n := o.dials.Load() - before; n > 1 { // one may have been under way
+			t.Errorf("tried %d times after the last one had left", n)
+		}
+		o.waits.Wait()
+	})
+}
+
+// A wait that is not Lead's ends when the server has been away for too long, and says why.
+func TestAnOutageIsNotWaitedOutForEver(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		srv.answer = func(_ context.Context, _ int, query string) (int64, error) {
+			if isWait(query) {
+				srv.dial = func() error { return errDown }
+				return 0, io.ErrUnexpectedEOF
+			}
+			return 0, nil
+		}
+		start := time.Now()
+		_, err := acquire(t.Context(), db, request(key(1)))
+		wantError(t, err, errDown)
+		wantTook(t, start, 30*time.Second)
+		synctest.Wait()
+		wantState(t, db, 0, 0)
+	})
+}
+
+// A buffer is what a Logger was given.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}

@@ -1,0 +1,110 @@
+package manager
+
+import (
+	"context"
+
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// open opens a session, which is counted until it has ended.
+func (a *acquisition) open(ctx context.Context) (*session.Session, error) {
+	if !a.slot {
+		a.m.count(1)
+	}
+	a.slot = false
+	opened := false
+	defer func() {
+		if !opened { // also if the driver panics
+			a.m.count(-1)
+		}
+	}()
+	s, err := a.pool.Open(ctx, a.Log, session.ForLocks)
+	if err != nil {
+		return nil, err
+	}
+	opened = true
+	s.OnEnd = func() { a.m.ended(s) }
+	return s, nil
+}
+
+// An opening is what those wait for who find another opening the shared session.
+type opening struct {
+	done chan struct{}
+	err  error // not that of the opener's own ctx
+}
+
+// openedLocked tells those who wait for o.
+func (m *Manager) openedLocked(o *opening, err error) {
+	if o != nil && m.opening == o {
+		m.opening = nil
+		o.err = err
+		close(o.done)
+	}
+}
+
+// session returns the shared session, which the caller has use for until it calls Leave. If there is
+// none, it opens one, or waits for who does.
+func (a *acquisition) session() (*lockconn.Conn, stage, error) {
+	m := a.m
+	if a.stale < 0 {
+		a.stale = a.pool.DB.Stats().Idle
+	}
+	for {
+		m.mu.Lock()
+		if c := m.shared; c != nil && c.Use() {
+			m.mu.Unlock()
+			if err := a.pool.Closed(); err != nil {
+				c.Leave()
+				return nil, nowhere, err
+			}
+			return c, onShared, nil
+		}
+		o := m.opening
+		if o == nil {
+			o = &opening{done: make(chan struct{})}
+			m.opening = o
+			m.mu.Unlock()
+			return a.openShared(o)
+		}
+		m.mu.Unlock()
+		select {
+		case <-o.done:
+			if o.err != nil {
+				return nil, nowhere, o.err
+			}
+		case <-a.ctx.Done():
+			return nil, nowhere, context.Cause(a.ctx)
+		}
+	}
+}
+
+func (a *acquisition) openShared(o *opening) (*lockconn.Conn, stage, error) {
+	m := a.m
+	err := session.ErrPanicked
+	defer func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if ended(a.ctx) != nil {
+			err = nil // that is no news for others
+		}
+		m.openedLocked(o, err)
+	}()
+	var s *session.Session
+	s, err = a.open(a.ctx)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if c := m.shared; c != nil && !pgsql.PoolClosed(err) && c.Use() { // one that waited has been granted its lock meanwhile
+		if err == nil {
+			go s.HandBack()
+		}
+		err = nil
+		return c, onShared, nil
+	}
+	if err != nil {
+		return nil, nowhere, err
+	}
+	m.shared = lockconn.New(s, a.Log, nil, false, m.lost)
+	return m.shared, onOwn, nil
+}

@@ -1,0 +1,105 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+)
+
+func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	q := m.queueLocked(k)
+	return q, q.Enter(w, time.Now())
+}
+
+// gaveUp ends the turn of w, who does not hold the lock.
+func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.queues[k.Lock()].GaveUp(w, time.Now())
+	m.tidyLocked(k)
+}
+
+// awaitTurn waits in the queue, without a connection.
+func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
+	a.waited = true
+	glance := time.NewTicker(glanceEvery)
+	defer glance.Stop()
+	var err error
+	for err == nil {
+		select {
+		case t := <-w.Turns:
+			a.missed = time.Time{}
+			return t, nil
+		case <-a.ctx.Done():
+			err = context.Cause(a.ctx)
+		case <-glance.C:
+			err = a.pool.Closed()
+		}
+	}
+	m := a.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	defer m.tidyLocked(a.at)
+	now := time.Now()
+	if q.Cancel(w, now) {
+		return turn{}, err
+	}
+	// Its turn has come nevertheless, and is the next one's.
+	switch t := <-w.Turns; t.To {
+	case keyqueue.Ask, keyqueue.Look:
+		q.GaveUp(w, now)
+	case keyqueue.Hold:
+		go a.giveBack([]held{{key: a.at, q: q, grant: t.Grant}})
+	}
+	return turn{}, err
+}
+
+// glanceEvery is how often one who waits looks whether the pool has been closed.
+const glanceEvery = 400 * time.Millisecond
+
+// join has the session of a grant that was handed on watched for the caller, too.
+func (a *acquisition) join(q *queue, g keyqueue.Grant[*lockconn.Conn]) ([]held, error) {
+	a.m.mu.Lock()
+	defer a.m.mu.Unlock()
+	if err := g.On.Hold(a.holder); err != nil {
+		return nil, err
+	}
+	return []held{{key: a.at, q: q, grant: g}}, nil
+}
+
+// look looks whether others wait for the lock that other shared holders of this process have, and
+// which the caller would have at once.
+func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]) (turn, error) {
+	m, c := a.m, g.On
+	r := lockconn.Request{Op: lockconn.Look, Keys: []pgsql.Key{a.at}}
+	err, asked := error(lockconn.LostError{}), false
+	defer func() {
+		if !asked { // the driver panicked
+			m.gaveUp(a.at, w)
+		}
+	}()
+	if c.Use() {
+		defer c.Leave()
+		err = c.Ask(a.ctx, &r)
+	}
+	asked = true
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	defer m.tidyLocked(a.at)
+	now := time.Now()
+	switch {
+	case err == nil:
+	case ended(a.ctx) == nil && (errors.As(err, new(lockconn.LostError)) || pgsql.Gone(err)):
+		q.Lost(c, now) // which c may not have said yet
+	default:
+		q.GaveUp(w, now)
+		return turn{}, err
+	}
+	return q.Looked(w, g, r.OK, now), nil
+}
