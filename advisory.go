@@ -78,7 +78,7 @@
 // after pauses that grow from 50 ms to 2 s, and each Logger is told once that the server is missed, and once that
 // it is back. They pass over every refusal of a connection but those that stay: a wrong password, or a database or a
 // privilege that is missing. They end
-// with ctx, at once and without costing the connection, with [Timeout], or, with [NoWait], before they
+// with ctx, at once (AcquireConn's within 400 ms) and without costing the connection, with [Timeout], or, with [NoWait], before they
 // begin. Taking a key again with the
 // ctx that fn was given is an error at once, [ErrReentrant], and not a wait for oneself.
 //
@@ -170,11 +170,10 @@ package advisory
 import (
 	"context"
 	"database/sql"
-	"errors"
-	"fmt"
 	"runtime"
 	"slices"
-	"sync"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
 // WithLock runs fn while holding the session-level advisory lock of key, waiting for
@@ -206,21 +205,9 @@ func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context)
 // callers cannot deadlock with each other; repeated keys count once.
 func WithLocks(ctx context.Context, db *sql.DB, keys []Key, fn func(context.Context) error, opts ...Option) error {
 	keys = slices.Clone(keys)
-	slices.SortStableFunc(keys, compareKeys)
-	keys = slices.CompactFunc(keys, func(a, b Key) bool { return a.lockID() == b.lockID() })
+	slices.SortStableFunc(keys, func(a, b Key) int { return pgsql.Compare(a.key, b.key) })
+	keys = slices.CompactFunc(keys, func(a, b Key) bool { return a.key.Lock() == b.key.Lock() })
 	return new(hold).with(ctx, "WithLocks", db, keys, fn, opts)
-}
-
-// with runs fn while h holds the locks of keys.
-func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) (err error) {
-	c := call{function: function, options: sessionOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
-	if h.cfg, err = c.prepare(ctx, keys, opts); err != nil {
-		return err
-	}
-	if err := h.acquire(ctx, c, keys); err != nil {
-		return err
-	}
-	return h.run(fn)
 }
 
 // Acquire takes the lock that [WithLock] takes, for critical sections that are no
@@ -292,215 +279,4 @@ func abandoned(h *hold) {
 		}()
 		h.cfg.logger.Warn("advisory: Lock was garbage-collected without Release", "key", keyList(h.keys))
 	}()
-}
-
-// A hold is the locks that one caller holds, and what ends with them.
-type hold struct {
-	marked // fn's ctx
-	cancel context.CancelCauseFunc
-	cfg    config
-
-	session *session // that of WithConnLock, which its caller drives; nil: the locks are
-	hub     *hub     // the hub's
-	grants  []grant
-
-	leads bool // for Lead: the first heartbeat is before fn
-
-	// Guarded by hub.mu.
-	begun  bool  // it has its context
-	lostBy error // why a session is lost that carries its locks
-
-	observed *observation
-
-	once sync.Once // the release
-	err  error     // its result
-}
-
-// acquire acquires keys, and has them watched.
-func (h *hold) acquire(ctx context.Context, c call, keys []Key) (err error) {
-	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
-	h.hub = hubOf(c.db)
-	a := &acquisition{attempts: newAttempts(ctx, c.db, keys, &h.cfg), hub: h.hub, hold: h}
-	a.patient = h.leads
-	h.grants, err = a.acquire(keys)
-	err = a.error(err)
-	if c.detached {
-		ctx = context.WithoutCancel(ctx)
-	}
-	if h.observed != nil {
-		ctx, err = h.observed.acquired(ctx, err, func() { _ = h.hub.release(h, h.grants) })
-	}
-	if err != nil {
-		return err
-	}
-	h.begin(ctx, c.db, keys, h.grants[0].on.session)
-	h.hub.begin(h)
-	return nil
-}
-
-// begin makes the hold's context.
-func (h *hold) begin(ctx context.Context, db *sql.DB, keys []Key, s *session) {
-	var inner context.Context
-	inner, h.cancel = context.WithCancelCause(ctx)
-	h.marked.mark(inner, db, keys)
-	h.token.run, h.token.target = &s.runner, s.conn
-}
-
-// lost ends the hold's context. The release is still to come.
-func (h *hold) lost(cause error) {
-	if h.ended.Swap(true) {
-		return
-	}
-	err := lostError("hold", h.keys, cause)
-	h.cancel(err)
-	h.observed.lost(err)
-}
-
-// run runs fn under the locks, and releases them whatever becomes of fn.
-func (h *hold) run(fn func(context.Context) error) (err error) {
-	returned := false
-	defer func() {
-		lost := h.release()
-		switch {
-		case returned:
-			err = join(err, lost)
-		case lost != nil: // a panic or Goexit is on its way, and no error can be
-			h.cfg.logger.Error("advisory: while fn panicked", "error", lost)
-		}
-	}()
-	err = fn(&h.marked)
-	returned = true
-	return err
-}
-
-// release ends the hold, once.
-func (h *hold) release() error {
-	h.once.Do(func() {
-		err := errPanicked
-		defer func() { h.released(err) }()
-		leftOpen := h.session != nil && h.session.leftOpen()
-		// Work that goes by the context ends before another holder's begins.
-		h.ended.Store(true)
-		h.cancel(nil)
-		switch {
-		case leftOpen:
-			h.session.gone.Store(true) // closing it properly would wait for the rows
-			h.session.discard()
-			err = errLeftOpen
-		case h.session != nil:
-			err = h.session.release()
-		default:
-			err = h.hub.release(h, h.grants)
-		}
-	})
-	return h.err
-}
-
-func (h *hold) released(err error) {
-	switch {
-	case errors.Is(err, errLeftOpen), errors.Is(err, errConnClosed):
-		h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
-	case err != nil:
-		h.err = lostError("release", h.keys, err)
-	}
-	h.observed.holdEnd(h.err)
-}
-
-// A call is what an exported function is called with, for checking it before
-// anything is sent.
-type call struct {
-	function string
-	options  optionSet // those that apply
-	db       *sql.DB   // nil where the function is not given one
-	missing  string    // the argument that is nil, or ""
-	detached bool      // the hold outlives ctx
-}
-
-// missing is the first name that goes with true.
-func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
-	switch {
-	case nil1:
-		return name1
-	case nil2:
-		return name2
-	default:
-		return ""
-	}
-}
-
-// prepare checks the call of an acquiring function, and reads its options.
-func (c call) prepare(ctx context.Context, keys []Key, opts []Option) (config, error) {
-	cfg, err := c.check(ctx, "acquire", keys, opts)
-	if err == nil && len(keys) == 0 {
-		err = &lockError{op: "acquire", msg: "no keys"}
-	}
-	if err != nil {
-		return cfg, err
-	}
-	return cfg, checkReentrant(ctx, c.db, keys)
-}
-
-func (c call) check(ctx context.Context, op string, keys []Key, opts []Option) (config, error) {
-	cfg, err := newConfig(c.function, c.options, opts)
-	switch {
-	case ctx == nil:
-		err = errors.New("nil ctx")
-	case c.missing != "":
-		err = errors.New("nil " + c.missing)
-	case slices.ContainsFunc(keys, func(k Key) bool { return k.space == noSpace }):
-		err = errors.New(`the zero Key, or Name(""), is no key`)
-	}
-	if err != nil {
-		return cfg, &lockError{op: op, key: keyList(keys), msg: err.Error(), errs: []error{err}}
-	}
-	return cfg, nil
-}
-
-// acquireError is the error of a failed acquisition. err is what ended it, and hint, if
-// there is one, says more of why.
-func acquireError(ctx context.Context, keys []Key, cfg *config, err error, hint string) error {
-	e := &lockError{op: "acquire", key: keyList(keys)}
-	switch {
-	case errors.Is(err, errRefused):
-		e.msg = "not acquired: " + err.Error()
-		e.errs = []error{ErrNotAcquired}
-	case errors.Is(err, errTimeout):
-		e.msg = "not acquired within " + cfg.timeout.String()
-		e.errs = []error{ErrNotAcquired, err}
-	case ctx.Err() != nil:
-		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx), err}
-		e.msg = "not acquired: " + context.Cause(ctx).Error()
-	case errors.Is(err, ErrDeadlock):
-		e.msg = "the holder of the lock waits for this transaction: deadlock"
-		e.errs = []error{ErrDeadlock}
-	case sqlState(err) == deadlockDetected:
-		e.msg = explain(err)
-		e.errs = []error{ErrDeadlock, err}
-	default:
-		e.msg = explain(err)
-		e.errs = []error{err}
-	}
-	if hint != "" {
-		e.msg += ": " + hint
-	}
-	return e
-}
-
-// join is errors.Join, but leaves a lone error as it is.
-func join(a, b error) error {
-	switch {
-	case a == nil:
-		return b
-	case b == nil:
-		return a
-	default:
-		return errors.Join(a, b)
-	}
-}
-
-func plural(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
 }

@@ -7,6 +7,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/manager"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 const (
@@ -48,7 +52,7 @@ func Check(ctx context.Context, db *sql.DB) error {
 		return err
 	}
 	if err := check(ctx, db, &cfg); err != nil {
-		return &lockError{op: "check", msg: explain(err), errs: []error{err}}
+		return &lockError{op: "check", msg: pgsql.Explain(err), errs: []error{err}}
 	}
 	return nil
 }
@@ -57,19 +61,19 @@ func check(ctx context.Context, db *sql.DB, cfg *config) error {
 	if db.Stats().MaxOpenConnections == 1 {
 		return errors.New("the pool is limited to one connection, and it takes two to see whether they exclude each other (SetMaxOpenConns)")
 	}
-	h := hubOf(db)
+	m := manager.For(db)
 	select {
-	case h.checking <- struct{}{}:
-		defer func() { <-h.checking }()
+	case m.Checking <- struct{}{}:
+		defer func() { <-m.Checking }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	for patience := checkPatience; ; patience = min(2*patience, answerBound) {
-		err := checkOnce(ctx, db, cfg, patience)
+	for patience := checkPatience; ; patience = min(2*patience, session.AnswerBound) {
+		err := checkOnce(ctx, m.Pool(db), cfg, patience)
 		if !errors.Is(err, errNoSecond) {
 			return err
 		}
-		sleep(ctx, rand.N(patience))
+		session.Sleep(ctx, rand.N(patience))
 		if ctx.Err() != nil {
 			return fmt.Errorf("%w: %w", err, context.Cause(ctx))
 		}
@@ -80,22 +84,22 @@ var errNoSecond = errors.New("no second connection was to be had, and it takes t
 
 // checkOnce checks with connections of its own. It waits for the second one, and for each one after
 // that, for as long as patience.
-func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration) error {
-	holder, err := openHolder(ctx, db, cfg)
+func checkOnce(ctx context.Context, pool *session.Pool, cfg *config, patience time.Duration) error {
+	holder, err := openHolder(ctx, pool, cfg)
 	if err != nil {
 		return err
 	}
-	defer holder.discard()
-	keys := []Key{ID(rand.Int64())}
+	defer holder.Discard()
+	keys := []pgsql.Key{{Space: pgsql.Bigint, ID: rand.Int64()}}
 	for i := range checkOthers {
-		other, err := openOther(ctx, db, cfg, patience, keys[0], i)
+		other, err := openOther(ctx, pool, cfg, patience, keys[0], i)
 		if err != nil {
 			return err
 		}
 		if i == 0 {
 			err = checkSame(ctx, holder, other)
 			if err == nil {
-				err = holder.step(ctx, tryStatement(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work")
+				err = step(ctx, holder, pgsql.Try(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work")
 			}
 		}
 		if err == nil && i == 0 {
@@ -104,7 +108,7 @@ func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Durat
 		if err == nil && i == checkOthers-1 {
 			err = checkRelease(ctx, holder, other, keys)
 		}
-		other.discard()
+		other.Discard()
 		if err != nil {
 			return err
 		}
@@ -113,22 +117,22 @@ func checkOnce(ctx context.Context, db *sql.DB, cfg *config, patience time.Durat
 }
 
 // openHolder opens a session, marks it, and checks that it leads to a primary.
-func openHolder(ctx context.Context, db *sql.DB, cfg *config) (*session, error) {
-	return openChecked(ctx, db, cfg, func(s *session) error {
-		return s.step(ctx, markStatement(s.settings.nonce), 1, changes)
+func openHolder(ctx context.Context, pool *session.Pool, cfg *config) (*session.Session, error) {
+	return openChecked(ctx, pool, cfg, func(s *session.Session) error {
+		return step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes)
 	})
 }
 
 // openOther opens the session of the other number i, for as long as patience. The first one is marked. The
 // lock of k, which the holder has, is tried on the others.
-func openOther(ctx context.Context, db *sql.DB, cfg *config, patience time.Duration, k Key, i int) (*session, error) {
+func openOther(ctx context.Context, pool *session.Pool, cfg *config, patience time.Duration, k pgsql.Key, i int) (*session.Session, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
 	defer cancel()
 	if i == 0 {
-		return openHolder(ctx, db, cfg)
+		return openHolder(ctx, pool, cfg)
 	}
-	return openChecked(ctx, db, cfg, func(s *session) error {
-		return s.step(ctx, answer("pg_catalog.pg_try_advisory_lock("+k.SQL()+")"), 0, both(i))
+	return openChecked(ctx, pool, cfg, func(s *session.Session) error {
+		return step(ctx, s, pgsql.TryOther(k), 0, both(i))
 	})
 }
 
@@ -138,32 +142,32 @@ func both(i int) string {
 }
 
 // openChecked opens a session. Its first statement also finds the dead connections of the pool.
-func openChecked(ctx context.Context, db *sql.DB, cfg *config, first func(*session) error) (*session, error) {
-	for stale := db.Stats().OpenConnections; ; stale-- {
-		s, err := openSession(ctx, db, cfg)
+func openChecked(ctx context.Context, pool *session.Pool, cfg *config, first func(*session.Session) error) (*session.Session, error) {
+	for stale := pool.DB.Stats().OpenConnections; ; stale-- {
+		s, err := pool.Open(ctx, cfg.logger, session.ForLocks)
 		if err != nil {
 			return nil, err
 		}
 		if err = first(s); err == nil {
 			return s, nil
 		}
-		s.discard()
-		if stale <= 0 || ctx.Err() != nil || !sessionGone(err) {
+		s.Discard()
+		if stale <= 0 || ctx.Err() != nil || !pgsql.Gone(err) {
 			return nil, err
 		}
 	}
 }
 
 // step sends a statement, and returns an error if its answer does not have as many rows as wanted.
-func (s *session) step(ctx context.Context, query string, want int64, otherwise string) error {
-	rows, err := s.exec(ctx, answerBound, query)
+func step(ctx context.Context, s *session.Session, query string, want int64, otherwise string) error {
+	rows, err := s.Exec(ctx, session.AnswerBound, query)
 	switch {
 	case err != nil:
 		return err
 	case rows == want:
 		return nil
-	case rows == standbyRows:
-		return errStandby
+	case rows == pgsql.OnStandby:
+		return session.ErrStandby
 	default:
 		return errors.New(otherwise)
 	}
@@ -176,10 +180,10 @@ const (
 )
 
 // checkSame checks that two sessions stay the same, and are not one, without locking anything.
-func checkSame(ctx context.Context, sessions ...*session) error {
+func checkSame(ctx context.Context, sessions ...*session.Session) error {
 	for range checkRounds {
 		for _, s := range sessions {
-			if err := s.step(ctx, markedStatement(s.settings.nonce), 1, changes); err != nil {
+			if err := step(ctx, s, pgsql.Marked(s.Nonce()), 1, changes); err != nil {
 				return err
 			}
 		}
@@ -188,18 +192,18 @@ func checkSame(ctx context.Context, sessions ...*session) error {
 }
 
 // checkWait checks that a session has to wait for the lock that another has.
-func checkWait(ctx context.Context, s *session, k Key) error {
-	err := s.step(ctx, waitStatement(onOwn, "", k, false, time.Millisecond, sessionSettings{}), 0, both(0))
-	if refusesWait(err) {
+func checkWait(ctx context.Context, s *session.Session, k pgsql.Key) error {
+	err := step(ctx, s, pgsql.Wait(pgsql.OnOwn, "", k, false, time.Millisecond, pgsql.Settings{}), 0, both(0))
+	if pgsql.RefusesWait(err) {
 		err = fmt.Errorf("the server does not execute the statement that waits, and waits would try again and again: %w", err)
 	}
 	return err
 }
 
 // checkRelease checks that a lock that is released is another's to have. What that gets goes with its session.
-func checkRelease(ctx context.Context, holder, other *session, keys []Key) error {
-	if err := holder.step(ctx, unlockStatement(keys, false), 1, gone); err != nil {
+func checkRelease(ctx context.Context, holder, other *session.Session, keys []pgsql.Key) error {
+	if err := step(ctx, holder, pgsql.Unlock(keys, false), 1, gone); err != nil {
 		return err
 	}
-	return other.step(ctx, tryStatement(keys, false), 1, "a released lock was not free: "+pooled)
+	return step(ctx, other, pgsql.Try(keys, false), 1, "a released lock was not free: "+pooled)
 }

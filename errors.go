@@ -1,14 +1,13 @@
 package advisory
 
 import (
-	"database/sql/driver"
+	"context"
 	"errors"
-	"io"
-	"net"
-	"reflect"
-	"slices"
 	"strings"
-	"time"
+
+	"github.com/pgadvisory/advisory/internal/manager"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 // Every error of this package says the operation and the key, and matches, with
@@ -63,122 +62,59 @@ func (e *lockError) Error() string {
 
 func (e *lockError) Unwrap() []error { return e.errs }
 
-func keyList(keys []Key) string {
-	var b strings.Builder
-	for i, k := range keys {
-		if i == 3 && len(keys) > 4 {
-			b.WriteString(" and ")
-			b.WriteString(plural(len(keys)-i, "more key"))
-			break
-		}
-		if i > 0 {
-			b.WriteString(", ")
-		}
-		b.WriteString(k.String())
+// acquireError returns the error of a failed acquisition, which err has ended.
+func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error {
+	hint := ""
+	if f := (*manager.Failure)(nil); errors.As(err, &f) {
+		hint, err = f.Hint, f.Cause
 	}
-	return b.String()
+	e := &lockError{op: "acquire", key: keyList(keys)}
+	switch {
+	case errors.Is(err, session.ErrRefused):
+		e.msg = "not acquired: " + err.Error()
+		e.errs = []error{ErrNotAcquired}
+	case errors.Is(err, session.ErrTimeout):
+		e.msg = "not acquired within " + cfg.timeout.String()
+		e.errs = []error{ErrNotAcquired, err}
+	case ctx.Err() != nil:
+		e.msg = "not acquired: " + context.Cause(ctx).Error()
+		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx), err}
+	case errors.Is(err, session.ErrHeld):
+		e.msg = err.Error()
+		e.errs = []error{ErrReentrant}
+	case errors.Is(err, session.ErrDeadlock):
+		e.msg = err.Error()
+		e.errs = []error{ErrDeadlock}
+	case pgsql.State(err) == pgsql.DeadlockDetected:
+		e.msg = pgsql.Explain(err)
+		e.errs = []error{ErrDeadlock, err}
+	default:
+		e.msg = pgsql.Explain(err)
+		e.errs = []error{err}
+	}
+	if hint != "" {
+		e.msg += ": " + hint
+	}
+	return e
 }
 
-// SQLSTATEs that mean something to a lock (PostgreSQL manual, appendix "PostgreSQL
-// Error Codes").
-const (
-	lockNotAvailable    = "55P03" // lock_timeout
-	queryCanceled       = "57014" // statement_timeout, pg_cancel_backend
-	inFailedTransaction = "25P02"
-	deadlockDetected    = "40P01"
-	outOfMemory         = "53200" // the server's lock table is full
-	featureNotSupported = "0A000"
-	syntaxError         = "42601"
-	undefinedFunc       = "42883"
-	undefinedObject     = "42704"
-)
-
-// sqlState is the SQLSTATE of a server's error, or "". Both drivers' errors have
-// the method.
-func sqlState(err error) string {
-	var s interface{ SQLState() string }
-	if errors.As(err, &s) {
-		return s.SQLState()
+// lostError returns the error of locks that were held and are lost.
+func lostError(op string, keys []Key, cause error) error {
+	errs := []error{ErrLost, cause}
+	if errors.Is(cause, session.ErrNotHeld) {
+		errs = errs[:1]
 	}
-	return ""
+	return &lockError{op: op, key: keyList(keys), msg: "lock lost: " + pgsql.Explain(cause), errs: errs}
 }
 
-// sessionGone tells whether err means that the session has ended, or is out of
-// reach: not the server's answer to a statement, but the lack of one.
-func sessionGone(err error) bool {
-	switch state := sqlState(err); {
-	case strings.HasPrefix(state, "08"), fatal(err): // connection exception
-		return true
-	case state != "":
-		switch state {
-		case "57P01", "57P02", "57P03", // shutdown, crash, starting up
-			"57P05", "25P03", "25P04": // idle and transaction timeouts
-			return true
-		}
-		return false
+// join is errors.Join, but leaves a lone error as it is.
+func join(a, b error) error {
+	switch {
+	case a == nil:
+		return b
+	case b == nil:
+		return a
+	default:
+		return errors.Join(a, b)
 	}
-	var silence noAnswer
-	var network net.Error
-	// pgx says so of an error on a connection that it has found closed.
-	var unsent interface{ SafeToRetry() bool }
-	if errors.As(err, &unsent) && unsent.SafeToRetry() {
-		return true
-	}
-	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, net.ErrClosed) || errors.Is(err, errAbandoned) ||
-		errors.As(err, &silence) || errors.As(err, &network)
 }
-
-// fatal tells whether err is the last word of a server, or of a pooler, whose SQLSTATEs are its own. Both
-// drivers' errors have the field.
-func fatal(err error) bool {
-	for ; err != nil; err = errors.Unwrap(err) {
-		v := reflect.Indirect(reflect.ValueOf(err))
-		if v.Kind() != reflect.Struct {
-			continue
-		}
-		if severity := v.FieldByName("Severity"); severity.IsValid() && severity.Kind() == reflect.String && severity.String() == "FATAL" {
-			return true
-		}
-	}
-	return false
-}
-
-// mayPass tells whether err, of a connection that could not be made, may pass. A server that restarts or
-// fails over says many things, and so do the poolers before it. A wrong password, or a database or a
-// privilege that is missing, stays.
-func mayPass(err error) bool {
-	state := sqlState(err)
-	return !strings.HasPrefix(state, "28") && !strings.HasPrefix(state, "3D") && !strings.HasPrefix(state, "42")
-}
-
-// isClosed tells whether err is that of a *sql.DB that has been closed, which has no
-// name of its own.
-func isClosed(err error) bool {
-	for ; err != nil; err = errors.Unwrap(err) {
-		if err.Error() == "sql: database is closed" {
-			return true
-		}
-		if e, ok := err.(interface{ Unwrap() []error }); ok {
-			return slices.ContainsFunc(e.Unwrap(), isClosed)
-		}
-	}
-	return false
-}
-
-// explain is err's own text, and what to do about it where that is known.
-func explain(err error) string {
-	msg := err.Error()
-	switch sqlState(err) {
-	case outOfMemory:
-		return msg + " (the server's lock table is full: raise max_locks_per_transaction, or hold fewer locks)"
-	case syntaxError, undefinedFunc, undefinedObject:
-		return msg + " (is this PostgreSQL 14 or newer? see Check)"
-	}
-	return msg
-}
-
-// A noAnswer is the error of a statement that the server did not answer in time.
-type noAnswer struct{ after time.Duration }
-
-func (e noAnswer) Error() string { return "no answer from the server within " + e.after.String() }

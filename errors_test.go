@@ -7,71 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
-	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
-
-// wantError checks that err matches every error among wants and contains every
-// string, and that it matches none of the package's errors that is not among them.
-// No wants: no error.
-func wantError(t testing.TB, err error, wants ...any) {
-	t.Helper()
-	if (err == nil) != (len(wants) == 0) {
-		t.Errorf("error: %v, want %v", err, wants)
-		return
-	}
-	if err == nil {
-		return
-	}
-	expected := map[error]bool{}
-	for _, want := range wants {
-		switch want := want.(type) {
-		case string:
-			if !strings.Contains(err.Error(), want) {
-				t.Errorf("error %q does not say %q", err, want)
-			}
-		case error:
-			expected[want] = true
-			if !errors.Is(err, want) {
-				t.Errorf("error %q does not match %q", err, want)
-			}
-		default:
-			t.Fatalf("%T", want)
-		}
-	}
-	for _, sentinel := range []error{ErrNotAcquired, ErrLost, ErrReentrant, ErrDeadlock} {
-		if !expected[sentinel] && errors.Is(err, sentinel) {
-			t.Errorf("error %q matches %q", err, sentinel)
-		}
-	}
-}
-
-// logBuffer is what a Logger was given, as text.
-type logBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (b *logBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *logBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
-func (b *logBuffer) option() Option {
-	return Logger(slog.New(slog.NewTextHandler(b, nil)))
-}
 
 func TestErrorsSayTheOperationTheKeyAndTheReason(t *testing.T) {
 	t.Parallel()
@@ -109,7 +49,7 @@ func TestErrorsSayTheOperationTheKeyAndTheReason(t *testing.T) {
 func TestATimeoutCanBeToldFromARefusal(t *testing.T) {
 	t.Parallel()
 	for _, c := range closures {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, c.name, func(t *testing.T) {
 			db, srv := newServer(t)
 			srv.script = taken(t)
 			for _, test := range []struct {
@@ -192,23 +132,21 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 				return WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error { return nil })
 			}},
 		} {
-			t.Run(c.function+" "+test.err.Error(), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					db, srv := newServer(t, c.replies...)
-					err := c.run(t.Context(), db)
-					if test.goOn {
-						wantError(t, err)
-					} else {
-						wantError(t, err, test.err)
-					}
-					if got, want := srv.opened, map[bool]int{false: 1, true: 2}[test.goOn]; got != want {
-						t.Errorf("%d connections were made, want %d", got, want)
-					}
-					synctest.Wait()
-					if got, want := srv.open(), srv.opened-1; got != want {
-						t.Errorf("%d connections open, want %d", got, want)
-					}
-				})
+			bubble(t, c.function+" "+test.err.Error(), func(t *testing.T) {
+				db, srv := newServer(t, c.replies...)
+				err := c.run(t.Context(), db)
+				if test.goOn {
+					wantError(t, err)
+				} else {
+					wantError(t, err, test.err)
+				}
+				if got, want := srv.opened, map[bool]int{false: 1, true: 2}[test.goOn]; got != want {
+					t.Errorf("%d connections were made, want %d", got, want)
+				}
+				synctest.Wait()
+				if got, want := srv.open(), srv.opened-1; got != want {
+					t.Errorf("%d connections open, want %d", got, want)
+				}
 			})
 		}
 	}
@@ -217,5 +155,6 @@ func TestWhatEndsAWaitAndWhatEndsOnlyItsSession(t *testing.T) {
 // unsent is an error of a statement that was not sent.
 type unsent bool
 
-func (unsent) Error() string       { return "conn closed" }
+func (unsent) Error() string { return "conn closed" }
+
 func (u unsent) SafeToRetry() bool { return bool(u) }

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
 // A server stands in for PostgreSQL and its driver: it writes down what happens on
@@ -49,7 +51,7 @@ type server struct {
 
 	mu     sync.Mutex
 	log    []string
-	raw    []string // the log with the setting of checkCall, and leftOpenStatement
+	raw    []string // the log with the setting of checkCall, and pgsql.LeftOpen
 	opened int
 	closed int
 }
@@ -103,7 +105,7 @@ func (s *server) write(format string, args ...any) {
 	defer s.mu.Unlock()
 	line := fmt.Sprintf(format, args...)
 	s.raw = append(s.raw, plainly(line))
-	if !strings.HasSuffix(line, " "+leftOpenStatement) {
+	if !strings.HasSuffix(line, " "+pgsql.LeftOpen) {
 		s.log = append(s.log, unchecked(plainly(line)))
 	}
 }
@@ -112,7 +114,7 @@ func (s *server) write(format string, args ...any) {
 // such thing: the tests of that setting look at what was really sent.
 func unchecked(query string) string {
 	for _, c := range []struct{ old, new string }{
-		{"SELECT " + checkCall(true) + "; ", ""},
+		{pgsql.Settings{Check: true}.SetCheck(), ""},
 		{"SELECT " + checkCall(false) + " WHERE", "SELECT WHERE"},
 		{", " + checkCall(false), ""},
 		{", " + checkCall(true), ""},
@@ -123,7 +125,7 @@ func unchecked(query string) string {
 	return callersTry.ReplaceAllString(query, "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE $1 END")
 }
 
-// callersTry is tryCallersTxStatement, which is as good as tryTxStatement.
+// callersTry is pgsql.TryCallersTx, which is as good as pgsql.TryTx.
 var callersTry = regexp.MustCompile(`SELECT FROM pg_catalog\.generate_series\(1, CASE WHEN pg_catalog\.pg_is_in_recovery\(\) THEN 2 WHEN (pg_catalog\.pg_try_advisory_xact_lock(?:_shared)?\([^()]*\)) THEN 1 ELSE 0 END\)`)
 
 var (
@@ -148,6 +150,14 @@ func (s *server) open() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.opened - s.closed
+}
+
+// wantConns reports it if not so many connections are open, of so many that were opened.
+func (s *server) wantConns(t testing.TB, open, opened int) {
+	t.Helper()
+	if s.open() != open || s.opened != opened {
+		t.Errorf("%d connections of %d are open, want %d of %d", s.open(), s.opened, open, opened)
+	}
 }
 
 // want compares the whole log with lines.
@@ -199,7 +209,7 @@ func (c *fakeConn) send(ctx context.Context, query string) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if query == leftOpenStatement {
+	if query == pgsql.LeftOpen {
 		return 0, c.s.leftOpen
 	}
 	if c.s.checkless && strings.Contains(query, "set_config('client_connection_check_interval'") {
@@ -218,6 +228,7 @@ type checkRefused struct{}
 func (checkRefused) Error() string {
 	return `invalid value for parameter "client_connection_check_interval": 1000`
 }
+
 func (checkRefused) SQLState() string { return "22023" }
 
 // begin begins a statement.
@@ -270,7 +281,7 @@ func (c *fakeConn) Prepare(query string) (driver.Stmt, error) {
 // PrepareContext is for the statement that serves many requests: in the log it is
 // "prepare", "batch <operations> <keys>" and "deallocate".
 func (c *fakeConn) PrepareContext(ctx context.Context, query string) (driver.Stmt, error) {
-	if query != batchStatement {
+	if query != pgsql.Batch {
 		return nil, errors.New("prepared: " + query)
 	}
 	if _, err := c.send(ctx, "prepare"); err != nil {
@@ -281,8 +292,10 @@ func (c *fakeConn) PrepareContext(ctx context.Context, query string) (driver.Stm
 
 type fakeStmt struct{ c *fakeConn }
 
-func (fakeStmt) NumInput() int                              { return 2 }
+func (fakeStmt) NumInput() int { return 2 }
+
 func (fakeStmt) Exec([]driver.Value) (driver.Result, error) { return nil, errors.New("executed") }
+
 func (fakeStmt) Query([]driver.Value) (driver.Rows, error) {
 	return nil, errors.New("without a context")
 }
@@ -321,7 +334,8 @@ func (i *pgxInner) PgConn() *pgConn { return (*pgConn)(i) }
 type pgConn pgxInner
 
 func (p *pgConn) Conn() net.Conn { return &p.c.net }
-func (p *pgConn) IsBusy() bool   { return p.c.s.leftOpen != nil }
+
+func (p *pgConn) IsBusy() bool { return p.c.s.leftOpen != nil }
 
 // A fakeNet ends what is under way on it, and everything after, with its deadline.
 type fakeNet struct {
@@ -386,7 +400,8 @@ func (c *fakeConn) BeginTx(ctx context.Context, o driver.TxOptions) (driver.Tx, 
 
 type fakeTx struct{ c *fakeConn }
 
-func (t fakeTx) Commit() error   { return t.end("COMMIT") }
+func (t fakeTx) Commit() error { return t.end("COMMIT") }
+
 func (t fakeTx) Rollback() error { return t.end("ROLLBACK") }
 
 func (t fakeTx) end(query string) error {
@@ -417,5 +432,6 @@ func (r *fakeRows) Next(dest []driver.Value) error {
 // A pgError is a server's error as every driver gives it: something with a SQLSTATE.
 type pgError string
 
-func (e pgError) Error() string    { return "server error " + string(e) }
+func (e pgError) Error() string { return "server error " + string(e) }
+
 func (e pgError) SQLState() string { return string(e) }

@@ -13,6 +13,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 // A lockTable is the part of PostgreSQL that this package is about: advisory locks of
@@ -29,7 +32,7 @@ type lockTable struct {
 	failIn func(op, key int64) error
 
 	mu       sync.Mutex
-	locks    map[lockID]*tableLock
+	locks    map[pgsql.Key]*tableLock
 	backends map[backendID]*backend
 }
 
@@ -65,7 +68,7 @@ type tableWait struct {
 
 // newTable returns a table, and n servers that share it.
 func newTable(t testing.TB, n int) (*lockTable, []*sql.DB, []*server) {
-	p := &lockTable{t: t, locks: make(map[lockID]*tableLock), backends: make(map[backendID]*backend)}
+	p := &lockTable{t: t, locks: make(map[pgsql.Key]*tableLock), backends: make(map[backendID]*backend)}
 	var dbs []*sql.DB
 	var srvs []*server
 	for range n {
@@ -80,6 +83,12 @@ func newTable(t testing.TB, n int) (*lockTable, []*sql.DB, []*server) {
 		dbs, srvs = append(dbs, db), append(srvs, srv)
 	}
 	return p, dbs, srvs
+}
+
+// takes has each statement take d.
+func (p *lockTable) takes(d time.Duration) *lockTable {
+	p.rtt = func() time.Duration { return d }
+	return p
 }
 
 // kill ends a session, as its client's death, or pg_terminate_backend does.
@@ -136,17 +145,17 @@ func (p *lockTable) clean() {
 func (p *lockTable) holders(k Key) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.lock(k.lockID()).granted)
+	return len(p.lock(k.key.Lock()).granted)
 }
 
 // waiters is the number of those in the queue of k.
 func (p *lockTable) waiters(k Key) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.lock(k.lockID()).waiting)
+	return len(p.lock(k.key.Lock()).waiting)
 }
 
-func (p *lockTable) lock(id lockID) *tableLock {
+func (p *lockTable) lock(id pgsql.Key) *tableLock {
 	l := p.locks[id]
 	if l == nil {
 		l = new(tableLock)
@@ -185,7 +194,7 @@ func (p *lockTable) begin(ctx context.Context, id backendID, query string) (b *b
 	}
 	if p.fail != nil {
 		if err := p.fail(id.conn, query); err != nil {
-			if sqlState(err) == "" {
+			if pgsql.State(err) == "" {
 				p.end(b)
 			}
 			end()
@@ -194,7 +203,7 @@ func (p *lockTable) begin(ctx context.Context, id backendID, query string) (b *b
 	}
 	if d > 0 {
 		p.mu.Unlock()
-		sleep(ctx, d)
+		session.Sleep(ctx, d)
 		p.mu.Lock()
 	}
 	switch {
@@ -241,7 +250,7 @@ func (p *lockTable) answer(ctx context.Context, id backendID, query string) (int
 	defer p.mu.Unlock()
 	defer end()
 	armed, nonce := b.armed, b.nonce
-	if strings.Contains(query, restartStatement) {
+	if strings.Contains(query, pgsql.Restart) {
 		p.endTx(b)
 	}
 	if m := setting.FindString(query); m != "" {
@@ -300,16 +309,16 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		k, _ := callKey(calls[0])
 		switch {
 		case b.inTx:
-			return calledInTx, nil
-		case len(modes(p.lock(k.lockID()), b)) > 0:
-			return calledHeld, nil
+			return pgsql.CalledInTx, nil
+		case len(modes(p.lock(k.key.Lock()), b)) > 0:
+			return pgsql.CalledHeld, nil
 		}
-		return one(p.do(b, k.lockID(), true, calls[0][4] != "", false))
+		return one(p.do(b, k.key.Lock(), true, calls[0][4] != "", false))
 	case strings.Contains(query, " OFFSET 0) AS held"): // unlocks what is held
 		n := int64(0)
 		for _, call := range calls {
 			k, _ := callKey(call)
-			if p.do(b, k.lockID(), false, call[4] != "", false) {
+			if p.do(b, k.key.Lock(), false, call[4] != "", false) {
 				n++
 			}
 		}
@@ -317,14 +326,14 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 	case strings.Contains(query, "CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock"):
 		for i, call := range calls {
 			k, _ := callKey(call)
-			if !p.do(b, k.lockID(), true, call[4] != "", false) {
+			if !p.do(b, k.key.Lock(), true, call[4] != "", false) {
 				return int64(i), nil
 			}
 		}
 		return int64(len(calls)), nil
 	case strings.Contains(query, "pg_locks") && strings.Contains(query, "NOT granted"):
 		for id, l := range p.locks {
-			if strings.Contains(query, lockRow(Key{space: id.space, id: id.id})) {
+			if strings.Contains(query, id.Row()) {
 				return one(len(l.waiting) > 0)
 			}
 		}
@@ -332,7 +341,7 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 	case strings.Contains(query, "pg_locks"):
 		n := int64(0)
 		for id, l := range p.locks {
-			if strings.Contains(query, lockRow(Key{space: id.space, id: id.id})) &&
+			if strings.Contains(query, id.Row()) &&
 				slices.Contains(modes(l, b), strings.Contains(query, "'ShareLock'")) {
 				n++
 			}
@@ -343,7 +352,7 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		for _, call := range calls {
 			if ok {
 				k, _ := callKey(call)
-				ok = p.do(b, k.lockID(), call[3] == "lock", call[4] != "", call[2] != "")
+				ok = p.do(b, k.key.Lock(), call[3] == "lock", call[4] != "", call[2] != "")
 			}
 		}
 		if strings.Contains(query, "pg_advisory_unlock_all()") && ok {
@@ -391,7 +400,7 @@ func callKey(call []string) (Key, error) {
 }
 
 // do tries a lock, or unlocks.
-func (p *lockTable) do(b *backend, id lockID, lock, shared, inTx bool) bool {
+func (p *lockTable) do(b *backend, id pgsql.Key, lock, shared, inTx bool) bool {
 	l := p.lock(id)
 	h := tableHold{b, shared, inTx}
 	if !lock {
@@ -416,7 +425,7 @@ func (p *lockTable) do(b *backend, id lockID, lock, shared, inTx bool) bool {
 func conflict(a, b tableHold) bool { return a.by != b.by && !(a.shared && b.shared) }
 
 // advance grants what can be, first come first served.
-func (p *lockTable) advance(id lockID) {
+func (p *lockTable) advance(id pgsql.Key) {
 	l := p.locks[id]
 	for len(l.waiting) > 0 {
 		w := l.waiting[0]
@@ -442,7 +451,7 @@ func waitKey(query string) Key {
 }
 
 func (p *lockTable) wait(ctx context.Context, b *backend, k Key, shared, inTx bool, timeout time.Duration) (granted bool, err error) {
-	id := k.lockID()
+	id := k.key.Lock()
 	h := tableHold{b, shared, inTx}
 	if p.do(b, id, true, h.shared, h.inTx) {
 		return true, nil
@@ -503,9 +512,9 @@ func (p *lockTable) answerBatch(ctx context.Context, id backendID, ops, keys str
 		}
 		ok := op == 0
 		if !ok {
-			k := lockID{space: bigintSpace, id: nos[i]}
+			k := pgsql.Key{Space: pgsql.Bigint, ID: nos[i]}
 			if op&32 != 0 {
-				k.space = pairSpace
+				k.Space = pgsql.Pair
 			}
 			ok = p.do(b, k, op&1 != 0, op&16 != 0, false)
 		}

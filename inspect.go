@@ -3,10 +3,10 @@ package advisory
 import (
 	"context"
 	"database/sql"
-	"errors"
-	"strconv"
-	"strings"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 // A Querier is what [Holders] asks: a *sql.DB, *sql.Conn or *sql.Tx.
@@ -28,20 +28,6 @@ type Holder struct {
 	// a wait has begun. The server does not record when a lock was granted.
 	SessionStart, WaitStart time.Time
 }
-
-// holdersStatement compares as pg_locks spreads a bigint, or two ints, over its
-// columns: the manual's section "pg_locks".
-const holdersStatement = `SELECT COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
-	COALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),
-	CASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,
-	a.backend_start, l.waitstart
-FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid
-WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
-	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
-	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
-	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4
-	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
-ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 // Holders returns who holds the lock of key in q's database, and then who waits for it,
 // longest first. One session may hold many locks: see the package documentation. Waits of
@@ -66,9 +52,13 @@ func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 	if _, err := c.check(ctx, "look up", []Key{key}, nil); err != nil {
 		return nil, err
 	}
-	holders, err := queryHolders(ctx, q, key)
+	found, err := session.Holders(ctx, q, key.key)
 	if err != nil {
-		return nil, &lockError{op: "look up", key: key.String(), msg: explain(err), errs: []error{err}}
+		return nil, &lockError{op: "look up", key: key.String(), msg: pgsql.Explain(err), errs: []error{err}}
+	}
+	var holders []Holder
+	for _, h := range found {
+		holders = append(holders, Holder(h))
 	}
 	return holders, nil
 }
@@ -86,58 +76,4 @@ func isNil(q Querier) bool {
 		return q == nil
 	}
 	return false
-}
-
-func queryHolders(ctx context.Context, q Querier, key Key) (holders []Holder, err error) {
-	subid := 1
-	if key.space == pairSpace {
-		subid = 2
-	}
-	rows, err := q.QueryContext(ctx, holdersStatement, int64(uint64(key.id)>>32), int64(uint32(key.id)), subid)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, rows.Close()) }()
-	for rows.Next() {
-		var h Holder
-		var start, wait sql.NullTime
-		if err := rows.Scan(&h.PID, &h.Granted, &h.Shared, &h.User, &h.ApplicationName, &h.ClientAddr,
-			&h.State, &h.Query, &start, &wait); err != nil {
-			return nil, err
-		}
-		h.SessionStart, h.WaitStart = start.Time, wait.Time
-		holders = append(holders, h)
-	}
-	return holders, rows.Err()
-}
-
-// heldBy says who holds the lock of key, for the message of a Timeout, or nothing if
-// that cannot be told.
-func heldBy(ctx context.Context, q Querier, key Key) (string, error) {
-	holders, err := queryHolders(ctx, q, key)
-	if err != nil || len(holders) == 0 || !holders[0].Granted {
-		return "", err
-	}
-	h := holders[0]
-	var known []string
-	if h.ApplicationName != "" {
-		known = append(known, "app "+strconv.Quote(h.ApplicationName))
-	}
-	if h.ClientAddr != "" {
-		known = append(known, h.ClientAddr)
-	}
-	who := "held by pid " + strconv.Itoa(h.PID)
-	if len(known) > 0 {
-		who += " (" + strings.Join(known, ", ") + ")"
-	}
-	others := 0
-	for _, h := range holders[1:] {
-		if h.Granted {
-			others++
-		}
-	}
-	if others > 0 {
-		who += " and " + plural(others, "other")
-	}
-	return who, nil
 }

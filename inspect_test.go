@@ -12,6 +12,8 @@ import (
 
 	"github.com/DATA-DOG/go-sqlmock"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 var holdersColumns = make([]string, 10)
@@ -112,20 +114,18 @@ func TestTheMessageOfATimeoutNamesTheHolder(t *testing.T) {
 		{"the connection dies", nil, io.ErrUnexpectedEOF, "", 0},
 	} {
 		for _, c := range closures {
-			t.Run(c.name+" "+test.name, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					db, srv := newServer(t)
-					srv.script = taken(t)
-					srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) { return test.rows, test.err }
-					err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
-					wantError(t, err, ErrNotAcquired)
-					if got, want := err.Error(), "advisory: acquire bigint 42: not acquired within 1s"+test.says; got != want {
-						t.Errorf("error %q, want %q", got, want)
-					}
-					if srv.open() != test.open {
-						t.Errorf("%d connections open, want %d", srv.open(), test.open)
-					}
-				})
+			bubble(t, c.name+" "+test.name, func(t *testing.T) {
+				db, srv := newServer(t)
+				srv.script = taken(t)
+				srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) { return test.rows, test.err }
+				err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
+				wantError(t, err, ErrNotAcquired)
+				if got, want := err.Error(), "advisory: acquire bigint 42: not acquired within 1s"+test.says; got != want {
+					t.Errorf("error %q, want %q", got, want)
+				}
+				if srv.open() != test.open {
+					t.Errorf("%d connections open, want %d", srv.open(), test.open)
+				}
 			})
 		}
 	}
@@ -164,8 +164,7 @@ func TestTheHolderIsNotAskedForOnTheCallersSession(t *testing.T) {
 			return nil, nil
 		}
 		there := take(t, dbs[1], ID(2))
-		conn, err := dbs[0].Conn(t.Context())
-		wantError(t, err)
+		conn := borrow(t, dbs[0])
 		wantError(t, AcquireConn(t.Context(), conn, ID(1)))
 		wantError(t, AcquireConn(t.Context(), conn, ID(2), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
 		tx, err := dbs[0].BeginTx(t.Context(), nil)
@@ -191,7 +190,7 @@ func TestAHolderThatCannotBeAskedForIsLeftOutInTime(t *testing.T) {
 		start := time.Now()
 		err := WithLock(t.Context(), db, key, nothing, Timeout(time.Second))
 		wantError(t, err, ErrNotAcquired, "not acquired within 1s")
-		if d := time.Since(start) - time.Second; d > lateBound+2*abandonAfter {
+		if d := time.Since(start) - time.Second; d > session.Grace+2*abandonAfter {
 			t.Errorf("%v over the Timeout", d)
 		}
 		time.Sleep(2 * time.Hour)
@@ -219,7 +218,7 @@ func TestTheSavepointOfTheQuestionFails(t *testing.T) {
 func TestTheHolderOfTheKeyIsAskedFor(t *testing.T) {
 	t.Parallel()
 	for _, c := range closures {
-		synctest.Test(t, func(t *testing.T) {
+		bubble(t, c.name, func(t *testing.T) {
 			db, srv := newServer(t)
 			srv.script = taken(t)
 			srv.rows = func(_ int, args []driver.NamedValue) ([][]driver.Value, error) {

@@ -5,8 +5,10 @@ import (
 	"database/sql"
 	"log/slog"
 	"math/rand/v2"
-	"sync"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 // How long Lead pauses after a database error, or a lock that it lost soon: at first, and at most.
@@ -45,7 +47,7 @@ const (
 // It takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is [slog.Default].
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "Lead", options: leadOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "Lead", options: leadOptions, db: db, leads: true, missing: missing("db", db == nil, "fn", fn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
@@ -57,7 +59,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	var failed error // the last campaign
 	var told time.Time
 	for {
-		h := &hold{cfg: cfg, leads: true}
+		h := &hold{cfg: cfg}
 		began := time.Now()
 		err := h.acquire(ctx, c, keys)
 		switch {
@@ -76,7 +78,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 			}
 		case ctx.Err() != nil && time.Since(began) < leadPauseMax:
 			return join(err, failed)
-		case ctx.Err() != nil || isClosed(err):
+		case ctx.Err() != nil || pgsql.PoolClosed(err):
 			return err
 		default:
 			if failed == nil || failed.Error() != err.Error() || time.Since(told) > leadTellAgain {
@@ -85,7 +87,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 			}
 			failed = err
 		}
-		sleep(ctx, pause/2+rand.N(pause/2))
+		session.Sleep(ctx, pause/2+rand.N(pause/2))
 		pause = min(2*pause, leadPauseMax)
 	}
 }
@@ -93,10 +95,10 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 // lead runs fn as the leader. It tells whether to campaign again: the lock was lost
 // before fn returned.
 func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fnErr, err error) {
-	overdue := overdueWarning{every: cfg.holderTimeout, log: cfg.logger, key: keyList(h.keys)}
-	stopWarning := context.AfterFunc(&h.marked, overdue.start)
+	returned := make(chan struct{})
+	stopWarning := context.AfterFunc(&h.marked, func() { warnOverdue(returned, cfg, h.keys) })
 	err = h.run(func(ctx context.Context) error {
-		defer overdue.stop()
+		defer close(returned)
 		defer stopWarning()
 		fnErr = fn(ctx)
 		again = h.ended.Load()
@@ -108,41 +110,17 @@ func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fn
 	return again, fnErr, err
 }
 
-// overdueWarning warns while a leader's fn does not return though its ctx has ended.
-type overdueWarning struct {
-	every time.Duration
-	log   *slog.Logger
-	key   string
-
-	mu      sync.Mutex // guards the rest
-	since   time.Time
-	timer   *time.Timer
-	stopped bool
-}
-
-func (w *overdueWarning) start() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.stopped {
-		w.since = time.Now()
-		w.timer = time.AfterFunc(w.every, w.warn)
-	}
-}
-
-func (w *overdueWarning) warn() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.stopped {
-		w.log.Warn("advisory: fn of a leader goes on after its ctx has ended", "key", w.key, "for", time.Since(w.since))
-		w.timer.Reset(w.every)
-	}
-}
-
-func (w *overdueWarning) stop() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.stopped = true
-	if w.timer != nil {
-		w.timer.Stop()
+// warnOverdue warns while a leader's fn does not return though its ctx has ended.
+func warnOverdue(returned <-chan struct{}, cfg *config, keys []Key) {
+	since := time.Now()
+	every := time.NewTicker(cfg.holderTimeout)
+	defer every.Stop()
+	for {
+		select {
+		case <-returned:
+			return
+		case <-every.C:
+			cfg.logger.Warn("advisory: fn of a leader goes on after its ctx has ended", "key", keyList(keys), "for", time.Since(since))
+		}
 	}
 }

@@ -76,12 +76,7 @@ func TestALeaderThatGoesOnAfterALossIsWarnedOfEveryHolderTimeout(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
-		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if plainly(query) == beatQuery {
-				return 0, nil
-			}
-			return 1, nil
-		}
+		srv.script = script(when(beatQuery, refused))
 		var log logBuffer
 		first := true
 		wantError(t, Lead(t.Context(), db, key, func(ctx context.Context) error {
@@ -135,31 +130,25 @@ func TestACampaignOutlivesTheServersErrorsWithGrowingPauses(t *testing.T) {
 
 func TestACampaignEndsWithCtxOrTheDB(t *testing.T) {
 	t.Parallel()
-	t.Run("ctx", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			db, srv := newServer(t)
-			srv.script = taken(t)
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			wantError(t, Lead(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
-			time.Sleep(sliceMax)
-			if srv.opened != 1 || db.Stats().Idle != 1 {
-				t.Errorf("the connection was not handed back: %+v", db.Stats())
-			}
-		})
+	bubble(t, "ctx", func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = taken(t)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		wantError(t, Lead(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+		time.Sleep(sliceMax)
+		if srv.opened != 1 || db.Stats().Idle != 1 {
+			t.Errorf("the connection was not handed back: %+v", db.Stats())
+		}
 	})
-	t.Run("ctx, during a pause", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			db, srv := newServer(t)
-			srv.dial = func(context.Context) error { return errors.New("connection refused") }
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			start := time.Now()
-			wantError(t, Lead(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
-			if d := time.Since(start); d != time.Minute {
-				t.Errorf("after %v", d)
-			}
-		})
+	bubble(t, "ctx, during a pause", func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.dial = func(context.Context) error { return errors.New("connection refused") }
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		start := time.Now()
+		wantError(t, Lead(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded)
+		wantTook(t, start, time.Minute, time.Minute)
 	})
 	t.Run("a closed db", func(t *testing.T) {
 		db, srv := newServer(t)
@@ -169,33 +158,29 @@ func TestACampaignEndsWithCtxOrTheDB(t *testing.T) {
 		wantError(t, Lead(t.Context(), db, key, nothing), "sql: database is closed")
 		srv.want(t)
 	})
-	t.Run("a db closed while waiting", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			db, srv := newServer(t)
-			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-				if plainly(query) == armedWaitQuery {
-					if err := db.Close(); err != nil {
-						t.Error(err)
-					}
-					return 0, net.ErrClosed
+	bubble(t, "a db closed while waiting", func(t *testing.T) {
+		db, srv := newServer(t)
+		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+			if plainly(query) == armedWaitQuery {
+				if err := db.Close(); err != nil {
+					t.Error(err)
 				}
-				return 0, nil
+				return 0, net.ErrClosed
 			}
-			wantError(t, Lead(t.Context(), db, key, nothing), "sql: database is closed")
-		})
+			return 0, nil
+		}
+		wantError(t, Lead(t.Context(), db, key, nothing), "sql: database is closed")
 	})
-	t.Run("after the leader's term", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			db, srv := newServer(t)
-			ctx, cancel := context.WithCancel(t.Context())
-			wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
-				synctest.Wait()
-				cancel()
-				<-ctx.Done()
-				return nil
-			}))
-			srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery)...)
-		})
+	bubble(t, "after the leader's term", func(t *testing.T) {
+		db, srv := newServer(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		wantError(t, Lead(ctx, db, key, func(ctx context.Context) error {
+			synctest.Wait()
+			cancel()
+			<-ctx.Done()
+			return nil
+		}))
+		srv.want(t, on(1, "open", tryQuery, armQuery, disarmQuery)...)
 	})
 }
 
@@ -205,12 +190,7 @@ func TestALeaderThatLosesItsLockAndItsCtxReturnsFnsError(t *testing.T) {
 	for _, fnErr := range []error{nil, mine} {
 		synctest.Test(t, func(t *testing.T) {
 			db, srv := newServer(t)
-			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-				if plainly(query) == beatQuery {
-					return 0, nil
-				}
-				return 1, nil
-			}
+			srv.script = script(when(beatQuery, refused))
 			wants := []any{context.Canceled}
 			if fnErr != nil {
 				wants = append(wants, fnErr)
@@ -294,27 +274,25 @@ func TestALeaderWhoseFirstHeartbeatFailsDoesNotLead(t *testing.T) {
 		"not its own": func(context.Context) (int64, error) { return 0, nil },
 		"no answer":   func(ctx context.Context) (int64, error) { <-ctx.Done(); return 0, ctx.Err() },
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t)
-				var failed atomic.Int64
-				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
-					if isBeat(query) && failed.Load() < 6 {
-						failed.Add(1)
-						return answer(ctx)
-					}
-					return 1, nil
+		bubble(t, name, func(t *testing.T) {
+			db, srv := newServer(t)
+			var failed atomic.Int64
+			srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+				if isBeat(query) && failed.Load() < 6 {
+					failed.Add(1)
+					return answer(ctx)
 				}
-				ran := 0
-				wantError(t, Lead(t.Context(), db, key, func(context.Context) error { ran++; return nil }))
-				if ran != 1 || failed.Load() != 6 {
-					t.Errorf("fn ran %d times, %d heartbeats failed", ran, failed.Load())
-				}
-				wantIdle(t, db)
-				if srv.open() != 1 {
-					t.Errorf("%d connections of %d open", srv.open(), srv.opened)
-				}
-			})
+				return 1, nil
+			}
+			ran := 0
+			wantError(t, Lead(t.Context(), db, key, func(context.Context) error { ran++; return nil }))
+			if ran != 1 || failed.Load() != 6 {
+				t.Errorf("fn ran %d times, %d heartbeats failed", ran, failed.Load())
+			}
+			wantIdle(t, db)
+			if srv.open() != 1 {
+				t.Errorf("%d connections of %d open", srv.open(), srv.opened)
+			}
 		})
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 type spanKey struct{}
@@ -53,33 +55,26 @@ func record(calls *[]string) *Observer {
 func TestAnObserverIsToldOfAcquisitionAndHold(t *testing.T) {
 	t.Parallel()
 	for _, c := range closures {
-		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t)
-				srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-					if strings.Contains(query, "_try_") {
-						time.Sleep(time.Millisecond)
-					}
-					return 1, nil
+		bubble(t, c.name, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = script(when(isTry, func() { time.Sleep(time.Millisecond) }))
+			var calls []string
+			wantError(t, c.run(context.WithValue(t.Context(), spanKey{}, "mine"), db, key, func(ctx context.Context) error {
+				if got := ctx.Value(spanKey{}); got != "hold" {
+					t.Errorf("fn's ctx is of %v", got)
 				}
-				var calls []string
-				wantError(t, c.run(context.WithValue(t.Context(), spanKey{}, "mine"), db, key, func(ctx context.Context) error {
-					if got := ctx.Value(spanKey{}); got != "hold" {
-						t.Errorf("fn's ctx is of %v", got)
-					}
-					time.Sleep(2 * time.Millisecond)
-					return nil
-				}, Shared(), Observe(record(&calls))))
-				name, _, _ := strings.Cut(c.name, " ")
-				if diff := cmp.Diff([]string{
-					"AcquireStart " + name + " bigint 42 in mine shared",
-					"AcquireEnd 1ms <nil> " + name + " bigint 42 in acquire shared",
-					"HoldStart " + name + " bigint 42 in acquire shared",
-					"HoldEnd 2ms <nil> " + name + " bigint 42 in hold shared",
-				}, calls); diff != "" {
-					t.Errorf("calls (-want +got):\n%s", diff)
-				}
-			})
+				time.Sleep(2 * time.Millisecond)
+				return nil
+			}, Shared(), Observe(record(&calls))))
+			name, _, _ := strings.Cut(c.name, " ")
+			if diff := cmp.Diff([]string{
+				"AcquireStart " + name + " bigint 42 in mine shared",
+				"AcquireEnd 1ms <nil> " + name + " bigint 42 in acquire shared",
+				"HoldStart " + name + " bigint 42 in acquire shared",
+				"HoldEnd 2ms <nil> " + name + " bigint 42 in hold shared",
+			}, calls); diff != "" {
+				t.Errorf("calls (-want +got):\n%s", diff)
+			}
 		})
 	}
 }
@@ -101,27 +96,22 @@ func TestAnObserverIsToldOfFailures(t *testing.T) {
 			start, "AcquireEnd 0s advisory: acquire bigint 42: not acquired: another holds the lock WithLock bigint 42 in acquire",
 		}},
 		{"unlock refused", []reply{granted, granted, refused}, nil, []string{
-			start, end, held, "HoldEnd 1.5s advisory: release bigint 42: lock lost: " + errNotHeld.Error() + " WithLock bigint 42 in hold",
+			start, end, held, "HoldEnd 1.5s advisory: release bigint 42: lock lost: " + session.ErrNotHeld.Error() + " WithLock bigint 42 in hold",
 		}},
 		{"lost", []reply{granted, fails(io.ErrUnexpectedEOF)}, nil, []string{
 			start, end, held, "Lost advisory: hold bigint 42: lock lost: unexpected EOF WithLock bigint 42 in hold",
 			"HoldEnd 1.5s advisory: release bigint 42: lock lost: unexpected EOF WithLock bigint 42 in hold",
 		}},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				db, _ := newServer(t, test.replies...)
-				var calls []string
-				if err := WithLock(t.Context(), db, key, func(context.Context) error {
-					time.Sleep(1500 * time.Millisecond)
-					return nil
-				}, append(test.opts, Observe(record(&calls)))...); err == nil {
-					t.Error("no error")
-				}
-				if diff := cmp.Diff(test.want, calls); diff != "" {
-					t.Errorf("calls (-want +got):\n%s", diff)
-				}
-			})
+		bubble(t, test.name, func(t *testing.T) {
+			db, _ := newServer(t, test.replies...)
+			var calls []string
+			if err := WithLock(t.Context(), db, key, sleeps(1500*time.Millisecond), append(test.opts, Observe(record(&calls)))...); err == nil {
+				t.Error("no error")
+			}
+			if diff := cmp.Diff(test.want, calls); diff != "" {
+				t.Errorf("calls (-want +got):\n%s", diff)
+			}
 		})
 	}
 }
@@ -165,10 +155,7 @@ func TestAnObserversFunctionsMayBeNil(t *testing.T) {
 	for _, o := range []*Observer{nil, {}} {
 		synctest.Test(t, func(t *testing.T) {
 			db, _ := newServer(t, granted, fails(io.ErrUnexpectedEOF))
-			wantError(t, WithLock(t.Context(), db, key, func(ctx context.Context) error {
-				<-ctx.Done()
-				return nil
-			}, Observe(o)), ErrLost, io.ErrUnexpectedEOF)
+			wantError(t, WithLock(t.Context(), db, key, untilDone, Observe(o)), ErrLost, io.ErrUnexpectedEOF)
 			wantError(t, WithTxLock(t.Context(), db, key, noTx, Observe(o)))
 		})
 	}
@@ -189,11 +176,7 @@ func TestSessionLocker(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
 	l := NewSessionLocker(key, Shared(), NoWait())
-	conn, err := db.Conn(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := borrow(t, db)
 	try := strings.Replace(tryCalledQuery, "_lock(", "_lock_shared(", 1)
 	unlock := strings.NewReplacer("_unlock(", "_unlock_shared(", "ExclusiveLock", "ShareLock").Replace(unlockHeldQuery)
 	wantError(t, l.SessionLock(t.Context(), conn))
@@ -216,19 +199,14 @@ func TestAnObserverThatPanicsLeavesNoLock(t *testing.T) {
 			t.Run(c.name+" "+name, func(t *testing.T) {
 				t.Parallel()
 				db, srv := newServer(t)
-				func() {
-					defer func() {
-						if r := recover(); r != "mine" {
-							t.Errorf("recovered %v", r)
-						}
-					}()
+				wantPanic(t, "mine", func() {
 					_ = c.run(t.Context(), db, key, func(context.Context) error {
 						if name != "HoldEnd" {
 							t.Error("fn runs")
 						}
 						return nil
 					}, Observe(o))
-				}()
+				})
 				want := slices.Clone(c.acquires)
 				switch {
 				case name == "HoldEnd":
@@ -277,37 +255,34 @@ func TestLostHoldsUpNobody(t *testing.T) {
 		"releases":   func(first *Lock) { _ = first.Release() },
 	} {
 		for _, found := range []string{"by a heartbeat", "by another's release", "by another's try"} {
-			t.Run(name+", found "+found, func(t *testing.T) {
-				t.Parallel()
-				synctest.Test(t, func(t *testing.T) {
-					p, dbs, srvs := newTable(t, 2)
-					var locks []*Lock
-					lost := &Observer{Lost: func(context.Context, LockInfo, error) { does(locks[0]) }}
-					for _, k := range ids(8) {
-						locks = append(locks, take(t, dbs[0], k, Observe(lost)))
+			bubble(t, name+", found "+found, func(t *testing.T) {
+				p, dbs, srvs := newTable(t, 2)
+				var locks []*Lock
+				lost := &Observer{Lost: func(context.Context, LockInfo, error) { does(locks[0]) }}
+				for _, k := range ids(8) {
+					locks = append(locks, take(t, dbs[0], k, Observe(lost)))
+				}
+				p.kill(backendID{srvs[0], 1})
+				switch found {
+				case "by a heartbeat":
+					time.Sleep(2 * defaultHeartbeat)
+				case "by another's release":
+					wantError(t, locks[0].Release(), ErrLost)
+				case "by another's try":
+					wantError(t, WithLock(t.Context(), dbs[0], key, nothing))
+				}
+				for i, l := range locks {
+					wantError(t, WithLock(t.Context(), dbs[1], l.Key(), nothing, NoWait()))
+					if l.Context().Err() == nil {
+						t.Errorf("the ctx of lock %d lives on", i)
 					}
-					p.kill(backendID{srvs[0], 1})
-					switch found {
-					case "by a heartbeat":
-						time.Sleep(2 * defaultHeartbeat)
-					case "by another's release":
-						wantError(t, locks[0].Release(), ErrLost)
-					case "by another's try":
-						wantError(t, WithLock(t.Context(), dbs[0], key, nothing))
+					if err := l.Release(); !errors.Is(err, ErrLost) {
+						t.Errorf("release of lock %d: %v", i, err)
 					}
-					for i, l := range locks {
-						wantError(t, WithLock(t.Context(), dbs[1], l.Key(), nothing, NoWait()))
-						if l.Context().Err() == nil {
-							t.Errorf("the ctx of lock %d lives on", i)
-						}
-						if err := l.Release(); !errors.Is(err, ErrLost) {
-							t.Errorf("release of lock %d: %v", i, err)
-						}
-					}
-					wantIdle(t, dbs[0])
-					p.clean()
-					time.Sleep(time.Hour) // of Lost
-				})
+				}
+				wantIdle(t, dbs[0])
+				p.clean()
+				time.Sleep(time.Hour) // of Lost
 			})
 		}
 	}

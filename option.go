@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"strconv"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/manager"
 )
 
 const (
@@ -193,18 +194,20 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	return c, nil
 }
 
-// deadline is when Timeout, counting from now, is over; zero without one.
-func (c *config) deadline() time.Time {
-	if c.timeout == 0 {
-		return time.Time{}
+// request returns what the floors below are asked for.
+func (c *config) request(keys []Key) *manager.Request {
+	return &manager.Request{
+		Keys: bare(keys), Shared: c.shared, NoWait: c.noWait, Timeout: c.timeout,
+		Heartbeat: c.heartbeat, Silence: c.holderTimeout, Log: c.logger,
 	}
-	return time.Now().Add(c.timeout)
+}
+
+// givenHolderTimeout returns the HolderTimeout where it has no default: 0 if it is not given.
+func (c *config) givenHolderTimeout() time.Duration {
+	if !c.given.has(optHolderTimeout) {
+		return 0
+	}
+	return c.holderTimeout
 }
 
 func (s optionSet) has(o optionSet) bool { return s&o == o }
-
-// milliseconds is d as PostgreSQL's time settings take it, rounded up, because 0
-// means "no limit" to them.
-func milliseconds(d time.Duration) string {
-	return strconv.FormatInt(int64((d+time.Millisecond-1)/time.Millisecond), 10)
-}

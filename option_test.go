@@ -22,10 +22,7 @@ type target struct {
 func newTarget(t *testing.T) (target, *server) {
 	t.Helper()
 	db, srv := newServer(t)
-	conn, err := db.Conn(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := borrow(t, db)
 	tx, err := db.BeginTx(context.Background(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -257,7 +254,7 @@ func TestTimesAreSentInMillisecondsRoundedUp(t *testing.T) {
 	} {
 		db, srv := newServer(t)
 		wantError(t, WithConnLock(t.Context(), db, key, func(context.Context, *sql.Conn) error { return nil }, HolderTimeout(d)))
-		srv.want(t, on(1, "open", strings.ReplaceAll(tryLent, "60000", want), disarmLent+unlockLentQuery)...)
+		srv.want(t, on(1, "open", strings.ReplaceAll(tryExposedQuery, "60000", want), disarmExposedQuery+unlockExposedQuery)...)
 	}
 }
 

@@ -6,11 +6,76 @@ import (
 	"math"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/DATA-DOG/go-sqlmock"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
+
+// The statements for key, as they must go out.
+const (
+	tryQuery           = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(42) END"
+	unlockQuery        = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
+	unlockExposedQuery = "SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock(42)) THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
+	unlockHeldQuery    = "SELECT pg_catalog.pg_advisory_unlock(42) FROM (" + heldQuery + " OFFSET 0) AS held"
+	tryCalledQuery     = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3 WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " + heldRow + ") THEN 4 WHEN pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"
+	freeQuery          = "SELECT pg_catalog.pg_advisory_unlock_all()"
+	heldPrefix         = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
+	heldRow            = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
+	heldQuery          = heldPrefix + "'ExclusiveLock' AND " + heldRow
+	beatQuery          = "/* advisory: 42 */ " + beatAnswer
+	beatAnswer         = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
+	setQuery           = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '15000', false); "
+	resetQuery         = "RESET advisory.session; RESET idle_session_timeout; "
+	armQuery           = "/* advisory: 42 */ " + setQuery + beatAnswer
+	disarmQuery        = resetQuery + unlockQuery
+	probeQuery         = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN true THEN 1 ELSE 0 END)"
+	tryTxQuery         = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock(42) END"
+	tryFirstQuery      = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
+	savepointQuery     = "SAVEPOINT advisory"
+	rollbackToQuery    = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
+	deadlockQuery      = "SELECT FROM pg_catalog.pg_locks WHERE " + heldRow + " AND granted AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
+	holdersQuery       = `SELECT COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
+	COALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),
+	CASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,
+	a.backend_start, l.waitstart
+FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid
+WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
+	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
+	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
+	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4
+	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
+ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
+	tokenQuery = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text FROM pg_catalog.pg_logical_emit_message(true, 'advisory', ''), pg_catalog.set_config('synchronous_commit', CASE WHEN pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
+)
+
+// The statements that wait for key: TestStatementsThatWait has them verbatim.
+var (
+	armedWaitQuery  = pgsql.Wait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"})
+	ownWaitQuery    = pgsql.Wait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{})
+	calledWaitQuery = pgsql.Wait(pgsql.OnCalled, "", key.key, false, sliceMin, pgsql.Settings{})
+	waitTxQuery     = pgsql.Wait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{})
+)
+
+// newMock is for statements verbatim, but for nonces and bounds, and in order, and none but those.
+func newMock(t *testing.T) (*sql.DB, sqlmock.Sqlmock) {
+	t.Helper()
+	db, mock, err := sqlmock.New(sqlmock.QueryMatcherOption(sqlmock.QueryMatcherFunc(func(want, got string) error {
+		return sqlmock.QueryMatcherEqual.Match(plainly(want), plainly(got))
+	})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := mock.ExpectationsWereMet(); err != nil {
+			t.Error(err)
+		}
+		_ = db.Close() // which the mock did not expect
+	})
+	return db, mock
+}
 
 // The statements that wait, verbatim.
 func TestStatementsThatWait(t *testing.T) {
@@ -70,7 +135,7 @@ func TestStatementsThatWait(t *testing.T) {
 				do + "pg_advisory_lock" + bigint + granted + caught + frees + answer,
 		},
 		{
-			"one that is lent, and to be watched", withConnLock, key, []Option{HolderTimeout(15 * time.Second)},
+			"one that fn uses, and that is to be watched", withConnLock, key, []Option{HolderTimeout(15 * time.Second)},
 			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" + arm +
 				do + "pg_advisory_lock" + bigint + arms +
 				"pg_catalog.set_config('idle_in_transaction_session_timeout', pg_catalog.current_setting('advisory.silence'), false), " +
@@ -115,93 +180,72 @@ func TestStatementsThatWait(t *testing.T) {
 				do + "pg_advisory_lock" + bigint + granted + caught + frees + answer,
 		},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				on, srv := newTarget(t)
-				var waits []string
-				srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-					switch {
-					case isWait(query):
-						waits = append(waits, plainly(query))
-						return int64(len(waits) - 1), nil // the second one is granted
-					case strings.Contains(query, "_try_"):
-						return 0, nil
-					}
-					return 1, nil
+		bubble(t, test.name, func(t *testing.T) {
+			on, srv := newTarget(t)
+			var waits []string
+			srv.script = func(_ context.Context, _ int, query string) (int64, error) {
+				switch {
+				case isWait(query):
+					waits = append(waits, plainly(query))
+					return int64(len(waits) - 1), nil // the second one is granted
+				case isTry(query):
+					return 0, nil
 				}
-				wantError(t, test.run(t.Context(), on, test.key, test.opts...))
-				if diff := cmp.Diff([]string{test.want, test.want}, waits); diff != "" {
-					t.Errorf("waits (-want +got):\n%s", diff)
-				}
-			})
+				return 1, nil
+			}
+			wantError(t, test.run(t.Context(), on, test.key, test.opts...))
+			if diff := cmp.Diff([]string{test.want, test.want}, waits); diff != "" {
+				t.Errorf("waits (-want +got):\n%s", diff)
+			}
 		})
 	}
 }
 
-// pg_stat_statements has one entry for all keys, and tells DO blocks apart by their text.
-func TestTheBlockThatWaitsIsTheSameForAllKeys(t *testing.T) {
+func TestStatementsOfWithLock(t *testing.T) {
 	t.Parallel()
-	block := func(on place, k Key, w sessionSettings) string {
-		_, block, _ := strings.Cut(waitStatement(on, "", k, false, time.Second, w), "DO ")
-		return block
-	}
-	for _, on := range []place{onOwn, onCalled, inTx} {
-		for _, silence := range []time.Duration{0, time.Second} {
-			a := block(on, ID(1), sessionSettings{silence: silence, nonce: "a"})
-			b := block(on, Name("b"), sessionSettings{silence: 2 * silence, nonce: "b"})
-			if a != b {
-				t.Errorf("place %d:\n%s\n%s", on, a, b)
-			}
-		}
-	}
-}
-
-func TestTheCommentNamesTheKeys(t *testing.T) {
-	t.Parallel()
-	long := strings.Repeat("x", 70)
 	for _, test := range []struct {
-		keys []Key
-		want string
+		name   string
+		key    Key
+		opts   []Option
+		expect []string // each is answered with one row, but "0: …" with none
 	}{
-		{[]Key{Name("nightly-report")}, "nightly-report"},
-		{[]Key{Name("AZaz09-._~")}, "AZaz09-._~"},
-		{[]Key{Name("a b%c")}, "a%20b%25c"},
-		{[]Key{Name("*/ DROP TABLE t; /*")}, "%2A%2F%20DROP%20TABLE%20t%3B%20%2F%2A"},
-		{[]Key{Name("$1 ? :x \x00\n'\"\\")}, "%241%20%3F%20%3Ax%20%00%0A%27%22%5C"},
-		{[]Key{Name("größe")}, "gr%C3%B6%C3%9Fe"},
-		{[]Key{ID(8675309)}, "8675309"},
-		{[]Key{ID(math.MinInt64)}, "-9223372036854775808"},
-		{[]Key{Pair(-7, 42)}, "-7.42"},
-		{[]Key{Name(long)}, long[:64]},
-		{[]Key{Name(long[:64])}, long[:64]},
-		{[]Key{Name(long[:62] + "%")}, long[:62]}, // no half of what is encoded
-		{[]Key{Name(long[:61] + "%")}, long[:61] + "%25"},
-		{[]Key{Name(long[:63] + "%y")}, long[:63]}, // nor what comes after it
-		{[]Key{Name(strings.Repeat("%", 30))}, strings.Repeat("%25", 21)},
-		{ids(2), "100, 101"},
-		{ids(4), "100, 101, 102, 103"},
-		{ids(5), "100, 101, 102, 103, +1"},
-		{ids(16), "100, 101, 102, 103, +12"},
+		{"bigint", ID(8675309), nil, []string{
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(8675309) END",
+			"SELECT WHERE pg_catalog.pg_advisory_unlock(8675309)",
+		}},
+		{"name", Name("nightly-report"), nil, []string{
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(7440995589958059143) END",
+			"SELECT WHERE pg_catalog.pg_advisory_unlock(7440995589958059143)",
+		}},
+		{"pair", Pair(-7, 42), nil, []string{
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(-7, 42) END",
+			"SELECT WHERE pg_catalog.pg_advisory_unlock(-7, 42)",
+		}},
+		{"shared", Pair(-7, 42), []Option{Shared()}, []string{
+			"SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock_shared(-7, 42) END",
+			"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(-7, 42)",
+		}},
+		{"contended", key, nil, []string{"0: " + tryQuery, armedWaitQuery, disarmQuery}},
+		{"contended, shared", key, []Option{Shared()}, []string{
+			"0: SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock_shared(42) END",
+			strings.Replace(armedWaitQuery, "pg_advisory_lock(", "pg_advisory_lock_shared(", 1),
+			resetQuery + "SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42)",
+		}},
+		{"contended, HolderTimeout", key, []Option{HolderTimeout(time.Minute)}, []string{
+			"0: " + tryQuery, strings.Replace(armedWaitQuery, "'15000'", "'60000'", 1), disarmQuery,
+		}},
 	} {
-		got := comment(test.keys)
-		if want := "/* advisory: " + test.want + " */ "; got != want {
-			t.Errorf("comment of %s: %q, want %q", keyList(test.keys), got, want)
-		}
-		if strings.Count(got, "*/") != 1 || strings.Count(got, "/*") != 1 {
-			t.Errorf("more than one comment: %q", got)
-		}
-	}
-}
-
-func TestUnlockHeldStatement(t *testing.T) {
-	t.Parallel()
-	row := func(object, subid string) string {
-		return "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) 'ShareLock'" +
-			" AND locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '" + object + "' AND objsubid OPERATOR(pg_catalog.=) " + subid
-	}
-	want := "SELECT pg_catalog.pg_advisory_unlock_shared(42) FROM (" + row("42", "1") + " OFFSET 0) AS held" +
-		" UNION ALL SELECT pg_catalog.pg_advisory_unlock_shared(0, 7) FROM (" + row("7", "2") + " OFFSET 0) AS held"
-	if got := unlockHeldStatement([]Key{key, Pair(0, 7)}, true); got != want {
-		t.Errorf("%s\nwant %s", got, want)
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			db, mock := newMock(t)
+			for _, e := range test.expect {
+				query, no := strings.CutPrefix(e, "0: ")
+				mock.ExpectExec(query).WithoutArgs().WillReturnResult(sqlmock.NewResult(0, map[bool]int64{true: 0, false: 1}[no]))
+			}
+			wantError(t, WithLock(t.Context(), db, test.key, nothing, test.opts...))
+			if n := db.Stats().OpenConnections; n != 1 {
+				t.Errorf("%d connections in the pool, want 1", n)
+			}
+		})
 	}
 }

@@ -6,18 +6,10 @@ import (
 	"errors"
 	"strconv"
 	"sync"
-)
 
-// tokenStatement goes to the session, or the transaction, that holds the lock. Drawing
-// a transaction ID writes nothing that a commit would wait for, and after a crash the
-// server would draw it again. The message, which nobody needs to read, has it written
-// and flushed, even where synchronous_commit is off, and where it is on, sent to the
-// synchronous standbys. The text is what every driver can scan: xid8 is a type that none of them
-// knows.
-const tokenStatement = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text" +
-	" FROM pg_catalog.pg_logical_emit_message(true, 'advisory', '')," +
-	" pg_catalog.set_config('synchronous_commit', CASE WHEN pg_catalog.current_setting('synchronous_commit')" +
-	" OPERATOR(pg_catalog.=) 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
 
 // Token returns the fencing token of the innermost lock that ctx carries: a number
 // that is larger than the token of every earlier holder of the lock on this server.
@@ -54,11 +46,9 @@ var errHoldEnded = errors.New("it is not held any more")
 
 // A tokenSource asks for the token of the locks of one holder, once.
 type tokenSource struct {
-	run    *runner
-	target interface {
-		QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
-	}
-	mark *marked
+	session *session.Session
+	tx      *sql.Tx // to ask in; nil: on the session's connection
+	mark    *marked
 
 	mu sync.Mutex // guards no, and is held while it is asked for
 	no int64      // 0: not asked for yet
@@ -78,12 +68,15 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	}
 	var text string
 	// Not under ctx: a driver that breaks off a statement closes the session.
-	err := t.run.do(context.WithoutCancel(ctx), answerBound, func(ctx context.Context) error {
+	err := t.session.Do(context.WithoutCancel(ctx), session.AnswerBound, func(ctx context.Context) error {
 		// It is this question's turn on the session; a release may have been before it.
 		if t.mark.ended.Load() {
 			return errHoldEnded
 		}
-		return t.target.QueryRowContext(ctx, tokenStatement).Scan(&text)
+		if t.tx != nil {
+			return t.tx.QueryRowContext(ctx, pgsql.Token).Scan(&text)
+		}
+		return t.session.Conn().QueryRowContext(ctx, pgsql.Token).Scan(&text)
 	})
 	var no int64
 	if err == nil {
@@ -93,9 +86,9 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	case err == nil:
 		t.no = no
 		return no, nil
-	case sessionGone(err), errors.Is(err, errHoldEnded), errors.Is(err, sql.ErrTxDone), errors.Is(err, sql.ErrConnDone):
+	case pgsql.Gone(err), errors.Is(err, errHoldEnded), errors.Is(err, sql.ErrTxDone), errors.Is(err, sql.ErrConnDone):
 		return 0, lostError("token of", t.mark.keys, err)
 	default:
-		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: explain(err), errs: []error{err}}
+		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: pgsql.Explain(err), errs: []error{err}}
 	}
 }

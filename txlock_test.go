@@ -14,53 +14,10 @@ import (
 	"time"
 
 	"github.com/DATA-DOG/go-sqlmock"
-	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
-
-func noTx(context.Context, *sql.Tx) error { return nil }
-
-func isolation(level sql.IsolationLevel) Option {
-	return TxOptions(&sql.TxOptions{Isolation: level})
-}
-
-// A server on a platform that cannot check its connections is asked to once, and that costs no lock.
-func TestAServerThatDoesNotCheckItsConnectionsIsAskedOnce(t *testing.T) {
-	t.Parallel()
-	for _, f := range waiters() {
-		if !strings.HasPrefix(f.name, "WithConnLock") && !strings.HasPrefix(f.name, "WithTxLock") {
-			continue
-		}
-		for _, contended := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, contended %v", f.name, contended), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					p, dbs, srvs := newTable(t, 2)
-					srvs[0].checkless = true
-					if contended {
-						holdFor(t, dbs[1], key, 250*time.Millisecond)
-					}
-					var log logBuffer
-					for range 3 {
-						wantError(t, f.run(t.Context(), dbs[0], key, nothing, log.option()))
-					}
-					asked := 0
-					for _, line := range srvs[0].raw {
-						if strings.Contains(line, "set_config('client_connection_check_interval'") {
-							asked++
-						}
-					}
-					if n := strings.Count(log.String(), "does not check its connections"); asked == 0 || asked > 2 || n != 1 {
-						t.Errorf("asked %d times, %d warnings: %q", asked, n, srvs[0].raw)
-					}
-					if srvs[0].opened != 1 {
-						t.Errorf("%d connections", srvs[0].opened)
-					}
-					wantIdle(t, dbs[0])
-					p.clean()
-				})
-			})
-		}
-	}
-}
 
 func TestStatementsOfWithTxLock(t *testing.T) {
 	t.Parallel()
@@ -72,7 +29,7 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 			" THEN " + current + " ELSE '1s' END, "
 		own = "SELECT " + check + "true); "
 	)
-	wait := waitStatement(inTx, restartStatement, key, false, sliceMin, sessionSettings{checks: true})
+	wait := pgsql.Wait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{Check: true})
 	for _, test := range []struct {
 		name   string
 		opts   []Option
@@ -123,7 +80,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 	died, mine := io.ErrUnexpectedEOF, errors.New("mine")
 	readCommitted, serializable := isolation(sql.LevelReadCommitted), isolation(sql.LevelSerializable)
 	const setLocal = "SET LOCAL idle_in_transaction_session_timeout = 60000; "
-	setWait := waitStatement(inTx, restartStatement+setLocal, key, false, sliceMin, sessionSettings{})
+	setWait := pgsql.Wait(pgsql.InTx, pgsql.Restart+setLocal, key.key, false, sliceMin, pgsql.Settings{})
 	commit := func(_ context.Context, tx *sql.Tx) error { return tx.Commit() }
 	for _, test := range []struct {
 		name    string
@@ -288,20 +245,17 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "ROLLBACK", freeQuery, "close"), []any{sql.ErrTxDone},
 		},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t, test.replies...)
-				wantError(t, WithTxLock(t.Context(), db, key, test.fn, test.opts...), test.wants...)
-				synctest.Wait()
-				srv.want(t, test.want...)
-				if n := db.Stats().InUse; n != 0 {
-					t.Errorf("%d connections not handed back", n)
-				}
-				if got, want := db.Stats().Idle, srv.open(); got != want {
-					t.Errorf("%d connections idle of %d open", got, want)
-				}
-			})
+		bubble(t, test.name, func(t *testing.T) {
+			db, srv := newServer(t, test.replies...)
+			wantError(t, WithTxLock(t.Context(), db, key, test.fn, test.opts...), test.wants...)
+			synctest.Wait()
+			srv.want(t, test.want...)
+			if n := db.Stats().InUse; n != 0 {
+				t.Errorf("%d connections not handed back", n)
+			}
+			if got, want := db.Stats().Idle, srv.open(); got != want {
+				t.Errorf("%d connections idle of %d open", got, want)
+			}
 		})
 	}
 }
@@ -342,30 +296,28 @@ func TestTheEndOfCtxWhileFnRunsRollsBackOnce(t *testing.T) {
 	for _, c := range closures[4:] {
 		for _, fnErr := range []error{nil, context.Canceled, mine} {
 			for _, waits := range []bool{false, true} { // fn, for the rollback
-				t.Run(fmt.Sprint(c.name, " ", fnErr, " ", waits), func(t *testing.T) {
-					synctest.Test(t, func(t *testing.T) {
-						db, srv := newServer(t)
-						ctx, cancel := context.WithCancel(t.Context())
-						err := c.run(ctx, db, key, func(ctx context.Context) error {
-							cancel()
-							<-ctx.Done()
-							if waits {
-								synctest.Wait()
-								srv.want(t, on(1, append(slices.Clip(c.acquires), "ROLLBACK")...)...)
-							}
-							return fnErr
-						})
-						wants := []any{context.Canceled, "commit bigint 42: context canceled"}
-						if fnErr != nil {
-							wants = []any{fnErr}
+				bubble(t, fmt.Sprint(c.name, " ", fnErr, " ", waits), func(t *testing.T) {
+					db, srv := newServer(t)
+					ctx, cancel := context.WithCancel(t.Context())
+					err := c.run(ctx, db, key, func(ctx context.Context) error {
+						cancel()
+						<-ctx.Done()
+						if waits {
+							synctest.Wait()
+							srv.want(t, on(1, append(slices.Clip(c.acquires), "ROLLBACK")...)...)
 						}
-						wantError(t, err, wants...)
-						synctest.Wait()
-						srv.want(t, on(1, append(slices.Clip(c.acquires), c.undoes...)...)...)
-						if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 1 {
-							t.Errorf("%+v", stats)
-						}
+						return fnErr
 					})
+					wants := []any{context.Canceled, "commit bigint 42: context canceled"}
+					if fnErr != nil {
+						wants = []any{fnErr}
+					}
+					wantError(t, err, wants...)
+					synctest.Wait()
+					srv.want(t, on(1, append(slices.Clip(c.acquires), c.undoes...)...)...)
+					if stats := db.Stats(); stats.InUse != 0 || stats.Idle != 1 {
+						t.Errorf("%+v", stats)
+					}
 				})
 			}
 		}
@@ -413,38 +365,29 @@ func TestAStatementOfFnAfterTheEndOfCtxIsNotSent(t *testing.T) {
 // A rollback that cannot be sure of itself costs the connection.
 func TestARollbackAtTheEndOfCtxThatFails(t *testing.T) {
 	t.Parallel()
-	for name, answer := range map[string]func(ctx context.Context) error{
-		"gone":    func(context.Context) error { return io.ErrUnexpectedEOF },
-		"refused": func(context.Context) error { return pgError("XX000") },
+	for name, answer := range map[string]reply{
+		"gone":    fails(io.ErrUnexpectedEOF),
+		"refused": fails(pgError("XX000")),
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				db, srv := newServer(t)
-				srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
-					if query == "ROLLBACK" {
-						return 0, answer(ctx)
-					}
-					return 1, nil
-				}
-				ctx, cancel := context.WithCancel(t.Context())
-				start := time.Now()
-				wantError(t, WithTxLock(ctx, db, key, func(ctx context.Context, _ *sql.Tx) error {
-					cancel()
-					<-ctx.Done()
-					return nil
-				}), context.Canceled)
-				if d := time.Since(start); d > 0 {
-					t.Errorf("after %v", d)
-				}
-				synctest.Wait()
-				lines := srv.lines()
-				if count(lines, "ROLLBACK") != 1 || lines[len(lines)-1] != "1 close" || slices.Contains(lines, "1 COMMIT") {
-					t.Errorf("log: %q", lines)
-				}
-				if n := db.Stats().OpenConnections; n != 0 {
-					t.Errorf("%d connections in the pool", n)
-				}
-			})
+		bubble(t, name, func(t *testing.T) {
+			db, srv := newServer(t)
+			srv.script = script(when("ROLLBACK", answer))
+			ctx, cancel := context.WithCancel(t.Context())
+			start := time.Now()
+			wantError(t, WithTxLock(ctx, db, key, func(ctx context.Context, _ *sql.Tx) error {
+				cancel()
+				<-ctx.Done()
+				return nil
+			}), context.Canceled)
+			wantTook(t, start, 0, 0)
+			synctest.Wait()
+			lines := srv.lines()
+			if count(lines, "ROLLBACK") != 1 || lines[len(lines)-1] != "1 close" || slices.Contains(lines, "1 COMMIT") {
+				t.Errorf("log: %q", lines)
+			}
+			if n := db.Stats().OpenConnections; n != 0 {
+				t.Errorf("%d connections in the pool", n)
+			}
 		})
 	}
 }
@@ -484,16 +427,18 @@ func TestADriverThatDoesNotReturnInATransactionIsLeft(t *testing.T) {
 		}
 		start := time.Now()
 		wantError(t, WithTxLock(ctx, db, key, noTx), ErrNotAcquired, context.Canceled)
-		if d := time.Since(start); d > time.Second {
-			t.Errorf("after %v", d)
-		}
+		wantTook(t, start, 0, time.Second)
 		sent := srv.lines()
 		if last := sent[len(sent)-1]; last != "1 "+stuckIn {
 			t.Errorf("log: %q", sent)
 		}
 		free()
 		wantIdle(t, db)
-		srv.want(t, append(sent, on(1, "ROLLBACK")...)...)
+		if stuckIn == waitTxQuery {
+			srv.want(t, append(sent, on(1, "ROLLBACK")...)...)
+		} else if srv.open() != 0 { // a try is given up with its session
+			t.Errorf("the session is open: %q", srv.lines())
+		}
 	}
 }
 
@@ -503,263 +448,15 @@ func TestADriverThatDoesNotReturnFromCommitIsAbandonedWithCtx(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
 		back := make(chan struct{})
-		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if query == "COMMIT" {
-				<-back
-			}
-			return 1, nil
-		}
+		srv.script = script(when("COMMIT", func() { <-back }))
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		start := time.Now()
 		wantError(t, WithTxLock(ctx, db, key, noTx), context.DeadlineExceeded, "advisory: commit bigint 42: ")
-		if d := time.Since(start); d < time.Hour || d > time.Hour+2*abandonAfter {
-			t.Errorf("after %v", d)
-		}
+		wantTook(t, start, time.Hour, time.Hour+session.Grace+2*abandonAfter)
 		close(back)
 		synctest.Wait()
 		srv.want(t, on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close")...)
-	})
-}
-
-// The caller's transaction goes on after whatever ends the wait.
-func TestAcquireTx(t *testing.T) {
-	t.Parallel()
-	died := io.ErrUnexpectedEOF
-	const shared = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock_shared(42) END"
-	for _, test := range []struct {
-		name    string
-		replies []reply
-		opts    []Option
-		want    []string // after BEGIN
-		wants   []any
-	}{
-		{"granted", nil, nil, []string{tryTxQuery}, nil},
-		{"shared", nil, []Option{Shared()}, []string{shared}, nil},
-		{"granted after waiting", []reply{refused, refused}, nil, []string{tryTxQuery, tryTxQuery, tryTxQuery}, nil},
-		{"shared, granted after waiting", []reply{refused}, []Option{Shared()}, []string{shared, shared}, nil},
-		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryTxQuery}, []any{ErrNotAcquired}},
-		{
-			"Timeout, with a last try", []reply{refused, refused}, []Option{Timeout(time.Millisecond)},
-			[]string{tryTxQuery, tryTxQuery}, []any{ErrNotAcquired, "not acquired within 1ms"},
-		},
-		{"the last try is granted", []reply{refused, granted}, []Option{Timeout(time.Millisecond)}, []string{tryTxQuery, tryTxQuery}, nil},
-		{"the try fails", []reply{fails(died)}, nil, []string{tryTxQuery}, []any{died}},
-		{"the second try fails", []reply{refused, fails(died)}, nil, []string{tryTxQuery, tryTxQuery}, []any{died}},
-		{"the server refuses the second try", []reply{refused, fails(err57014)}, nil, []string{tryTxQuery, tryTxQuery}, []any{err57014}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				tx, srv := beginTx(t)
-				srv.script = inOrder(test.replies...)
-				wantError(t, AcquireTx(t.Context(), tx, key, test.opts...), test.wants...)
-				srv.want(t, on(1, append([]string{"open", "BEGIN"}, test.want...)...)...)
-				if err := tx.Commit(); err != nil {
-					t.Error(err)
-				}
-			})
-		})
-	}
-}
-
-// beginTx returns a transaction of a server of its own.
-func beginTx(t *testing.T) (*sql.Tx, *server) {
-	t.Helper()
-	db, srv := newServer(t)
-	tx, err := db.BeginTx(context.Background(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = tx.Rollback() })
-	return tx, srv
-}
-
-// tries is the times at which a server on which another holds the lock is asked for it.
-func tries(srv *server) *[]time.Duration {
-	start := time.Now()
-	at := new([]time.Duration)
-	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-		switch query {
-		case tryTxQuery:
-			*at = append(*at, time.Since(start))
-			return 0, nil
-		case deadlockQuery:
-			return 0, nil
-		}
-		return 1, nil
-	}
-	return at
-}
-
-func TestTheTriesOfAcquireTxArePaced(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		tx, srv := beginTx(t)
-		at := tries(srv)
-		start := time.Now()
-		wantError(t, AcquireTx(t.Context(), tx, key, Timeout(10*time.Second)), ErrNotAcquired, "not acquired within 10s")
-		if d := time.Since(start); d != 10*time.Second {
-			t.Errorf("after %v", d)
-		}
-		most := 5 * time.Millisecond
-		for i := 1; i < len(*at); i++ {
-			d, last := (*at)[i]-(*at)[i-1], i == len(*at)-1
-			if d > most || d < most/2 && !last {
-				t.Errorf("pause %d: %v, want %v to %v", i, d, most/2, most)
-			}
-			most = min(2*most, 100*time.Millisecond)
-		}
-		if last := (*at)[len(*at)-1]; last != 10*time.Second {
-			t.Errorf("the last try is at %v", last)
-		}
-		if n := strings.Count(strings.Join(srv.lines(), "\n"), deadlockQuery); n != 9 {
-			t.Errorf("asked for a deadlock %d times in 10 s", n)
-		}
-	})
-}
-
-func TestTheEndOfCtxEndsAWaitOfAcquireTxWithoutCancelling(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		tx, srv := beginTx(t)
-		cause := errors.New("cause")
-		ctx, cancel := context.WithCancelCause(t.Context())
-		time.AfterFunc(time.Second, func() { cancel(cause) })
-		srv.script = func(stmtCtx context.Context, _ int, _ string) (int64, error) {
-			time.Sleep(60 * time.Millisecond)
-			if stmtCtx.Err() != nil {
-				t.Error("a statement was cancelled")
-			}
-			return 0, nil
-		}
-		start := time.Now()
-		wantError(t, AcquireTx(ctx, tx, key), ErrNotAcquired, context.Canceled, cause)
-		if d := time.Since(start) - time.Second; d < 0 || d > 60*time.Millisecond {
-			t.Errorf("%v after the end of ctx", d)
-		}
-		sent := srv.lines()
-		wantError(t, AcquireTx(ctx, tx, key), ErrNotAcquired, cause) // sends nothing
-		srv.want(t, sent...)
-		if err := tx.Commit(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// If the holder waits for the transaction that waits for it, neither gets anywhere.
-func TestADeadlockThatTheServerDoesNotSeeEndsAcquireTx(t *testing.T) {
-	t.Parallel()
-	question := []string{tryTxQuery, savepointQuery, deadlockQuery, rollbackToQuery}
-	twice := slices.Concat(question, question)
-	died := io.ErrUnexpectedEOF
-	for _, test := range []struct {
-		name    string
-		failing string // the statement that fails, with err
-		err     error
-		rows    []int64 // the answers
-		want    []string
-		after   time.Duration
-		wants   []any
-	}{
-		{"found twice", "", nil, []int64{1, 1}, twice, 2 * time.Second, []any{ErrDeadlock, "acquire bigint 42", "waits for this transaction"}},
-		{"found by two holders", "", nil, []int64{2, 3}, twice, 2 * time.Second, []any{ErrDeadlock}},
-		{"a moment in a hand-off", "", nil, []int64{1, 0, 1, 0, 1, 1}, slices.Concat(twice, twice, twice), 6 * time.Second, []any{ErrDeadlock}},
-		{"the connection dies", deadlockQuery, died, nil, question[:3], time.Second, []any{died}},
-		{"the savepoint fails", savepointQuery, pgError("53200"), nil, question[:2], time.Second, []any{pgError("53200")}},
-		{"the rollback fails", rollbackToQuery, died, []int64{0}, question, time.Second, []any{died}},
-		{"it may not be asked for", deadlockQuery, pgError("42501"), nil, append(slices.Clone(twice), tryTxQuery), 3 * time.Second, nil},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				tx, srv := beginTx(t)
-				start := time.Now()
-				answers := test.rows
-				srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-					switch {
-					case query == test.failing:
-						return 0, test.err
-					case query == tryTxQuery && time.Since(start) > 2900*time.Millisecond && test.wants == nil:
-						return 1, nil
-					case query == tryTxQuery:
-						return 0, nil
-					case query == deadlockQuery:
-						rows := answers[0]
-						answers = answers[1:]
-						return rows, nil
-					}
-					return 1, nil
-				}
-				wantError(t, AcquireTx(t.Context(), tx, key), test.wants...)
-				if d := time.Since(start) - test.after; d < -100*time.Millisecond || d > time.Duration(len(test.want)/4+1)*100*time.Millisecond {
-					t.Errorf("%v off", d)
-				}
-				if diff := cmp.Diff(on(1, append([]string{"open", "BEGIN"}, test.want...)...), slices.Compact(srv.lines())); diff != "" {
-					t.Errorf("log of the server, tries in a row as one (-want +got):\n%s", diff)
-				}
-				srv.script = nil
-				if err := tx.Commit(); err != nil {
-					t.Error(err)
-				}
-			})
-		})
-	}
-}
-
-func TestADriverThatDoesNotReturnFromTheQuestionForADeadlockIsAbandoned(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		tx, srv := beginTx(t)
-		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if query == deadlockQuery {
-				time.Sleep(time.Minute)
-				return 1, nil
-			}
-			return 0, nil
-		}
-		start := time.Now()
-		wantError(t, AcquireTx(t.Context(), tx, key), "no answer from the server within 10s")
-		if d := time.Since(start); d > deadlockPause+tryPauseMax+answerBound+abandonAfter {
-			t.Errorf("after %v", d)
-		}
-		time.Sleep(time.Hour)
-	})
-}
-
-func TestAcquireTxOnATransactionThatHasEnded(t *testing.T) {
-	t.Parallel()
-	db, srv := newServer(t)
-	tx, err := db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := tx.Commit(); err != nil {
-		t.Fatal(err)
-	}
-	wantError(t, AcquireTx(t.Context(), tx, key), sql.ErrTxDone)
-	srv.want(t, on(1, "open", "BEGIN", "COMMIT")...)
-}
-
-func TestAServerThatDoesNotAnswerAcquireTxIsGivenUp(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		tx, err := db.Begin()
-		if err != nil {
-			t.Fatal(err)
-		}
-		srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
-			if query == tryTxQuery {
-				<-ctx.Done()
-				return 0, ctx.Err()
-			}
-			return 1, nil
-		}
-		start := time.Now()
-		wantError(t, AcquireTx(t.Context(), tx, key), "no answer from the server within 10s")
-		if d := time.Since(start); d != answerBound {
-			t.Errorf("after %v", d)
-		}
-		_ = tx.Rollback()
 	})
 }
 
@@ -767,12 +464,7 @@ func TestFnDoesNotRunUnderAnEndedCtxAtRepeatableRead(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-		if strings.HasPrefix(query, "BEGIN") {
-			cancel()
-		}
-		return 1, nil
-	}
+	srv.script = script(when(has("BEGIN"), func() { cancel() }))
 	wantError(t, WithTxLock(ctx, db, key, func(context.Context, *sql.Tx) error {
 		t.Error("fn runs")
 		return nil
@@ -790,5 +482,42 @@ func TestACommitEndedByCtxMatchesTheContextsError(t *testing.T) {
 			cancel(cause)
 			return nil
 		}), context.Canceled, cause, "commit bigint 42")
+	}
+}
+
+// A server on a platform that cannot check its connections is asked to once, and that costs no lock.
+func TestAServerThatDoesNotCheckItsConnectionsIsAskedOnce(t *testing.T) {
+	t.Parallel()
+	for _, f := range waiters() {
+		if !strings.HasPrefix(f.name, "WithConnLock") && !strings.HasPrefix(f.name, "WithTxLock") {
+			continue
+		}
+		for _, contended := range []bool{false, true} {
+			bubble(t, fmt.Sprintf("%s, contended %v", f.name, contended), func(t *testing.T) {
+				p, dbs, srvs := newTable(t, 2)
+				srvs[0].checkless = true
+				if contended {
+					holdFor(t, dbs[1], key, 250*time.Millisecond)
+				}
+				var log logBuffer
+				for range 3 {
+					wantError(t, f.run(t.Context(), dbs[0], key, nothing, log.option()))
+				}
+				asked := 0
+				for _, line := range srvs[0].raw {
+					if strings.Contains(line, "set_config('client_connection_check_interval'") {
+						asked++
+					}
+				}
+				if n := strings.Count(log.String(), "does not check its connections"); asked == 0 || asked > 2 || n != 1 {
+					t.Errorf("asked %d times, %d warnings: %q", asked, n, srvs[0].raw)
+				}
+				if srvs[0].opened != 1 {
+					t.Errorf("%d connections", srvs[0].opened)
+				}
+				wantIdle(t, dbs[0])
+				p.clean()
+			})
+		}
 	}
 }

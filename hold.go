@@ -1,0 +1,180 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"slices"
+	"sync"
+
+	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/manager"
+	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// A hold is the locks that one caller holds, and what ends with them.
+type hold struct {
+	marked // fn's ctx
+	cancel context.CancelCauseFunc
+	cfg    config
+
+	locks   *manager.Locks   // nil: the lock is on session
+	session *session.Session // that of WithConnLock, which its caller drives
+
+	observed *observation
+
+	once sync.Once // the release
+	err  error     // its result
+}
+
+// with runs fn while h holds the locks of keys.
+func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) (err error) {
+	c := call{function: function, options: sessionOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	if h.cfg, err = c.prepare(ctx, keys, opts); err != nil {
+		return err
+	}
+	if err := h.acquire(ctx, c, keys); err != nil {
+		return err
+	}
+	return h.run(fn)
+}
+
+// acquire acquires keys, and has them watched.
+func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
+	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
+	holder := &lockconn.Holder{Heartbeat: h.cfg.heartbeat, Silence: h.cfg.holderTimeout}
+	r := h.cfg.request(keys)
+	r.Lead = c.leads
+	locks, err := manager.Acquire(ctx, c.db, r, holder)
+	if err != nil {
+		err = acquireError(ctx, keys, &h.cfg, err)
+	}
+	if c.detached {
+		ctx = context.WithoutCancel(ctx)
+	}
+	ctx, err = h.observed.acquired(ctx, err, func() { _ = locks.Release() })
+	if err != nil {
+		return err
+	}
+	h.locks = locks
+	h.begin(ctx, c.db, keys, locks.Session())
+	holder.Begin(h.lost)
+	return nil
+}
+
+// begin makes the hold's context.
+func (h *hold) begin(ctx context.Context, db *sql.DB, keys []Key, s *session.Session) {
+	var inner context.Context
+	inner, h.cancel = context.WithCancelCause(ctx)
+	h.marked.mark(inner, db, keys)
+	h.token.session = s
+}
+
+// lost ends the hold's context. The release is still to come.
+func (h *hold) lost(cause error) {
+	if h.ended.Swap(true) {
+		return
+	}
+	err := lostError("hold", h.keys, cause)
+	h.cancel(err)
+	h.observed.lost(err)
+}
+
+// run runs fn under the locks, and releases them whatever becomes of fn.
+func (h *hold) run(fn func(context.Context) error) (err error) {
+	returned := false
+	defer func() {
+		lost := h.release()
+		switch {
+		case returned:
+			err = join(err, lost)
+		case lost != nil: // a panic or Goexit is on its way, and no error can be
+			h.cfg.logger.Error("advisory: while fn panicked", "error", lost)
+		}
+	}()
+	err = fn(&h.marked)
+	returned = true
+	return err
+}
+
+// release ends the hold, once.
+func (h *hold) release() error {
+	h.once.Do(func() {
+		err := session.ErrPanicked
+		defer func() { h.released(err) }()
+		if h.session != nil {
+			h.session.FindRows()
+		}
+		// Work that goes by the context ends before another holder's begins.
+		h.ended.Store(true)
+		h.cancel(nil)
+		if h.session != nil {
+			err = h.session.Release()
+		} else {
+			err = h.locks.Release()
+		}
+	})
+	return h.err
+}
+
+func (h *hold) released(err error) {
+	switch {
+	case errors.Is(err, session.ErrLeftOpen), errors.Is(err, session.ErrConnClosed):
+		h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
+	case err != nil:
+		h.err = lostError("release", h.keys, err)
+	}
+	h.observed.holdEnd(h.err)
+}
+
+// A call is what an exported function is called with, for checking it before
+// anything is sent.
+type call struct {
+	function string
+	options  optionSet // those that apply
+	db       *sql.DB   // nil where the function is not given one
+	missing  string    // the argument that is nil, or ""
+	detached bool      // the hold outlives ctx
+	leads    bool      // it is Lead
+}
+
+// missing is the first name that goes with true.
+func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
+	switch {
+	case nil1:
+		return name1
+	case nil2:
+		return name2
+	default:
+		return ""
+	}
+}
+
+// prepare checks the call of an acquiring function, and reads its options.
+func (c call) prepare(ctx context.Context, keys []Key, opts []Option) (config, error) {
+	cfg, err := c.check(ctx, "acquire", keys, opts)
+	if err == nil && len(keys) == 0 {
+		err = &lockError{op: "acquire", msg: "no keys"}
+	}
+	if err != nil {
+		return cfg, err
+	}
+	return cfg, checkReentrant(ctx, c.db, keys)
+}
+
+func (c call) check(ctx context.Context, op string, keys []Key, opts []Option) (config, error) {
+	cfg, err := newConfig(c.function, c.options, opts)
+	switch {
+	case ctx == nil:
+		err = errors.New("nil ctx")
+	case c.missing != "":
+		err = errors.New("nil " + c.missing)
+	case slices.ContainsFunc(keys, func(k Key) bool { return k.key.Space == pgsql.NoSpace }):
+		err = errors.New(`the zero Key, or Name(""), is no key`)
+	}
+	if err != nil {
+		return cfg, &lockError{op: op, key: keyList(keys), msg: err.Error(), errs: []error{err}}
+	}
+	return cfg, nil
+}

@@ -1,0 +1,164 @@
+package advisory
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+func TestFnsPanicReleasesAndGoesOnUnchanged(t *testing.T) {
+	t.Parallel()
+	for _, c := range closures {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			db, srv := newServer(t)
+			value := new(int)
+			wantPanic(t, value, func() {
+				_ = c.run(t.Context(), db, key, func(context.Context) error { panic(value) })
+			})
+			srv.want(t, on(1, append(slices.Clip(c.acquires), c.undoes...)...)...)
+		})
+	}
+}
+
+func TestAPanicOnALostLockDiscardsAndSaysSoToTheLogger(t *testing.T) {
+	t.Parallel()
+	db, srv := newServer(t, granted, refused)
+	var log logBuffer
+	wantPanic(t, "mine", func() {
+		_ = WithLock(t.Context(), db, key, func(context.Context) error { panic("mine") }, log.option())
+	})
+	srv.want(t, on(1, "open", tryQuery, unlockQuery, freeQuery, "close")...)
+	if !strings.Contains(log.String(), "lock lost") {
+		t.Errorf("log: %q", log.String())
+	}
+}
+
+// A driver's panic while a session is opened is not the next one's trouble.
+func TestADriversPanicWhileASessionIsOpened(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		for range 2 { // on a new connection, and on one that lies ready
+			wantError(t, WithLock(context.Background(), db, key, nothing))
+		}
+		panics := true
+		srv.reset = func(context.Context, int) error {
+			if panics {
+				panics = false
+				panic("driver")
+			}
+			return nil
+		}
+		wantPanic(t, "driver", func() { _ = WithLock(context.Background(), db, key, nothing) })
+		for range 3 {
+			time.Sleep(time.Minute)
+			wantError(t, WithLock(context.Background(), db, key, nothing))
+		}
+	})
+}
+
+// A driver's panic in a caller that recovers, as net/http does, takes nothing with it: the
+// session is closed, and the next caller has the lock.
+func TestADriversPanicLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	second := ID(43)
+	holdOnTwo := func(t *testing.T, _ *lockTable, here, there *sql.DB) {
+		holdFor(t, here, ID(41), 2*time.Second) // so that the shared session is another than that which waits
+		holdFor(t, there, key, time.Second)
+	}
+	for _, test := range []struct {
+		name  string
+		on    string // the statement that panics
+		setUp func(t *testing.T, p *lockTable, db, other *sql.DB)
+		call  func(t *testing.T, db *sql.DB) error
+	}{
+		{name: "try", on: "pg_try_advisory_lock("},
+		{name: "unlock", on: "pg_advisory_unlock("},
+		{
+			name: "several keys", on: "pg_try_advisory_lock(",
+			call: func(t *testing.T, db *sql.DB) error {
+				return WithLocks(t.Context(), db, []Key{key, second}, nothing)
+			},
+		},
+		{
+			name: "the second of several keys", on: "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(43) END",
+			setUp: holdOnTwo,
+			call: func(t *testing.T, db *sql.DB) error {
+				return WithLocks(t.Context(), db, []Key{key, second}, nothing)
+			},
+		},
+		{
+			name: "one of two sessions' unlocks", on: "WHERE pg_catalog.pg_advisory_unlock(42)",
+			setUp: holdOnTwo,
+			call: func(t *testing.T, db *sql.DB) error {
+				return WithLocks(t.Context(), db, []Key{key, second}, nothing)
+			},
+		},
+		{
+			name: "the second of two releases", on: "pg_advisory_unlock(",
+			call: func(t *testing.T, db *sql.DB) error {
+				l := take(t, db, key)
+				defer func() { wantError(t, l.Release(), ErrLost, session.ErrPanicked) }()
+				return l.Release()
+			},
+		},
+		{
+			name: "wait", on: "set_config('lock_timeout'",
+			setUp: func(t *testing.T, _ *lockTable, _, there *sql.DB) { holdFor(t, there, key, time.Second) },
+		},
+		{
+			name: "look", on: "NOT granted",
+			setUp: func(t *testing.T, _ *lockTable, db, _ *sql.DB) {
+				holdFor(t, db, key, time.Second, Shared())
+				time.Sleep(2 * keyqueue.HandOffFor)
+			},
+			call: func(t *testing.T, db *sql.DB) error { return WithLock(t.Context(), db, key, nothing, Shared()) },
+		},
+	} {
+		for _, late := range []bool{false, true} {
+			bubble(t, fmt.Sprintf("%s, late %v", test.name, late), func(t *testing.T) {
+				p, dbs, srvs := newTable(t, 2)
+				db := dbs[0]
+				srvs[0].direct = true
+				if test.setUp != nil {
+					test.setUp(t, p, db, dbs[1])
+				}
+				answer := srvs[0].script
+				panics := true
+				srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+					if panics && strings.Contains(query, test.on) {
+						panics = false
+						if late {
+							_, _ = answer(ctx, conn, query)
+						}
+						panic("driver")
+					}
+					return answer(ctx, conn, query)
+				}
+				wantPanic(t, "driver", func() {
+					if test.call != nil {
+						wantError(t, test.call(t, db))
+					} else {
+						wantError(t, WithLock(t.Context(), db, key, nothing))
+					}
+				})
+				for _, k := range []Key{key, second} {
+					wantError(t, WithLock(t.Context(), db, k, nothing, Timeout(10*time.Second)))
+					wantError(t, WithConnLock(t.Context(), db, k, func(context.Context, *sql.Conn) error { return nil }, Timeout(time.Second)))
+				}
+				time.Sleep(5 * time.Second)
+				wantIdle(t, db)
+				p.clean()
+			})
+		}
+	}
+}
