@@ -110,8 +110,8 @@
 //   - A process that is frozen together with its clock does not know, when it goes on, that
 //     it has lost its lock; and a write of its may be under way in the network. [Token] is for that.
 //   - The order in which processes get a lock is not exactly that in which they asked.
-//   - A deadlock of several waits of this package is not found: take several keys with
-//     WithLocks, or in one order, or with a Timeout.
+//   - A deadlock is found if its waits are given the ctx of those who hold the locks (see
+//     [ErrDeadlock]). WithLocks takes several keys in one order, and never meets one.
 //   - A caller that takes a key again without the ctx that it was given waits for itself.
 //
 // # How large a pool

@@ -36,7 +36,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	s, done, err := manager.Dedicated(ctx, db, cfg.request(keys), session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
+	s, done, err := manager.Dedicated(ctx, db, cfg.request(ctx, db, keys), session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
 		s.SetSilence(cfg.givenHolderTimeout())
 		return s.Lock(ctx, key.key, cfg.noWait, since)
 	})
@@ -77,12 +77,13 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	if err = ctx.Err(); err == nil { // otherwise nothing is sent
-		bounded, cancel := cfg.request(keys).Bounded(ctx)
-		defer cancel()
+		w := callersWait(ctx, &cfg, keys)
+		defer w.Done()
 		s := session.OnConn(conn, cfg.logger, cfg.shared)
-		if err = s.Lock(bounded, key.key, cfg.noWait, time.Now()); err != nil {
-			s.GiveUp(bounded, err)
-			err = withCause(bounded, err)
+		w.Equip(s)
+		if err = s.Lock(w.Ctx, key.key, cfg.noWait, time.Now()); err != nil {
+			s.GiveUp(w.Ctx, err)
+			err = withCause(w.Ctx, err)
 		}
 	}
 	if err != nil {
@@ -91,6 +92,13 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 	}
 	o.acquireEnd(ctx, err)
 	return err
+}
+
+// callersWait returns a wait on a session or in a transaction of the caller's, whose database is taken
+// for that of the locks that ctx carries.
+func callersWait(ctx context.Context, cfg *config, keys []Key) *manager.Callers {
+	db, _ := held(ctx, nil)
+	return manager.NewCallers(ctx, db, cfg.request(ctx, nil, keys))
 }
 
 // withCause returns err, and why ctx has ended, if it has.

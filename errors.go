@@ -30,12 +30,21 @@ var (
 	ErrReentrant = errors.New("advisory: lock already held by this caller")
 
 	// ErrDeadlock: the wait was part of a deadlock, and has ended. The lock is not held.
-	// The server found it (SQLSTATE 40P01), or AcquireTx did.
 	//
-	// Not every deadlock is found. The statements of this package that wait end before the server's
-	// deadlock_timeout (see the package documentation), so that it does not see one that
-	// is made of them alone. Callers that take several locks one by one should do so in one order, as
-	// WithLocks does, or with a Timeout.
+	// A wait whose ctx carries held locks, because it is the one that a function or a [Lock] of this
+	// package has given out, is an edge from these locks to the wanted one. A cycle of such waits in one
+	// process, through one *sql.DB, is found when its last wait begins. A cycle between processes is
+	// found within some three seconds, and ends its youngest wait: waits tell of each other in the
+	// comments of their statements, and once a second ask for those of the same role (pg_stat_activity;
+	// a role with pg_read_all_stats sees those of others, too). Waits that try with pauses (AcquireTx, a
+	// pool that has no connection to spare, a server without PL/pgSQL) are found in their own process
+	// alone. A wait that holds nothing costs nothing.
+	//
+	// A function that waits on another goroutine with its ctx, and itself goes on to return, is the
+	// exception: its wait may be ended though its return would have freed the lock.
+	//
+	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too, and so is the end of an AcquireTx
+	// whose transaction the holder is found to wait for.
 	ErrDeadlock = errors.New("advisory: deadlock detected")
 )
 
@@ -79,6 +88,9 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 	case ctx.Err() != nil:
 		e.msg = "not acquired: " + context.Cause(ctx).Error()
 		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx), err}
+	case errors.As(err, new(manager.Deadlock)):
+		e.msg = err.Error()
+		e.errs = []error{ErrDeadlock}
 	case errors.Is(err, session.ErrHeld):
 		e.msg = err.Error()
 		e.errs = []error{ErrReentrant}

@@ -133,9 +133,12 @@ var (
 	bounds = regexp.MustCompile(`LEAST\(\d+,`)
 )
 
+// edges are what a comment tells other processes of whom a wait waits for.
+var edges = regexp.MustCompile(`(/\* advisory: [^|*]*) \|[^*]*`)
+
 // plainly is a statement without what differs from one time to the next: its nonce, and how long it waits.
 func plainly(query string) string {
-	return bounds.ReplaceAllString(nonces.ReplaceAllString(query, "${1}'N'"), "LEAST(100,")
+	return edges.ReplaceAllString(bounds.ReplaceAllString(nonces.ReplaceAllString(query, "${1}'N'"), "LEAST(100,"), "$1 ")
 }
 
 // lines is the log: "<connection> <statement, or open, or close>".

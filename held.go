@@ -4,6 +4,8 @@ import (
 	"context"
 	"database/sql"
 	"sync/atomic"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
 // A marked context is one whose caller holds a lock, and what it knows of that. Each one
@@ -59,4 +61,19 @@ func checkReentrant(ctx context.Context, db *sql.DB, keys []Key) error {
 		}
 	}
 	return nil
+}
+
+// held returns the keys that the caller of ctx holds in db's database, and, if db is not known (nil), the
+// db of the innermost.
+func held(ctx context.Context, db *sql.DB) (*sql.DB, []pgsql.Key) {
+	var keys []pgsql.Key
+	for m := innermost(ctx); m != nil; m = m.outer {
+		if db == nil {
+			db = m.db
+		}
+		if !m.ended.Load() && m.db == db {
+			keys = append(keys, bare(m.keys)...)
+		}
+	}
+	return db, keys
 }

@@ -44,7 +44,7 @@ func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
 	holder := &lockconn.Holder{Heartbeat: h.cfg.heartbeat, Silence: h.cfg.holderTimeout}
-	r := h.cfg.request(keys)
+	r := h.cfg.request(ctx, c.db, keys)
 	r.Lead = c.leads
 	locks, err := manager.Acquire(ctx, c.db, r, holder)
 	if err != nil {

@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -194,11 +195,12 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	return c, nil
 }
 
-// request returns what the floors below are asked for.
-func (c *config) request(keys []Key) *manager.Request {
+// request returns what the floors below are asked for, by the caller of ctx.
+func (c *config) request(ctx context.Context, db *sql.DB, keys []Key) *manager.Request {
+	_, held := held(ctx, db)
 	return &manager.Request{
 		Keys: bare(keys), Shared: c.shared, NoWait: c.noWait, Timeout: c.timeout,
-		Heartbeat: c.heartbeat, Silence: c.holderTimeout, Log: c.logger,
+		Heartbeat: c.heartbeat, Silence: c.holderTimeout, Log: c.logger, Held: held,
 	}
 }
 

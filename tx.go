@@ -42,7 +42,7 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	var t *session.Tx
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
-	s, done, err := manager.Dedicated(ctx, db, cfg.request(keys), session.ForTx, func(ctx context.Context, s *session.Session, since time.Time) error {
+	s, done, err := manager.Dedicated(ctx, db, cfg.request(ctx, db, keys), session.ForTx, func(ctx context.Context, s *session.Session, since time.Time) error {
 		t = session.NewTx(s, cfg.txOptions, oneSnapshot, cfg.givenHolderTimeout())
 		err := t.Begin(ctx, key.key, cfg.noWait, since)
 		oneSnapshot = t.OneSnapshot
@@ -149,11 +149,11 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	bounded, cancel := cfg.request(keys).Bounded(ctx)
-	defer cancel()
-	if err = session.LockTx(bounded, tx, key.key, cfg.shared, cfg.noWait); err != nil {
+	w := callersWait(ctx, &cfg, keys)
+	defer w.Done()
+	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Stuck); err != nil {
 		// No question for the message: one that takes long would cost the caller's transaction.
-		err = acquireError(ctx, keys, &cfg, withCause(bounded, err))
+		err = acquireError(ctx, keys, &cfg, withCause(w.Ctx, err))
 	}
 	o.acquireEnd(ctx, err)
 	return err

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/keyqueue"
@@ -26,6 +27,8 @@ type Request struct {
 	// Lead: the server may be away from the start, and for ever; and it is asked whether it is a
 	// primary before the lock counts as acquired.
 	Lead bool
+
+	Held []pgsql.Key // by the caller
 }
 
 // A Failure is the error of an acquisition, and what more is known of why.
@@ -42,17 +45,26 @@ type acquisition struct {
 	attempts
 	holder   *lockconn.Holder // nil: the lock is on a session of the caller's own
 	at       pgsql.Key        // that it waits for
+	holds    []pgsql.Key      // what its caller holds, and what it has acquired
+	stuck    *stuck           // nil: it does not wait, or its caller holds nothing
+	end      func(error)      // ends it
 	unproven []*lockconn.Conn // have granted a lock, perhaps long ago
 	yielded  bool             // it has waited in the server's queue, and let others
 	slot     bool             // a session has been counted that is not open yet
 }
 
-// Bounded returns ctx, which also ends with the Timeout.
-func (r *Request) Bounded(ctx context.Context) (context.Context, context.CancelFunc) {
-	if r.Timeout == 0 {
-		return ctx, func() {}
+func newAcquisition(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) acquisition {
+	end := func(error) {}
+	if len(r.Held) > 0 || len(r.Keys) > 1 {
+		ctx, end = context.WithCancelCause(ctx)
 	}
-	return context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
+	if r.Timeout > 0 {
+		cause := end
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
+		end = func(err error) { cause(err); cancel() }
+	}
+	return acquisition{attempts: newAttempts(ctx, db, r), holder: h, holds: r.Held, end: end}
 }
 
 func ended(ctx context.Context) error {
@@ -64,9 +76,8 @@ func ended(ctx context.Context) error {
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
 func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*Locks, error) {
-	ctx, cancel := r.Bounded(ctx)
-	defer cancel()
-	a := &acquisition{attempts: newAttempts(ctx, db, r), holder: h}
+	a := newAcquisition(ctx, db, r, h)
+	defer a.end(nil)
 	for {
 		got, err := a.all()
 		if err == nil {
@@ -157,10 +168,12 @@ func (a *acquisition) all() (got []held, err error) {
 	if len(a.Keys) > 1 {
 		got, err = a.together()
 	}
+	a.holds = a.Held
 	for err == nil && len(got) < len(a.Keys) {
 		var one []held
 		one, err = a.one(a.Keys[len(got) : len(got)+1])
 		got = append(got, one...)
+		a.holds = append(slices.Clip(a.holds), a.at)
 	}
 	if err == nil {
 		err = ended(a.ctx)
@@ -206,6 +219,7 @@ func (a *acquisition) together() (got []held, err error) {
 // one acquires the lock of one key.
 func (a *acquisition) one(keys []pgsql.Key) ([]held, error) {
 	a.at = keys[0]
+	defer a.unstick()
 	w := &waiter{Shared: a.Shared, NoWait: a.NoWait}
 	q, t := a.m.enter(a.at, w)
 	for {

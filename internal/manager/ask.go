@@ -21,6 +21,9 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 		c, sent, err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
 			a.waited = true
+			if err := a.stick(); err != nil {
+				return nil, err
+			}
 			c, sent, err = a.wait(q)
 		}
 		if err == nil {
@@ -31,6 +34,9 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 		}
 		if a.yielded {
 			pause = session.PauseMax // it is others' turn
+		}
+		if len(a.holds) > 0 && !a.pool.Exhausted() {
+			a.m.detect(a.pool.Waits)
 		}
 		a.m.poll(1)
 		session.Sleep(a.ctx, a.m.untilTick(pause))
@@ -111,6 +117,7 @@ func (a *acquisition) wait(q *queue) (*lockconn.Conn, time.Time, error) {
 	began := time.Now()
 	s, err := a.keepTrying(a.open, func(s *session.Session) error {
 		s.Shared = a.Shared
+		a.equip(s)
 		s.SetSilence(a.Silence)
 		s.Yield = func() bool { return time.Since(began) > yieldAfter && m.othersPoll() }
 		if err := s.Wait(a.ctx, a.at, a.began); err != nil {

@@ -25,10 +25,11 @@ type dedicated struct {
 // then. done ends the caller's hold in the queue, and is called when the session has ended. The
 // error is a *Failure.
 func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, lock func(ctx context.Context, s *session.Session, since time.Time) error) (s *session.Session, done func(), err error) {
-	ctx, cancel := r.Bounded(ctx)
-	defer cancel()
-	d := &dedicated{acquisition: acquisition{attempts: newAttempts(ctx, db, r), at: r.Keys[0]}}
+	d := &dedicated{acquisition: newAcquisition(ctx, db, r, nil)}
+	ctx, d.at = d.ctx, r.Keys[0]
+	defer d.end(nil)
 	defer func() {
+		d.unstick()
 		if s == nil { // also if the driver panics
 			d.leave()
 		}
@@ -43,6 +44,7 @@ func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, loc
 		func(ctx context.Context) (*session.Session, error) { return d.open(ctx, use) },
 		func(s *session.Session) error {
 			s.Shared = r.Shared
+			d.equip(s)
 			return lock(ctx, s, d.began)
 		})
 	return s, d.leave, err

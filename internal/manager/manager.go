@@ -41,6 +41,8 @@ type Manager struct {
 	polling  int                  // those who wait, and do not have such a session
 	asking   bool                 // somebody asks who holds a lock
 	outage   *outage              // that waits are in; nil: none are
+	stuck    map[*stuck]struct{}  // waits whose callers hold keys
+	asked    time.Time            // when others were last asked for their waits
 }
 
 // managers go with their *sql.DB, which they do not keep: a Manager that nobody uses knows nothing,
@@ -52,12 +54,15 @@ var managers struct {
 
 // For returns the Manager of db.
 func For(db *sql.DB) *Manager {
+	if db == nil {
+		return nil
+	}
 	p := weak.Make(db)
 	managers.mu.Lock()
 	defer managers.mu.Unlock()
 	m := managers.of[p]
 	if m == nil {
-		m = &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), Checking: make(chan struct{}, 1)}
+		m = &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), stuck: make(map[*stuck]struct{}), Checking: make(chan struct{}, 1)}
 		if managers.of == nil {
 			managers.of = make(map[weak.Pointer[sql.DB]]*Manager)
 		}
@@ -74,7 +79,12 @@ func forget(p weak.Pointer[sql.DB]) {
 }
 
 // Pool returns the pool of db, whose Manager this is.
-func (m *Manager) Pool(db *sql.DB) *session.Pool { return &session.Pool{DB: db, Refused: &m.refused} }
+func (m *Manager) Pool(db *sql.DB) *session.Pool {
+	if m == nil {
+		return nil
+	}
+	return &session.Pool{DB: db, Refused: &m.refused}
+}
 
 // queueLocked returns the queue of k.
 func (m *Manager) queueLocked(k pgsql.Key) *queue {

@@ -30,7 +30,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	a.waited = true
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
-	var err error
+	err := a.stick()
 	for err == nil {
 		select {
 		case t := <-w.Turns:

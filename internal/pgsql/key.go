@@ -128,8 +128,11 @@ func (k Key) Columns() (classid, objid uint32, objsubid int) {
 	return uint32(uint64(k.ID) >> 32), uint32(k.ID), 1
 }
 
-// label returns k's name, percent-encoded and cut, or its number, or its two with a dot between.
-func (k Key) label() string {
+// Text returns k's number, or its two with a dot between.
+func (k Key) Text() string { return k.Lock().Label() }
+
+// Label returns k's name, percent-encoded and cut, or its number, or its two with a dot between.
+func (k Key) Label() string {
 	const longest = 64
 	switch {
 	case k.Name != "":
@@ -154,13 +157,13 @@ func (k Key) label() string {
 	return b.String()
 }
 
-// comment begins a statement that waits, or a heartbeat: pg_stat_activity then says by name who
+// Comment begins a statement that waits, or a heartbeat: pg_stat_activity then says by name who
 // waits, and who holds.
-func comment(keys []Key) string {
+func Comment(keys []Key) string {
 	const most = 4
 	var labels []string
 	for _, k := range keys[:min(len(keys), most)] {
-		labels = append(labels, k.label())
+		labels = append(labels, k.Label())
 	}
 	if len(keys) > most {
 		labels = append(labels, "+"+strconv.Itoa(len(keys)-most))

@@ -121,7 +121,7 @@ func Look(k Key) string {
 // Heartbeat has one row if the session is still the one with the nonce. set is put before it, and
 // may set the nonce. It costs the same however many locks there are: pg_locks would cost as much
 // as all databases of the server have locks.
-func Heartbeat(keys []Key, set, nonce string) string { return comment(keys) + set + Marked(nonce) }
+func Heartbeat(keys []Key, set, nonce string) string { return Comment(keys) + set + Marked(nonce) }
 
 // Mark gives a session a nonce, and Marked has one row if the session has it.
 func Mark(nonce string) string {
@@ -195,6 +195,11 @@ WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
 	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4
 	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
 ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
+
+// Waits selects the statements that wait for a lock and begin with a comment of ours.
+const Waits = `SELECT pid, COALESCE(application_name, ''), query FROM pg_catalog.pg_stat_activity
+WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND state OPERATOR(pg_catalog.=) 'active'
+	AND pg_catalog.starts_with(query, '/* advisory: ')`
 
 // inThisDatabase goes with a condition on pg_locks that would be true in others, too.
 const inThisDatabase = " AND database OPERATOR(pg_catalog.=)" +

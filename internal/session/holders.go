@@ -95,6 +95,54 @@ func (p *Pool) heldBy(k pgsql.Key) string {
 	return holders[0].describe(holders[1:])
 }
 
+// A Statement is one that waits for a lock, and begins with a comment of ours.
+type Statement struct {
+	PID             int
+	ApplicationName string
+	Query           string
+}
+
+// Waits returns the statements that wait for locks in the session's database.
+func (s *Session) Waits() ([]Statement, error) {
+	var all []Statement
+	err := s.Do(context.Background(), Grace, func(ctx context.Context) error {
+		rows, err := s.conn.QueryContext(ctx, pgsql.Waits)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var w Statement
+			if err := rows.Scan(&w.PID, &w.ApplicationName, &w.Query); err != nil {
+				return err
+			}
+			all = append(all, w)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, err
+	}
+	return all, nil
+}
+
+// Waits is Session.Waits, on a connection of the pool.
+func (p *Pool) Waits() ([]Statement, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), Grace)
+	defer cancel()
+	s, err := p.Open(ctx, silent, ForLocks)
+	if err != nil {
+		return nil, err
+	}
+	all, err := s.Waits()
+	if err != nil && pgsql.State(err) == "" {
+		s.Discard()
+	} else {
+		s.HandBack()
+	}
+	return all, err
+}
+
 // describe says who holds a lock, together with others.
 func (h Holder) describe(others []Holder) string {
 	var known []string

@@ -37,7 +37,13 @@ const (
 // A Session is one connection, and the locks on it. Exec, Run and Do are safe to call from several
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 type Session struct {
-	Shared  bool        // the lock is shared
+	Shared bool // the lock is shared
+	// Comment begins a statement that waits; nil: the key does. Stuck is called when a wait begins, and
+	// its error ends the wait; Between is called between two slices. Both may be nil.
+	Comment func() string
+	Stuck   func() error
+	Between func()
+
 	Yield   func() bool // tells whether a wait yields to others; nil: it does not
 	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
 	conn    *sql.Conn   // the connection

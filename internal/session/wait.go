@@ -114,6 +114,11 @@ func timedOut(ctx context.Context) bool { return errors.Is(context.Cause(ctx), E
 // waitOrTry waits for the lock of k, which a try has just refused.
 func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) error {
 	s.refused = true
+	if s.Stuck != nil {
+		if err := s.Stuck(); err != nil {
+			return err
+		}
+	}
 	if s.pool == nil || !s.pool.refuses(waits) {
 		if err := s.Wait(ctx, k, since); !errors.Is(err, ErrWaitRefused) {
 			return err
@@ -178,6 +183,9 @@ func (s *Session) Wait(ctx context.Context, k pgsql.Key, since time.Time) error 
 		if err := s.poolClosed(); err != nil {
 			return err
 		}
+		if s.Between != nil {
+			s.Between()
+		}
 		if s.Yield != nil && s.Yield() {
 			return ErrYield
 		}
@@ -219,7 +227,11 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 		s.made = !settings.None()
 	}
 	s.sent = time.Now()
-	rows, err := s.execLeavable(ctx, bound+AnswerBound, pgsql.Wait(s.place, s.restart, k, s.Shared, bound, settings))
+	comment := pgsql.Comment([]pgsql.Key{k})
+	if s.Comment != nil {
+		comment = s.Comment()
+	}
+	rows, err := s.execLeavable(ctx, bound+AnswerBound, comment+pgsql.BareWait(s.place, s.restart, k, s.Shared, bound, settings))
 	checkRefused := s.refusesCheck(err)
 	switch {
 	case err == nil && rows == pgsql.OnStandby:

@@ -1,0 +1,141 @@
+// Package waitgraph is who waits for whom: waits as the edges of a graph of keys, the search for a
+// cycle, and the comment by which a statement that waits tells other processes of its edges. It is
+// pure: it asks nobody, and knows keys as text.
+package waitgraph
+
+import (
+	"cmp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A Wait is an edge from each key that a waiter holds to the one that it wants.
+type Wait struct {
+	Wanted string
+	Held   []string // not empty
+
+	// Since is when the wait began, in milliseconds by the clock of the waiter's process, and ID tells
+	// it from every other.
+	Since int64
+	ID    string
+
+	PID  int    // of the server's process that waits; 0: of this process
+	Name string // of the waiter's program
+}
+
+// younger tells whether w began after v: a rule that every process computes alike.
+func (w Wait) younger(v Wait) bool {
+	return cmp.Or(cmp.Compare(w.Since, v.Since), cmp.Compare(w.ID, v.ID)) > 0
+}
+
+// Cycle returns the waits of the shortest cycle through w, w first, or nil if there is none. Each
+// wait of it wants a key that the next one holds. Other waits with w's ID are no waits of their own.
+func Cycle(w Wait, others []Wait) []Wait {
+	type step struct {
+		wait Wait
+		from *step
+	}
+	seen := map[string]bool{w.ID: true}
+	for steps := []*step{{wait: w}}; len(steps) > 0; steps = steps[1:] {
+		s := steps[0]
+		if slices.Contains(w.Held, s.wait.Wanted) {
+			var cycle []Wait
+			for ; s != nil; s = s.from {
+				cycle = append(cycle, s.wait)
+			}
+			slices.Reverse(cycle)
+			return cycle
+		}
+		for _, o := range others {
+			if !seen[o.ID] && slices.Contains(o.Held, s.wait.Wanted) {
+				seen[o.ID] = true
+				steps = append(steps, &step{o, s})
+			}
+		}
+	}
+	return nil
+}
+
+// Youngest tells whether the first wait of a cycle is its youngest, which is the one that ends.
+func Youngest(cycle []Wait) bool {
+	return !slices.ContainsFunc(cycle[1:], func(w Wait) bool { return w.younger(cycle[0]) })
+}
+
+// Same tells whether two cycles are the same waits.
+func Same(a, b []Wait) bool {
+	return slices.EqualFunc(a, b, func(v, w Wait) bool { return v.ID == w.ID && v.Wanted == w.Wanted })
+}
+
+// A comment begins with what people read, and has the edges behind mark: of each wait its ID, since
+// when it waits, what it wants and what it holds. A server shows the first 1,023 bytes of a statement by
+// default (track_activity_query_size), and so the comment has fewer. One of which a part is missing
+// says nothing.
+const (
+	prefix  = "/* advisory: "
+	mark    = " | "
+	next    = " < "
+	suffix  = " */"
+	longest = 1000
+)
+
+// Comment returns the comment that begins a statement on behalf of waits, for people to read names. It
+// has as many of the waits, and of the keys of each, as there is room for.
+func Comment(names string, waits []Wait) string {
+	var b strings.Builder
+	b.WriteString(prefix + names)
+	separator := mark
+	for _, w := range waits {
+		head := separator + w.ID + " " + strconv.FormatInt(w.Since, 10) + " " + w.Wanted
+		if b.Len()+len(head)+1+len(w.Held[0])+len(suffix) > longest {
+			break
+		}
+		separator = next
+		b.WriteString(head)
+		for _, k := range w.Held {
+			if b.Len()+1+len(k)+len(suffix) <= longest {
+				b.WriteString(" " + k)
+			}
+		}
+	}
+	return b.String() + suffix + " "
+}
+
+// Parse returns the waits of the comment that a statement begins with, if it is one that Comment has
+// written, and nil otherwise.
+func Parse(statement string) []Wait {
+	rest, ours := strings.CutPrefix(statement, prefix)
+	comment, _, closed := strings.Cut(rest, suffix)
+	_, edges, marked := strings.Cut(comment, mark)
+	if !ours || !closed || !marked {
+		return nil
+	}
+	var waits []Wait
+	for edge := range strings.SplitSeq(edges, next) {
+		words := strings.Split(edge, " ")
+		if len(words) < 4 || slices.Contains(words, "") || slices.Contains(words, "<") {
+			return nil
+		}
+		since, err := strconv.ParseInt(words[1], 10, 64)
+		if err != nil {
+			return nil
+		}
+		waits = append(waits, Wait{ID: words[0], Since: since, Wanted: words[2], Held: words[3:]})
+	}
+	return waits
+}
+
+// Behind returns w, and those of waits that are stuck behind it: they want a key that w holds, or one
+// that another of them holds.
+func Behind(w Wait, waits []Wait) []Wait {
+	stuck, seen := []Wait{w}, map[string]bool{w.ID: true}
+	for i := 0; i < len(stuck); i++ {
+		for _, o := range waits {
+			if !seen[o.ID] && slices.Contains(stuck[i].Held, o.Wanted) {
+				seen[o.ID] = true
+				stuck = append(stuck, o)
+			}
+		}
+	}
+	return stuck
+}
