@@ -201,7 +201,7 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 // answerAlone answers r by a statement of its own. If it returns an error, the session is lost.
 func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 	bound := session.AnswerBound
-	exec := c.s.Exec
+	exec := c.exec
 	query, resets := pgsql.Ping, false
 	switch r.Op {
 	case Try:
@@ -221,6 +221,14 @@ func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 			return nil
 		}
 		exec = c.s.ExecQuiet
+	}
+	if c.s.Caches() && !resets && len(r.Keys) == 1 {
+		switch r.Op {
+		case Try:
+			exec = c.execCached(pgsql.TryCached(r.Keys[0], r.Shared))
+		case Unlock:
+			exec = c.execCached(pgsql.UnlockCached(r.Keys[0], r.Shared))
+		}
 	}
 	r.Sent = time.Now()
 	rows, err := exec(ctx, bound, query)
@@ -250,6 +258,22 @@ func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 		return c.accept(ctx, r, r.Keys)
 	default:
 		return c.accept(ctx, r, r.Keys[:min(int(rows), len(r.Keys))])
+	}
+}
+
+func (c *Conn) exec(ctx context.Context, bound time.Duration, query string) (int64, error) {
+	return c.s.Exec(ctx, bound, query)
+}
+
+// execCached returns a function that sends a statement that the driver keeps prepared. It sends its
+// query instead if the server has forgotten that statement, as after DISCARD ALL.
+func (c *Conn) execCached(cached string, args []int64) func(context.Context, time.Duration, string) (int64, error) {
+	return func(ctx context.Context, bound time.Duration, query string) (int64, error) {
+		rows, err := c.s.Exec(ctx, bound, cached, args...)
+		if pgsql.NotPrepared(err) {
+			return c.s.Exec(ctx, bound, query)
+		}
+		return rows, err
 	}
 }
 

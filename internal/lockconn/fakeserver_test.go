@@ -160,7 +160,7 @@ func newConn(t *testing.T, silence time.Duration) *fixture {
 		time.Sleep(time.Minute) // until what is discarded has been closed
 		_ = f.db.Close()
 	})
-	pool := &session.Pool{DB: f.db, Refused: new(session.Refusals)}
+	pool := &session.Pool{DB: f.db, Facts: new(session.Facts)}
 	var err error
 	if f.s, err = pool.Open(t.Context(), slog.New(slog.DiscardHandler), session.ForLocks); err != nil {
 		t.Fatal(err)

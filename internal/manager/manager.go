@@ -29,8 +29,8 @@ type Manager struct {
 	// Checking is filled by the Check that is under way.
 	Checking chan struct{}
 
-	refused session.Refusals
-	seed    uint64
+	facts session.Facts
+	seed  uint64
 
 	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
 	mu       sync.Mutex
@@ -83,7 +83,7 @@ func (m *Manager) Pool(db *sql.DB) *session.Pool {
 	if m == nil {
 		return nil
 	}
-	return &session.Pool{DB: db, Refused: &m.refused}
+	return &session.Pool{DB: db, Facts: &m.facts}
 }
 
 // queueLocked returns the queue of k.

@@ -31,6 +31,12 @@ func Try(keys []Key, shared bool) string {
 	return b.String()
 }
 
+// TryCached is Try of one lock, with its key as arguments.
+func TryCached(k Key, shared bool) (query string, args []int64) {
+	query, args = cached("SELECT WHERE "+onPrimary, "pg_try_advisory_lock", k, shared)
+	return query + " END", args
+}
+
 // onPrimary begins a condition that is false on a standby. AND would leave the order to the planner.
 const onPrimary = "CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE "
 
@@ -73,6 +79,11 @@ func TryCalled(k Key, shared bool) string {
 // Unlock has one row if all the locks were held.
 func Unlock(keys []Key, shared bool) string {
 	return calls("SELECT WHERE ", "pg_advisory_unlock", keys, shared)
+}
+
+// UnlockCached is Unlock of one lock, with its key as arguments.
+func UnlockCached(k Key, shared bool) (query string, args []int64) {
+	return cached("SELECT WHERE ", "pg_advisory_unlock", k, shared)
 }
 
 // UnlockHeld unlocks whichever of the locks the session holds, with a row for each. The server
@@ -252,6 +263,18 @@ func calls(prefix, function string, keys []Key, shared bool) string {
 		b = append(b, ')')
 	}
 	return string(b)
+}
+
+// cached is prefix and the call of the lock function, with the key as arguments.
+func cached(prefix, function string, k Key, shared bool) (query string, args []int64) {
+	if shared {
+		function += "_shared"
+	}
+	if k.Space == Pair {
+		class, object := k.Pair()
+		return prefix + "pg_catalog." + function + "($1, $2)", []int64{int64(class), int64(object)}
+	}
+	return prefix + "pg_catalog." + function + "($1)", []int64{k.ID}
 }
 
 // milliseconds is d as PostgreSQL's time settings take it, rounded up: to them, 0 means "no limit".
