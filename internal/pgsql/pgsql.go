@@ -1,8 +1,8 @@
 // Package pgsql is what this module says to PostgreSQL: every statement, as text, with what its
 // answer means, and the errors that come back. It sends nothing, and knows no driver.
 //
-// Statements have no arguments, but for Batch and Holders. Both drivers then use the simple
-// protocol: one round trip that leaves no prepared statement behind. The answer is the number of
+// Statements have no arguments, but for Batch, Holders, TryCached and UnlockCached. Both drivers then
+// use the simple protocol: one round trip that leaves no prepared statement behind. The answer is the number of
 // rows in the command tag. Numbers and percent-encoded names are the only text that is put in.
 // Every function, operator and type is qualified with pg_catalog, so that nothing in the search
 // path can take its place.

@@ -1,7 +1,9 @@
 package pgsql_test
 
 import (
+	"fmt"
 	"math"
+	"slices"
 	"testing"
 	"time"
 
@@ -93,6 +95,29 @@ func TestStatementsOfASession(t *testing.T) {
 		{"Heartbeat", pgsql.Heartbeat(three, "", "N"), "/* advisory: 42, -7.42, a */ " + marked},
 		{"Heartbeat, with settings", pgsql.Heartbeat(one, "SELECT 1; ", "N"), "/* advisory: 42 */ SELECT 1; " + marked},
 	})
+}
+
+func TestStatementsWithArguments(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		of    func(pgsql.Key, bool) (string, []int64)
+		query string
+	}{
+		{pgsql.TryCached, onPrimary + "pg_catalog.pg_try_advisory_lock%s(%s) END"},
+		{pgsql.UnlockCached, "SELECT WHERE pg_catalog.pg_advisory_unlock%s(%s)"},
+	} {
+		for _, shared := range []bool{false, true} {
+			suffix := map[bool]string{true: "_shared"}[shared]
+			query, args := test.of(named("a", 42), shared)
+			if want := fmt.Sprintf(test.query, suffix, "$1"); query != want || !slices.Equal(args, []int64{42}) {
+				t.Errorf("%s with %v, want %s with 42", query, args, want)
+			}
+			query, args = test.of(pair(-7, 42), shared)
+			if want := fmt.Sprintf(test.query, suffix, "$1, $2"); query != want || !slices.Equal(args, []int64{-7, 42}) {
+				t.Errorf("%s with %v, want %s with -7 and 42", query, args, want)
+			}
+		}
+	}
 }
 
 func TestStatementsOfATransaction(t *testing.T) {

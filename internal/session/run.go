@@ -278,14 +278,19 @@ func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query s
 	if deadline, ok := ctx.Deadline(); ok {
 		inner, stop = context.WithDeadlineCause(inner, deadline, pgsql.NoAnswer{After: Grace})
 	}
-	var rows int64 // the statement's until it has returned
+	var rows int64
 	done := spawn(func() error {
 		defer s.give()
 		defer stop()
-		return s.run(inner, bound, len(query), func(ctx context.Context) (err error) {
-			rows, err = s.send(ctx, query, nil, unwrap)
+		var n int64 // the statement's until it has returned: it may outlive run
+		err := s.run(inner, bound, len(query), func(ctx context.Context) (err error) {
+			n, err = s.send(ctx, query, nil, unwrap)
 			return err
 		})
+		if err == nil {
+			rows = n
+		}
+		return err
 	})
 	select {
 	case o := <-done:

@@ -196,6 +196,7 @@ func (s *Session) HandBack() {
 }
 
 func (s *Session) end() {
+	s.guard.stop()
 	if s.OnEnd != nil {
 		s.OnEnd()
 	}
