@@ -78,6 +78,7 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 		hint, err = f.Hint, f.Cause
 	}
 	e := &lockError{op: "acquire", key: keyList(keys)}
+	var deadlock manager.Deadlock
 	switch {
 	case errors.Is(err, session.ErrRefused):
 		e.msg = "not acquired: " + err.Error()
@@ -88,9 +89,9 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 	case ctx.Err() != nil:
 		e.msg = "not acquired: " + context.Cause(ctx).Error()
 		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx), err}
-	case errors.As(err, new(manager.Deadlock)):
-		e.msg = err.Error()
-		e.errs = []error{ErrDeadlock}
+	case errors.As(err, &deadlock):
+		e.msg = deadlock.Error()
+		e.errs = []error{ErrDeadlock, deadlock}
 	case errors.Is(err, session.ErrHeld):
 		e.msg = err.Error()
 		e.errs = []error{ErrReentrant}

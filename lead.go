@@ -3,10 +3,12 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"time"
 
+	"github.com/pgadvisory/advisory/internal/manager"
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
@@ -34,8 +36,8 @@ const (
 // When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
 // a planned step-down. So fn should try again by itself what fails because the database is away
 // for a moment. Lead also returns when ctx ends before fn has run, with an error
-// that matches ctx's and the last of the database, if that is why fn has not run; if the db is closed, and, with [ErrReentrant], if ctx carries the key
-// already.
+// that matches ctx's and the last of the database, if that is why fn has not run; if the db is closed; with [ErrReentrant], if ctx carries the key
+// already; and with [ErrDeadlock], if others who have the lock wait for one that ctx carries.
 //
 // Before fn runs, the server is asked whether it is a primary. A leader on a standby would lead
 // beside that of the primary.
@@ -78,7 +80,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 			}
 		case ctx.Err() != nil && time.Since(began) < leadPauseMax:
 			return join(err, failed)
-		case ctx.Err() != nil || pgsql.PoolClosed(err):
+		case ctx.Err() != nil || pgsql.PoolClosed(err) || errors.As(err, new(manager.Deadlock)):
 			return err
 		default:
 			if failed == nil || failed.Error() != err.Error() || time.Since(told) > leadTellAgain {

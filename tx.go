@@ -151,7 +151,7 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	w := callersWait(ctx, &cfg, keys)
 	defer w.Done()
-	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Stuck); err != nil {
+	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Waiting); err != nil {
 		// No question for the message: one that takes long would cost the caller's transaction.
 		err = acquireError(ctx, keys, &cfg, withCause(w.Ctx, err))
 	}

@@ -44,6 +44,13 @@ func (h *Holder) lose(cause error) {
 	}
 }
 
+// Lost tells whether a lock has been lost.
+func (h *Holder) Lost() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.lost != nil
+}
+
 // TakeLoss returns why a lock has been lost before Begin, if one has, and forgets it.
 func (h *Holder) TakeLoss() error {
 	h.mu.Lock()

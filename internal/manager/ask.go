@@ -21,9 +21,7 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 		c, sent, err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
 			a.waited = true
-			if err := a.stick(); err != nil {
-				return nil, err
-			}
+			a.stick()
 			c, sent, err = a.wait(q)
 		}
 		if err == nil {
@@ -35,9 +33,7 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 		if a.yielded {
 			pause = session.PauseMax // it is others' turn
 		}
-		if len(a.holds) > 0 && !a.pool.Exhausted() {
-			a.m.detect(a.pool.Waits)
-		}
+		a.search()
 		a.m.poll(1)
 		session.Sleep(a.ctx, a.m.untilTick(pause))
 		a.m.poll(-1)

@@ -30,7 +30,8 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	a.waited = true
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
-	err := a.stick()
+	a.stick()
+	var err error
 	for err == nil {
 		select {
 		case t := <-w.Turns:
@@ -40,6 +41,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 			err = context.Cause(a.ctx)
 		case <-glance.C:
 			err = a.pool.Closed()
+			a.stick()
 		}
 	}
 	m := a.m

@@ -207,10 +207,12 @@ WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
 	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
 ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
-// Waits selects the statements that wait for a lock and begin with a comment of ours.
+// Waits selects the statements that begin with a comment of ours, and are under way, or were a moment
+// ago: a wait is not seen to have a gap between two of its statements, which grows with the load.
 const Waits = `SELECT pid, COALESCE(application_name, ''), query FROM pg_catalog.pg_stat_activity
-WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND state OPERATOR(pg_catalog.=) 'active'
-	AND pg_catalog.starts_with(query, '/* advisory: ')`
+WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND pg_catalog.starts_with(query, '/* advisory: ')
+	AND (state OPERATOR(pg_catalog.=) 'active'
+		OR state_change OPERATOR(pg_catalog.>) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) '250 ms'::pg_catalog.interval))`
 
 // inThisDatabase goes with a condition on pg_locks that would be true in others, too.
 const inThisDatabase = " AND database OPERATOR(pg_catalog.=)" +

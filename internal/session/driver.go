@@ -1,13 +1,16 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"reflect"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -51,6 +54,40 @@ func execOn(ctx context.Context, dc any, query string, args ...int64) (int64, er
 
 func noExec(dc any) error {
 	return fmt.Errorf("the driver's connection, a %T, does not execute statements without preparing them (driver.ExecerContext)", dc)
+}
+
+// waitsOn executes pgsql.Waits on a driver's connection: database/sql's Query would close a dead
+// connection, and wait for its transaction first, for ever.
+func waitsOn(ctx context.Context, dc any) (all []Statement, err error) {
+	queryer, ok := dc.(driver.QueryerContext)
+	if !ok {
+		return nil, noExec(dc)
+	}
+	rows, err := queryer.QueryContext(ctx, pgsql.Waits, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = cmp.Or(err, rows.Close()) }()
+	for {
+		var row [3]driver.Value
+		if err := rows.Next(row[:]); err == io.EOF {
+			return all, nil
+		} else if err != nil {
+			return nil, err
+		}
+		var text [3]string
+		for i, v := range row {
+			if b, ok := v.([]byte); ok {
+				v = string(b)
+			}
+			text[i] = fmt.Sprint(v)
+		}
+		pid, err := strconv.Atoi(text[0])
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, Statement{PID: pid, ApplicationName: text[1], Query: text[2]})
+	}
 }
 
 func rowsAffected(result driver.Result, err error) (int64, error) {

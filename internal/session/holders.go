@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -102,23 +103,16 @@ type Statement struct {
 	Query           string
 }
 
-// Waits returns the statements that wait for locks in the session's database.
-func (s *Session) Waits() ([]Statement, error) {
-	var all []Statement
-	err := s.Do(context.Background(), Grace, func(ctx context.Context) error {
-		rows, err := s.conn.QueryContext(ctx, pgsql.Waits)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var w Statement
-			if err := rows.Scan(&w.PID, &w.ApplicationName, &w.Query); err != nil {
-				return err
-			}
-			all = append(all, w)
-		}
-		return rows.Err()
+// Waits returns the statements that wait for locks in the session's database. It returns at most Grace
+// and abandonAfter past the end of ctx.
+func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
+	var all []Statement // the statement's until it has returned
+	err := s.Do(ctx, AnswerBound, func(ctx context.Context) (err error) {
+		rawErr := raw(s.conn, func(dc any) error {
+			all, err = waitsOn(ctx, unwrap(dc))
+			return nil
+		})
+		return cmp.Or(rawErr, err)
 	})
 	if err != nil {
 		return nil, err
@@ -127,19 +121,23 @@ func (s *Session) Waits() ([]Statement, error) {
 }
 
 // Waits is Session.Waits, on a connection of the pool.
-func (p *Pool) Waits() ([]Statement, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), Grace)
+func (p *Pool) Waits(ctx context.Context) (all []Statement, err error) {
+	soon, cancel := context.WithTimeout(ctx, Grace)
 	defer cancel()
-	s, err := p.Open(ctx, silent, ForLocks)
+	s, err := p.Open(soon, silent, ForLocks)
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.Waits()
-	if err != nil && pgsql.State(err) == "" {
-		s.Discard()
-	} else {
-		s.HandBack()
-	}
+	known := false
+	defer func() {
+		if known {
+			s.HandBack()
+		} else { // also if the driver panics
+			s.Discard()
+		}
+	}()
+	all, err = s.Waits(ctx)
+	known = err == nil || pgsql.State(err) != ""
 	return all, err
 }
 

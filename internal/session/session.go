@@ -38,11 +38,11 @@ const (
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 type Session struct {
 	Shared bool // the lock is shared
-	// Comment begins a statement that waits; nil: the key does. Stuck is called when a wait begins, and
-	// its error ends the wait; Between is called between two slices. Both may be nil.
+
+	// Comment begins a statement that waits; nil: the key does. Waiting is called when a wait begins, and
+	// again and again while it lasts; it may be nil, or end the wait's ctx.
 	Comment func() string
-	Stuck   func() error
-	Between func()
+	Waiting func()
 
 	Yield   func() bool // tells whether a wait yields to others; nil: it does not
 	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
