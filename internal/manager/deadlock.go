@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -39,9 +40,10 @@ type stuck struct {
 	seen  time.Time
 }
 
-// stick is called when the acquisition begins to wait, and again and again while it does. It ends the
-// acquisition if the wait is part of a cycle in this process.
+// stick is called when the acquisition begins to wait, because another has the lock, and again and again
+// while it does. It ends the acquisition if the wait is part of a cycle in this process.
 func (a *acquisition) stick() {
+	a.waited = true
 	if len(a.holds) == 0 || a.stuck != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
 	}
@@ -242,6 +244,7 @@ func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
 
 // Waiting is called again and again by a wait that tries.
 func (c *Callers) Waiting() {
+	c.stick()
 	if len(c.holds) > 0 {
 		c.search()
 	}
@@ -249,9 +252,21 @@ func (c *Callers) Waiting() {
 
 // Equip has a session wait for the lock.
 func (c *Callers) Equip(s *session.Session) {
-	if c.tries = false; len(c.holds) > 0 {
+	c.tries = false
+	s.Waiting = c.stick
+	if len(c.holds) > 0 {
 		c.equip(s)
 	}
+}
+
+// Failure returns the error of the wait. Nobody asks who holds the lock: a question that takes long
+// would cost the caller's session or transaction.
+func (c *Callers) Failure(err error) error {
+	if cause := ended(c.ctx); cause != nil && !errors.Is(err, cause) {
+		err = errors.Join(cause, err)
+	}
+	held := errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrTimeout) && c.waited
+	return &Failure{Cause: err, Held: held}
 }
 
 // Done ends the wait.
