@@ -18,7 +18,7 @@
 //     the caller's; [NewSessionLocker] is for goose.
 //
 // Those that are given a function release the lock when that ends, also by a panic or
-// runtime.Goexit. What Acquire and AcquireConn took, the caller releases, with [Lock.Release]
+// runtime.Goexit; with [AtLeast], perhaps later. What Acquire and AcquireConn took, the caller releases, with [Lock.Release]
 // and ReleaseConn, and what AcquireTx took, the end of the transaction.
 //
 // Locks of the same [Key] exclude each other, but for [Shared] ones, in one database of one
@@ -194,7 +194,7 @@ import (
 // If fn panics or calls runtime.Goexit, the lock is released, and that goes on its way.
 //
 // fn must not hold on to its ctx, which ends with it. It takes the options Shared,
-// NoWait, Timeout, Heartbeat, HolderTimeout, Logger and Observe. WithLock is safe to
+// NoWait, Timeout, AtLeast, Heartbeat, HolderTimeout, Logger and Observe. WithLock is safe to
 // call from several goroutines.
 func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	return new(hold).with(ctx, "WithLock", db, []Key{key}, fn, opts)
@@ -257,7 +257,8 @@ func (l *Lock) Token(ctx context.Context) (int64, error) {
 }
 
 // Release releases the lock. It ends Context first, takes some ten seconds at most even
-// if the server is out of reach, and may be called again, with the same result.
+// if the server is out of reach, and may be called again, with the same result. With [AtLeast],
+// the lock may stay for some time.
 //
 // A nil error means that the lock was held until now. Otherwise the error matches
 // [ErrLost]. In either case the lock is not held any more, as far as this process

@@ -32,7 +32,8 @@ type Observer struct {
 	// the session, is HoldEnd's alone.
 	Lost func(ctx context.Context, info LockInfo, err error)
 
-	// HoldEnd is called after the release, with how long that is since the grant. err is that
+	// HoldEnd is called after the release, with how long that is since the grant; with AtLeast, that may
+	// be after the function has returned. err is that
 	// of the release, or the commit: it matches ErrLost if it cannot be shown that the
 	// lock was held to the end.
 	HoldEnd func(ctx context.Context, info LockInfo, held time.Duration, err error)
