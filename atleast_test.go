@@ -44,7 +44,7 @@ func TestALockStaysForAtLeast(t *testing.T) {
 					}
 					wantTook(t, began, works, works)
 					for _, db := range dbs {
-						wantError(t, c.run(t.Context(), db, key, neverRuns(t), NoWait()), ErrNotAcquired)
+						wantError(t, c.run(t.Context(), db, key, neverRuns(t), NoWait()), ErrHeld)
 					}
 					wantError(t, c.run(t.Context(), waits, key, func(context.Context) error {
 						wantTook(t, began, d, d)
