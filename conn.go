@@ -60,7 +60,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // and one ReleaseConn would leave one behind. To see that, it reads pg_locks, as ReleaseConn does.
 //
 // It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that matches
-// [ErrReentrant] or [ErrNotAcquired], or in a transaction, conn is as it was before. If ctx ends
+// [ErrReentrant] or [ErrNotAcquired], or a deadlock that this package has found, or in a transaction, conn is as it was before. If ctx ends
 // during the wait, AcquireConn returns when the statement under way has ended, within 400 ms; if
 // the server does not answer then, conn is closed. After any other error, the state of the session
 // would be in doubt, and conn has been closed for good.

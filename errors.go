@@ -36,17 +36,25 @@ var (
 
 	// ErrDeadlock: the wait was part of a deadlock, and has ended. The lock is not held.
 	//
-	// A wait whose ctx carries held locks, because it is the one that a function or a [Lock] of this
-	// package has given out, is an edge from these locks to the wanted one. A cycle of such waits in one
-	// process, through one *sql.DB, is found when its last wait begins. A cycle between processes is
-	// found within some three seconds, and ends its youngest wait: waits tell of each other in the
-	// comments of their statements, and once a second ask for those of the same role (pg_stat_activity;
-	// a role with pg_read_all_stats sees those of others, too). Waits that try with pauses (AcquireTx, a
-	// pool that has no connection to spare, a server without PL/pgSQL) are found in their own process
-	// alone. A wait that holds nothing costs nothing.
+	// A wait is part of the search if its ctx is the one that a function or a [Lock] of this package has
+	// given out: such a ctx carries the locks that its caller holds. A deadlock of waits in one process,
+	// through one *sql.DB, is found when the last of them begins, or within two seconds if one of them
+	// is for a shared lock. A deadlock between processes is found within some three seconds, and ends
+	// the wait that began last. Waits tell of each other in the comments of their statements, and read
+	// these once a second in pg_stat_activity. A wait whose caller holds nothing costs nothing.
+	//
+	// Not found is a deadlock
+	//   - of processes that connect as different roles, unless these are members of pg_read_all_stats;
+	//   - of callers that do not pass on the ctx that they were given, or that hold a lock by
+	//     [AcquireConn] or [AcquireTx], which give out none;
+	//   - with locks of other programs, or that are taken by SQL;
+	//   - between processes, if two of the waits try with pauses: those of AcquireTx, of a
+	//     pool that has no connection to spare, and on a server without PL/pgSQL;
+	//   - between processes, while other holders in its own process keep a wait in the queue there.
 	//
 	// A function that waits on another goroutine with its ctx, and itself goes on to return, is the
-	// exception: its wait may be ended though its return would have freed the lock.
+	// exception: a wait may be ended though that return would have freed the lock. AcquireConn and
+	// AcquireTx take it that conn and tx are of the database of the locks that ctx carries.
 	//
 	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too, and so is the end of an AcquireTx
 	// whose transaction the holder is found to wait for.
