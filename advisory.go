@@ -13,7 +13,7 @@
 //   - [WithTxLock] is for work that is one transaction in the same database: lock and work
 //     commit together, and no pooler is in the way.
 //   - [WithConnLock] is for migrations and other work on one session.
-//   - [Lead] runs a function on one of many processes, for as long as they live.
+//   - [Lead] runs a function on one of many processes, until it returns.
 //   - [AcquireTx], [AcquireConn] and [ReleaseConn] are for a transaction and a connection of
 //     the caller's; [NewSessionLocker] is for goose.
 //
@@ -23,15 +23,16 @@
 //
 // Locks of the same [Key] exclude each other, but for [Shared] ones, in one database of one
 // server, whichever of the functions takes them; so do those of other programs that call
-// PostgreSQL's own functions with [Key.SQL]. Keys are made by [Name], [ID] and [Pair].
+// PostgreSQL's own functions with [Key.SQL]. Keys are made by [Name], [ID], [Pair] and [HashText].
 //
 // # What a nil error means
 //
 // The function has run and returned nil, and the lock was held from before it began until
 // after it ended: the server has said so on the release. Any other error matches, with
 // [errors.Is], one of [ErrNotAcquired], [ErrLost], [ErrReentrant] and [ErrDeadlock], or is that
-// of the function, the driver or the context. Those that this package makes name the operation
-// and the key.
+// of the function, the driver or the context. A kind of ErrNotAcquired is [ErrHeld]: another holds
+// the lock. Those that this package makes are each an [*Error], with the operation and the keys. That
+// of the function is returned as it is; if the lock was lost, joined with the error that says so.
 //
 // # One session carries many locks
 //
@@ -132,6 +133,8 @@
 // thousand callers wait, and still has a connection. A pool of fewer than 4 has none to spare for
 // the server's queue: those who call the first four functions try again and again. A pool of 1 is
 // enough if fn does not use it; a fn that does waits for a connection that is not free before it returns.
+// The Logger is warned of that, and if a wait for that connection may be why fn fails with the error of
+// a context, an error that says so is joined to it.
 //
 // # Drivers
 //
@@ -185,8 +188,8 @@ import (
 // joined with fn's own, even if fn did not look. fn is not stopped otherwise; for
 // writes that must not happen late, see [Token] and [WithTxLock].
 //
-// If the lock is not acquired, fn does not run, and the error matches
-// [ErrNotAcquired] (NoWait, Timeout, end of ctx), [ErrReentrant] (ctx is one that a
+// If the lock is not acquired, fn does not run, and the error matches [ErrHeld] (NoWait,
+// Timeout), [ErrNotAcquired] and ctx's error (end of ctx), [ErrReentrant] (ctx is one that a
 // function holding the lock was given), [ErrDeadlock], or the driver's error. The
 // waiting outlives a restart or failover of the server; a server that cannot be
 // reached at first is an error at once.

@@ -26,6 +26,14 @@ const (
 // The others stand by in the server's queue; when the leader's lock is free, one of them
 // leads within a hand-off, not a poll.
 //
+// # fn's return ends Lead
+//
+// A fn that leads for as long as its process lives loops until its ctx ends: see the example. When fn
+// returns by itself, Lead releases the lock and returns fn's error, or nil: a planned step-down. So fn
+// should try again by itself what fails because the database is away for a moment.
+//
+// # What ends the ctx of fn
+//
 // Lead campaigns until ctx ends. If the lock is lost, the ctx that fn was given ends,
 // with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
 // in one process, fn never runs twice at a time. If fn goes on after a loss, Lead waits for it
@@ -33,11 +41,16 @@ const (
 // beginning and its end, and lasts as long as it lasts. Other errors of the database are reported when they are new, and
 // once a minute, and retried after pauses that grow to 5 s; so is a lock that was lost within 5 s.
 //
-// When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
-// a planned step-down. So fn should try again by itself what fails because the database is away
-// for a moment. Lead also returns when ctx ends before fn has run, with an error
-// that matches ctx's and the last of the database, if that is why fn has not run; if the db is closed; with [ErrReentrant], if ctx carries the key
-// already; and with [ErrDeadlock], if others who have the lock wait for one that ctx carries.
+// If ctx ends while fn runs, Lead returns fn's error. If it ends before fn has run, the error of Lead
+// matches ctx's, and the last of the database, if that is why fn has not run. So in either case, a program
+// that shuts down looks at ctx, and not at the error. Lead also returns if the db is closed; with
+// [ErrReentrant], if ctx carries the key already; and with [ErrDeadlock], if others who have the lock wait
+// for one that ctx carries.
+//
+// # Who leads
+//
+// An [Observer] tells: HoldStart is called before fn begins, and HoldEnd after it has returned and the
+// lock is released.
 //
 // Before fn runs, the server is asked whether it is a primary. A leader on a standby would lead
 // beside that of the primary.

@@ -19,7 +19,7 @@ type Observer struct {
 	AcquireStart func(context.Context, LockInfo) context.Context
 
 	// AcquireEnd is called with how long the acquisition took, and its error: one that
-	// matches ErrNotAcquired where the lock was refused or the wait was over.
+	// matches ErrHeld where another holds the lock, and ErrNotAcquired where ctx has ended.
 	AcquireEnd func(ctx context.Context, info LockInfo, took time.Duration, err error)
 
 	// HoldStart is called when the lock is held, except by AcquireConn and AcquireTx,

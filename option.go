@@ -34,7 +34,7 @@ func Shared() Option {
 	return func(c *config) { c.given |= optShared; c.shared = true }
 }
 
-// NoWait gives up at once, with [ErrNotAcquired], if another holds the lock. The
+// NoWait gives up at once, with [ErrHeld], if another holds the lock. The
 // default is to wait until ctx ends. NoWait and [Timeout] exclude each other.
 //
 // If another caller in this process holds the lock through the same *sql.DB, or asks for it,
@@ -47,7 +47,8 @@ func NoWait() Option {
 	return func(c *config) { c.given |= optNoWait; c.noWait = true }
 }
 
-// Timeout gives up after d, with [ErrNotAcquired]. Everything counts: the wait for a pooled
+// Timeout gives up after d, with [ErrHeld], or with [ErrNotAcquired] if it is not known whether
+// another holds the lock. Everything counts: the wait for a pooled
 // connection, BEGIN, an outage. d must be positive. The default is to wait until ctx ends.
 //
 // It is at most a second late, if the server does not answer, say. The error names who holds the lock, if one
@@ -115,7 +116,8 @@ func TxOptions(o *sql.TxOptions) Option {
 }
 
 // Logger sets where to report what cannot be returned as an error: a server that waits cannot reach, and
-// that it is back; a session lost while waiting and replaced; a release that failed while fn panicked; a [Lock]
+// that it is back; a session lost while waiting and replaced; a pool that
+// is too small for fn; a release that failed while fn panicked; a [Lock]
 // that was never released. The default, and nil, is silent, but for [Lead], where it is [slog.Default].
 func Logger(l *slog.Logger) Option {
 	return func(c *config) { c.given |= optLogger; c.logger = l }
