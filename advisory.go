@@ -158,7 +158,7 @@
 // # Looking at locks
 //
 // [Holders] tells who holds a lock and who waits for it, and how to do the same in psql, and to
-// break a lock by hand. The message of a Timeout names the holder. [Observe] reports how long
+// break a lock by hand. [Locks] does so for every advisory lock of the database. The message of a Timeout names the holder. [Observe] reports how long
 // acquisitions wait and locks are held, and each loss; the module
 // github.com/pgadvisory/advisory/otel makes OpenTelemetry's metrics and spans of it. [Logger]
 // has what cannot be returned as an error.

@@ -289,6 +289,9 @@ func (p *hostilePool) takeFree(ctx context.Context, w way, key advisory.Key) err
 		if err == nil && (len(holders) == 0 || !holders[0].Granted) {
 			err = fmt.Errorf("Holders: %v", holders)
 		}
+		if err == nil {
+			_, err = advisory.Locks(ctx, q.(advisory.Querier))
+		}
 		if w.opens && err == nil {
 			_, err = advisory.Token(ctx)
 		}

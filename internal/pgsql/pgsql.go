@@ -195,17 +195,26 @@ const Token = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text" +
 	" OPERATOR(pg_catalog.=) 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
 
 // Holders selects who holds a lock and who waits for it. Its arguments are Key.Columns.
-const Holders = `SELECT COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
+const Holders = "SELECT " + ofLocks + `
+	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
+	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
+	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4` + ofLocksOrder
+
+// Locks is Holders of all advisory locks of the database. The columns of the key, for KeyOf, come first.
+const Locks = "SELECT l.classid::pg_catalog.int8, l.objid::pg_catalog.int8, l.objsubid, " + ofLocks + ofLocksOrder
+
+const (
+	ofLocks = `COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
 	COALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),
 	CASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,
 	a.backend_start, l.waitstart
 FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid
 WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
-	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
-	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
-	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4
-	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
+	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())`
+
+	ofLocksOrder = `
 ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
+)
 
 // Waits selects the statements that begin with a comment of ours, and are under way, or were a moment
 // ago: a wait is not seen to have a gap between two of its statements, which grows with the load.
