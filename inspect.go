@@ -95,7 +95,7 @@ func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 	}
 	names := make(map[pgsql.Key]Key)
 	for _, l := range found {
-		for _, name := range pgsql.Names(l.Query) {
+		for _, name := range pgsql.NamesIn(l.Query) {
 			k := Name(name)
 			names[k.key.Lock()] = k
 		}

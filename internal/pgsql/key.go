@@ -204,9 +204,9 @@ func Comment(keys []Key) string {
 
 const commentBegins = "/* advisory: "
 
-// Names returns what may be names of keys in the Comment that a statement begins with: it may also be
+// NamesIn returns what may be names of keys in the Comment that a statement begins with: it may also be
 // a number, or a part of a name.
-func Names(statement string) (names []string) {
+func NamesIn(statement string) (names []string) {
 	rest, more := strings.CutPrefix(statement, commentBegins)
 	for more {
 		end := strings.IndexAny(rest, ", ")

@@ -256,7 +256,7 @@ func TestTheNamesInAComment(t *testing.T) {
 		{"SELECT '/* advisory: no */'", nil},
 		{"", nil},
 	} {
-		if diff := cmp.Diff(test.want, pgsql.Names(test.statement)); diff != "" {
+		if diff := cmp.Diff(test.want, pgsql.NamesIn(test.statement)); diff != "" {
 			t.Errorf("%q (-want +got):\n%s", test.statement, diff)
 		}
 	}
@@ -283,7 +283,7 @@ func FuzzName(f *testing.F) {
 		if strings.Trim(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~%") != "" {
 			t.Fatalf("the comment of %q has %q in it", name, text)
 		}
-		if names := pgsql.Names(comment([]pgsql.Key{k})); len(names) != 1 || !strings.HasPrefix(name, names[0]) || len(text) < 62 && names[0] != name {
+		if names := pgsql.NamesIn(comment([]pgsql.Key{k})); len(names) != 1 || !strings.HasPrefix(name, names[0]) || len(text) < 62 && names[0] != name {
 			t.Fatalf("the comment of %q tells %q", name, names)
 		}
 	})
