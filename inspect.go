@@ -91,7 +91,7 @@ func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 	}
 	found, err := session.Locks(ctx, q)
 	if err != nil {
-		return nil, &lockError{op: "look up locks", msg: pgsql.Explain(err), errs: []error{err}}
+		return nil, &Error{Op: "look up locks", msg: pgsql.Explain(err), errs: []error{err}}
 	}
 	names := make(map[pgsql.Key]Key)
 	for _, l := range found {
