@@ -163,7 +163,7 @@ func TestASharedLockStays(t *testing.T) {
 		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Shared(), AtLeast(time.Minute)))
 		for _, db := range dbs {
 			wantError(t, WithLock(t.Context(), db, key, nothing, Shared(), NoWait()))
-			wantError(t, WithLock(t.Context(), db, key, neverRuns(t), NoWait()), ErrNotAcquired)
+			wantError(t, WithLock(t.Context(), db, key, neverRuns(t), NoWait()), ErrHeld)
 		}
 		wantTook(t, began, 0, 0)
 		wantError(t, WithLock(t.Context(), dbs[0], key, nothing))
@@ -271,7 +271,7 @@ func TestOneOfSeveralLocksIsLostWhileTheyStay(t *testing.T) {
 		p.kill(backendID{srvs[0], 2})
 		time.Sleep(10 * time.Second)
 		wantError(t, WithLock(t.Context(), dbs[1], first, nothing, NoWait()))
-		wantError(t, WithLock(t.Context(), dbs[1], second, neverRuns(t), NoWait()), ErrNotAcquired)
+		wantError(t, WithLock(t.Context(), dbs[1], second, neverRuns(t), NoWait()), ErrHeld)
 		wantError(t, WithLock(t.Context(), dbs[1], second, nothing))
 		wantTook(t, began, 61*time.Second, 61*time.Second)
 		time.Sleep(time.Second)
@@ -292,7 +292,7 @@ func TestAPoolIsClosedWhileALockStays(t *testing.T) {
 		began := time.Now()
 		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, AtLeast(time.Minute), log.option()))
 		wantError(t, dbs[0].Close())
-		wantError(t, WithLock(t.Context(), dbs[1], key, neverRuns(t), NoWait()), ErrNotAcquired)
+		wantError(t, WithLock(t.Context(), dbs[1], key, neverRuns(t), NoWait()), ErrHeld)
 		wantError(t, WithLock(t.Context(), dbs[1], key, nothing))
 		wantTook(t, began, time.Minute, time.Minute)
 		time.Sleep(time.Second)
