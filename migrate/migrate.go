@@ -15,21 +15,22 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"os"
 
 	"github.com/golang-migrate/migrate/v4"
 
 	"github.com/pgadvisory/advisory"
 )
 
-// Up applies the migrations that are missing, in one process at a time: it calls open under the lock
-// of key, then Up and Close of what that returns. That there is nothing to do is no error. It takes the
-// options of [advisory.WithLock], and has its errors, migrate's, and open's.
+// Up applies the migrations that are missing, in one process at a time. Under the lock of key, it calls
+// open, applies the migrations of what that returns, and closes it. That there is nothing to do is no
+// error. It takes the options of [advisory.WithLock], and has its errors, migrate's, and open's.
 //
 // open must open a database of its own, as migrate.New does from a URL, because migrate's Close closes the
-// pool that it works on, and db may be in use for more. db is for the lock.
+// pool that it works on. db is for the lock.
 //
-// migrate takes no ctx. If ctx ends, or the lock is lost, Up has migrate stop after the migration that it
-// is at, and returns the cause. migrate's own lock keeps others out until then.
+// A migration takes no ctx. If ctx ends, or the lock is lost, Up returns the cause after the migration that
+// is under way. Until then, migrate's own lock keeps others out.
 func Up(ctx context.Context, db *sql.DB, key advisory.Key, open func() (*migrate.Migrate, error), opts ...advisory.Option) error {
 	return advisory.WithLock(ctx, db, key, func(ctx context.Context) (err error) {
 		m, err := open()
@@ -40,19 +41,23 @@ func Up(ctx context.Context, db *sql.DB, key advisory.Key, open func() (*migrate
 			source, database := m.Close()
 			err = errors.Join(err, source, database)
 		}()
-		defer context.AfterFunc(ctx, func() {
-			select {
-			case m.GracefulStop <- true:
-			default: // somebody else has stopped it
-			}
-		})()
-		err = m.Up()
-		switch {
-		case errors.Is(err, migrate.ErrNoChange):
-			err = nil
-		case err == nil:
-			err = context.Cause(ctx) // it may have stopped before the last one
-		}
-		return err
+		return eachStep(ctx, m)
 	}, opts...)
+}
+
+// eachStep applies the missing migrations one by one, until ctx ends. (Migrate.GracefulStop is read by two
+// goroutines of migrate's without a mutex.)
+func eachStep(ctx context.Context, m *migrate.Migrate) error {
+	for ctx.Err() == nil {
+		err := m.Steps(1)
+		if errors.Is(err, os.ErrNotExist) { // there are no more, or those that are applied are not among them
+			if err = m.Up(); errors.Is(err, migrate.ErrNoChange) {
+				return nil
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return context.Cause(ctx)
 }

@@ -13,7 +13,6 @@ import (
 	"sync"
 	"testing"
 	"testing/fstest"
-	"time"
 
 	"github.com/golang-migrate/migrate/v4"
 	"github.com/golang-migrate/migrate/v4/database/stub"
@@ -157,20 +156,8 @@ func TestTheEndOfCtxStopsUpBetweenMigrations(t *testing.T) {
 	var s server
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("shutting down")
-	d, open := s.opens(nil)
-	err := advisorymigrate.Up(ctx, s.pool(t), key, func() (*migrate.Migrate, error) {
-		m, err := open()
-		if err == nil {
-			d.runs = func() error {
-				cancel(why)
-				for len(m.GracefulStop) == 0 { // the signal is sent on a goroutine of its own
-					time.Sleep(time.Millisecond)
-				}
-				return nil
-			}
-		}
-		return m, err
-	})
+	d, open := s.opens(func() error { cancel(why); return nil })
+	err := advisorymigrate.Up(ctx, s.pool(t), key, open)
 	if !errors.Is(err, why) || d.CurrentVersion != 1 || d.IsDirty {
 		t.Errorf("version %d, dirty: %t; error %v, want %v", d.CurrentVersion, d.IsDirty, err, why)
 	}
