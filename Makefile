@@ -51,6 +51,7 @@ lint: ## what the field's linters say; nothing is changed
 	find . \( -path ./otel -o -path ./integration \) -prune -o -name '*.go' ! -name '*_test.go' \
 		-exec awk 'FNR == 401 { print FILENAME " has more than 400 lines" }' {} +); \
 	test -z "$$long" || { echo "too long:"; echo "$$long"; exit 1; }
+	@.ci/documents
 	for m in $(MODULES); do (cd $$m && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...) || exit 1; done
 	$(GO) run $(GOCOGNIT) $(COGNITFLAGS) -over 20 .
 	for m in $(filter-out .,$(MODULES)); do (cd $$m && $(GO) run $(GOCOGNIT) $(COGNITFLAGS) -over 25 .) || exit 1; done

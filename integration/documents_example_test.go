@@ -9,7 +9,7 @@ import (
 	"github.com/pgadvisory/advisory"
 )
 
-// The README's test with a real server.
+// The test with a real server in docs/testing.md.
 func TestTwoPoolsAreTwoProcesses(t *testing.T) {
 	ctx, dsn := t.Context(), inDatabase(t)
 	bothDrivers(t, func(t *testing.T, d driver) {
