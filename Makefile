@@ -13,7 +13,8 @@ RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
 .PHONY: demo test test-matrix bench unit stress cover lint vuln fmt tidy
 
 demo: ## the main job, live
-	cd integration && $(GO) run ./demo
+	@echo "Compiling the demo …"
+	@cd integration && $(GO) run ./demo
 
 test: unit ## everything
 	cd integration && $(GO) test $(RACE) -p 1 -timeout 30m $(TESTFLAGS) ./... # one package at a time: they measure
