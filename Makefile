@@ -27,7 +27,7 @@ VERSIONS ?= 14 15 16 17 18
 bench: ## what a lock costs, against others: BENCHFLAGS="-run OneKey" for less
 	cd integration && $(GO) run ./bench $(BENCHFLAGS)
 
-BENCHFLAGS ?= -out bench
+BENCHFLAGS ?= -out bench -docs ..
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...

@@ -256,3 +256,28 @@ func TestQueriesInDocumentsRun(t *testing.T) {
 		t.Error("no query found")
 	}
 }
+
+// The measurements in the documents are those of the last run of "make bench".
+func TestMeasurementsInDocumentsAreTheResults(t *testing.T) {
+	t.Parallel()
+	results, err := os.ReadFile("bench/results.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := 0
+	for _, doc := range documents(t) {
+		for _, m := range regexp.MustCompile("(?s)<!-- bench:begin -->(.*?)<!-- bench:end -->").FindAllStringSubmatch(doc.text, -1) {
+			for line := range strings.Lines(m[1]) {
+				if strings.HasPrefix(line, "| ") {
+					rows++
+					if !strings.Contains(string(results), "\n"+strings.TrimSuffix(line, "\n")) {
+						t.Errorf("%s: not in results.md: %s", doc.path, line)
+					}
+				}
+			}
+		}
+	}
+	if rows == 0 {
+		t.Error("no row found")
+	}
+}
