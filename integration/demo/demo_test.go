@@ -161,7 +161,7 @@ func (d *demo) testKeepsPromises(t *testing.T) {
 		"kept    Lead: a killed leader is followed at once\n",
 		"webhooks after ",
 		"kept    Lead: a frozen leader is followed after HolderTimeout\n",
-		"HolderTimeout (2.0 s) counts from its last heartbeat, before the freeze\n",
+		"HolderTimeout (2.0 s) counts from its last heartbeat before that\n",
 		"the frozen one knows ",
 		"kept    Lead: every job is done, each piece once\n          400 tokens, 400 webhooks, 200 stock, 300 search\n",
 		"kept    no webhook is taken twice\n          400 of 400 taken\n",

@@ -73,7 +73,7 @@ func (b *board) freezeLeader(ctx context.Context) ([]promise, error) {
 	if follow.numbers, follow.kept, err = b.succession(ctx, led, at, b.s.holderTimeout+time.Second); err != nil {
 		return []promise{follow}, err
 	}
-	follow.numbers += fmt.Sprintf("\nHolderTimeout (%s) counts from its last heartbeat, before the freeze", seconds(b.s.holderTimeout))
+	follow.numbers += fmt.Sprintf("\nHolderTimeout (%s) counts from its last heartbeat before that", seconds(b.s.holderTimeout))
 	thawed := time.Now()
 	thaw(p)
 	knows, err := b.awaitLosses(ctx, victim, led)
