@@ -33,10 +33,10 @@ func TestAcquireConn(t *testing.T) {
 		{"granted after waiting", []reply{refused}, nil, []string{tryCalledQuery, calledWaitQuery}, nil},
 		{"granted after two slices", []reply{refused, refused}, nil, []string{tryCalledQuery, calledWaitQuery, calledWaitQuery}, nil},
 		{"shared, after two slices", []reply{refused, refused}, []Option{Shared()}, []string{sharedTry, sharedWait, sharedWait}, nil},
-		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryCalledQuery}, []any{ErrNotAcquired}},
+		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryCalledQuery}, []any{ErrHeld}},
 		{
 			"Timeout", []reply{refused, refused, refused}, []Option{Timeout(150 * time.Millisecond)},
-			[]string{tryCalledQuery, calledWaitQuery, calledWaitQuery}, []any{ErrNotAcquired, "not acquired within 150ms"},
+			[]string{tryCalledQuery, calledWaitQuery, calledWaitQuery}, []any{ErrHeld, "not acquired within 150ms"},
 		},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryCalledQuery, "close"}, []any{died}},
 		{"the server refuses the try", []reply{fails(pgError("53200"))}, nil, []string{tryCalledQuery, freeQuery, "close"}, []any{pgError("53200")}},

@@ -61,10 +61,10 @@ func TestAcquireTx(t *testing.T) {
 		{"shared", nil, []Option{Shared()}, []string{shared}, nil},
 		{"granted after waiting", []reply{refused, refused}, nil, []string{tryTxQuery, tryTxQuery, tryTxQuery}, nil},
 		{"shared, granted after waiting", []reply{refused}, []Option{Shared()}, []string{shared, shared}, nil},
-		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryTxQuery}, []any{ErrNotAcquired}},
+		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryTxQuery}, []any{ErrHeld}},
 		{
 			"Timeout, with a last try", []reply{refused, refused}, []Option{Timeout(time.Millisecond)},
-			[]string{tryTxQuery, tryTxQuery}, []any{ErrNotAcquired, "not acquired within 1ms"},
+			[]string{tryTxQuery, tryTxQuery}, []any{ErrHeld, "not acquired within 1ms"},
 		},
 		{"the last try is granted", []reply{refused, granted}, []Option{Timeout(time.Millisecond)}, []string{tryTxQuery, tryTxQuery}, nil},
 		{"the try fails", []reply{fails(died)}, nil, []string{tryTxQuery}, []any{died}},
@@ -89,7 +89,7 @@ func TestTheTriesOfAcquireTxArePaced(t *testing.T) {
 		tx, srv := beginTx(t)
 		at := tries(srv)
 		start := time.Now()
-		wantError(t, AcquireTx(t.Context(), tx, key, Timeout(10*time.Second)), ErrNotAcquired, "not acquired within 10s")
+		wantError(t, AcquireTx(t.Context(), tx, key, Timeout(10*time.Second)), ErrHeld, "not acquired within 10s")
 		wantTook(t, start, 10*time.Second, 10*time.Second)
 		most := 5 * time.Millisecond
 		for i := 1; i < len(*at); i++ {

@@ -263,7 +263,12 @@ func (l *Lock) Token(ctx context.Context) (int64, error) {
 // [ErrLost]. In either case the lock is not held any more, as far as this process
 // can see to it: a connection on which the release failed is closed, and the other
 // locks that it carries are lost with it.
+//
+// Release of a nil Lock is an error: a deferred one may be of a Lock that Acquire has not returned.
 func (l *Lock) Release() error {
+	if l == nil {
+		return &Error{Op: "release", msg: "nil Lock: Acquire has failed, and its error says why"}
+	}
 	l.cleanup.Stop()
 	return l.hold.release()
 }

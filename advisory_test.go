@@ -95,7 +95,7 @@ func TestFnDoesNotRunWithoutTheLock(t *testing.T) {
 			db, srv := newServer(t)
 			srv.script = script(when(isTry, refused))
 			err := c.run(t.Context(), db, key, neverRuns(t), NoWait())
-			wantError(t, err, ErrNotAcquired, "acquire bigint 42")
+			wantError(t, err, ErrHeld, "acquire bigint 42")
 			if db.Stats().InUse != 0 || srv.open() != 1 {
 				t.Error("the connection is as good as before, and was not handed back")
 			}
@@ -175,7 +175,7 @@ func TestEveryWayASessionLockCanGo(t *testing.T) {
 		},
 		{
 			"NoWait refused", []reply{refused}, []Option{NoWait()},
-			on(1, "open", tryQuery), []any{ErrNotAcquired},
+			on(1, "open", tryQuery), []any{ErrHeld},
 		},
 		{
 			"the try fails after it was sent", []reply{fails(died)}, nil,

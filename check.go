@@ -52,7 +52,7 @@ func Check(ctx context.Context, db *sql.DB) error {
 		return err
 	}
 	if err := check(ctx, db, &cfg); err != nil {
-		return &lockError{op: "check", msg: pgsql.Explain(err), errs: []error{err}}
+		return &Error{Op: "check", msg: pgsql.Explain(err), errs: []error{err}}
 	}
 	return nil
 }

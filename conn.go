@@ -3,7 +3,6 @@ package advisory
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/manager"
@@ -83,11 +82,10 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 		w.Equip(s)
 		if err = s.Lock(w.Ctx, key.key, cfg.noWait, time.Now()); err != nil {
 			s.GiveUp(w.Ctx, err)
-			err = withCause(w.Ctx, err)
+			err = w.Failure(err)
 		}
 	}
 	if err != nil {
-		// No question for the message: one that takes long would cost conn, with its other locks.
 		err = acquireError(ctx, keys, &cfg, err)
 	}
 	o.acquireEnd(ctx, err)
@@ -99,14 +97,6 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 func callersWait(ctx context.Context, cfg *config, keys []Key) *manager.Callers {
 	db, _ := held(ctx, nil)
 	return manager.NewCallers(ctx, db, cfg.request(ctx, nil, keys))
-}
-
-// withCause returns err, and why ctx has ended, if it has.
-func withCause(ctx context.Context, err error) error {
-	if ctx.Err() == nil || errors.Is(err, context.Cause(ctx)) {
-		return err
-	}
-	return errors.Join(context.Cause(ctx), err)
 }
 
 // ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same

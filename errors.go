@@ -3,6 +3,7 @@ package advisory
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 
 	"github.com/pgadvisory/advisory/internal/manager"
@@ -10,15 +11,19 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// Every error of this package says the operation and the key, and matches, with
-// errors.Is, one of these where it applies, and the error of the driver or the context
-// beneath it.
+// Every error of this package is an [*Error], which says the operation and the key, and matches, with
+// errors.Is, one of these where it applies, and the error of the driver or the context beneath it.
 var (
-	// ErrNotAcquired: the lock was not taken and is not held, because NoWait found
-	// it taken, Timeout was over (then errors.As finds an error whose Timeout method
-	// says so), or the context ended while waiting (then errors.Is finds the context's
-	// error too).
+	// ErrNotAcquired: the lock was not taken and is not held. Another holds it (then the error
+	// matches ErrHeld, too), the context ended while waiting (then errors.Is finds the context's
+	// error), or Timeout was over (then errors.As finds an error whose Timeout method says so).
 	ErrNotAcquired = errors.New("advisory: lock not acquired")
+
+	// ErrHeld: another holds the lock, and NoWait was refused, or Timeout was over. It is a kind of
+	// ErrNotAcquired. The end of a context is never ErrHeld, so that "another does the work" and
+	// "this process shuts down" differ. Neither is a Timeout that was over before the server had
+	// answered, or while it was out of reach.
+	ErrHeld = fmt.Errorf("%w: another holds it", ErrNotAcquired)
 
 	// ErrLost: the lock was acquired, and it cannot be shown that it was held to
 	// the end. The session died, did not answer, or is no longer the one that
@@ -48,64 +53,77 @@ var (
 	ErrDeadlock = errors.New("advisory: deadlock detected")
 )
 
-// A lockError is the error of one operation on one key, or several.
-type lockError struct {
-	op   string // "acquire", "release", "hold"
-	key  string
-	msg  string
-	errs []error // what errors.Is and errors.As find
+// An Error is a failed operation on the locks of keys. Where locks are nested, its Keys tell which
+// of them was refused. What fn returns is not made an Error; it is returned as it is.
+type Error struct {
+	Op     string // "acquire", "hold" (a loss), "release", "commit", "token of", "look up" or "check"
+	Keys   []Key  // all keys of the operation; none for Check
+	Holder string // who holds the lock, for people: "pid 4711", "this process"; "" if that is not known
+
+	msg, hint string
+	errs      []error // what errors.Is and errors.As find
 }
 
-func (e *lockError) Error() string {
+// Error names the operation and the keys first, and the numbers of named keys last.
+func (e *Error) Error() string {
 	var b strings.Builder
-	b.WriteString("advisory: ")
-	b.WriteString(e.op)
-	if e.key != "" {
-		b.WriteByte(' ')
-		b.WriteString(e.key)
+	b.WriteString("advisory: " + e.Op)
+	if len(e.Keys) > 0 {
+		b.WriteString(" " + pgsql.Names(bare(e.Keys)))
 	}
-	b.WriteString(": ")
-	b.WriteString(e.msg)
+	b.WriteString(": " + e.msg)
+	if e.Holder != "" {
+		b.WriteString(": held by " + e.Holder)
+	}
+	if e.hint != "" {
+		b.WriteString(": " + e.hint)
+	}
+	b.WriteString(pgsql.Numbers(bare(e.Keys)))
 	return b.String()
 }
 
-func (e *lockError) Unwrap() []error { return e.errs }
+// Unwrap returns what the error matches.
+func (e *Error) Unwrap() []error { return e.errs }
+
+// An ending is why the context of an acquisition has ended. If that is the error of another
+// acquisition, it does not say that this one was refused, or that its Timeout was over.
+type ending struct{ error }
+
+func (e ending) Is(target error) bool {
+	return target != ErrHeld && target != session.ErrTimeout && errors.Is(e.error, target)
+}
+
+func (e ending) As(target any) bool { return errors.As(e.error, target) }
 
 // acquireError returns the error of a failed acquisition, which err has ended.
 func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error {
-	hint := ""
+	e := &Error{Op: "acquire", Keys: keys}
+	kind := ErrNotAcquired
 	if f := (*manager.Failure)(nil); errors.As(err, &f) {
-		hint, err = f.Hint, f.Cause
+		e.Holder, e.hint, err = f.Holder, f.Hint, f.Cause
+		if f.Held {
+			kind = ErrHeld
+		}
 	}
-	e := &lockError{op: "acquire", key: keyList(keys)}
 	switch {
 	case errors.Is(err, session.ErrRefused):
-		e.msg = "not acquired: " + err.Error()
-		e.errs = []error{ErrNotAcquired}
+		e.msg, e.errs = "not acquired", []error{ErrHeld}
+		if e.Holder == "" {
+			e.msg += ": " + err.Error()
+		}
 	case errors.Is(err, session.ErrTimeout):
-		e.msg = "not acquired within " + cfg.timeout.String()
-		e.errs = []error{ErrNotAcquired, err}
+		e.msg, e.errs = "not acquired within "+cfg.timeout.String(), []error{kind, ending{err}}
 	case ctx.Err() != nil:
-		e.msg = "not acquired: " + context.Cause(ctx).Error()
-		e.errs = []error{ErrNotAcquired, ctx.Err(), context.Cause(ctx), err}
-	case errors.As(err, new(manager.Deadlock)):
-		e.msg = err.Error()
-		e.errs = []error{ErrDeadlock}
+		cause := context.Cause(ctx)
+		e.msg, e.errs = "not acquired: "+cause.Error(), []error{ErrNotAcquired, ctx.Err(), ending{cause}, ending{err}}
+	case errors.As(err, new(manager.Deadlock)), errors.Is(err, session.ErrDeadlock):
+		e.msg, e.errs = err.Error(), []error{ErrDeadlock}
 	case errors.Is(err, session.ErrHeld):
-		e.msg = err.Error()
-		e.errs = []error{ErrReentrant}
-	case errors.Is(err, session.ErrDeadlock):
-		e.msg = err.Error()
-		e.errs = []error{ErrDeadlock}
+		e.msg, e.errs = err.Error(), []error{ErrReentrant}
 	case pgsql.State(err) == pgsql.DeadlockDetected:
-		e.msg = pgsql.Explain(err)
-		e.errs = []error{ErrDeadlock, err}
+		e.msg, e.errs = pgsql.Explain(err), []error{ErrDeadlock, err}
 	default:
-		e.msg = pgsql.Explain(err)
-		e.errs = []error{err}
-	}
-	if hint != "" {
-		e.msg += ": " + hint
+		e.msg, e.errs = pgsql.Explain(err), []error{err}
 	}
 	return e
 }
@@ -116,7 +134,7 @@ func lostError(op string, keys []Key, cause error) error {
 	if errors.Is(cause, session.ErrNotHeld) {
 		errs = errs[:1]
 	}
-	return &lockError{op: op, key: keyList(keys), msg: "lock lost: " + pgsql.Explain(cause), errs: errs}
+	return &Error{Op: op, Keys: keys, msg: "lock lost: " + pgsql.Explain(cause), errs: errs}
 }
 
 // join is errors.Join, but leaves a lone error as it is.

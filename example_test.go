@@ -284,7 +284,7 @@ func ExampleTimeout() {
 	db := takenDB // another program holds the lock
 	_, err := advisory.Acquire(ctx, db, advisory.Name("import"), advisory.Timeout(20*time.Millisecond))
 	fmt.Println(err)
-	// Output: advisory: acquire import (bigint -2791398027664323193): not acquired within 20ms: held by pid 4711 (app "billing", 10.0.0.7)
+	// Output: advisory: acquire import: not acquired within 20ms: held by pid 4711 (app "billing", 10.0.0.7) [bigint -2791398027664323193]
 }
 
 // A loss is noticed after 400 ms at the latest.

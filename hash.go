@@ -8,7 +8,7 @@ import (
 )
 
 // A Key names a lock. PostgreSQL has two key spaces that never collide: one
-// bigint ([ID], [Name]) and two ints ([Pair]). Locks of one key exclude each
+// bigint ([ID], [Name], [HashText]) and two ints ([Pair]). Locks of one key exclude each
 // other within one database of one server (PostgreSQL manual, section
 // "Advisory Locks").
 //
@@ -20,7 +20,7 @@ type Key struct{ key pgsql.Key }
 func ID(id int64) Key { return Key{pgsql.Key{Space: pgsql.Bigint, ID: id}} }
 
 // Pair is a key of the (int, int) key space: pg_advisory_lock(class, object).
-// It never collides with an [ID] or a [Name].
+// It never collides with an [ID], a [Name] or a [HashText].
 func Pair(class, object int32) Key {
 	return Key{pgsql.Key{Space: pgsql.Pair, ID: int64(class)<<32 | int64(uint32(object))}}
 }
@@ -42,6 +42,26 @@ func Name(name string) Key {
 	}
 	sum := sha256.Sum256([]byte(name))
 	return Key{pgsql.Key{Space: pgsql.Bigint, ID: int64(binary.BigEndian.Uint64(sum[:])), Name: name}}
+}
+
+// HashText is the key that other programs lock with
+//
+//	SELECT pg_advisory_lock(hashtext('nightly-report'));
+//
+// It is for work beside such programs. Everywhere else, [Name] is better. PostgreSQL does not document
+// hashtext, nor promise that it stays as it is; it has been the same from version 14 to 18. And it has
+// 32 bits: among a thousand names, two share a key with a chance of 1 in 8,600.
+//
+// It is computed here, as a little-endian server does for the bytes of name in UTF-8. A database of
+// another encoding has the same key for ASCII names alone. On a big-endian server (s390x), all keys
+// differ: there, ask the server, and use [ID].
+//
+// HashText("") is invalid, like the zero Key.
+func HashText(name string) Key {
+	if name == "" {
+		return Key{}
+	}
+	return Key{pgsql.Key{Space: pgsql.Bigint, ID: int64(pgsql.HashText(name)), Name: name}}
 }
 
 // String describes the key for people: the name, if it has one, and what stands

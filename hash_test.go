@@ -45,6 +45,9 @@ func TestKeyAsTextAndAsSQL(t *testing.T) {
 		{Name("two words"), "two words (bigint -6899763801285596333)", "-6899763801285596333"},
 		{Name("a\nb"), `"a\nb" (bigint ` + Name("a\nb").SQL() + ")", Name("a\nb").SQL()},
 		{Name("\xff"), `"\xff" (bigint ` + Name("\xff").SQL() + ")", Name("\xff").SQL()},
+		{HashText("nightly-report"), "nightly-report (bigint 759228614)", "759228614"},
+		{HashText("abc"), "abc (bigint -785388649)", "-785388649"}, // an int4 that is extended by its sign
+		{HashText(""), "invalid key", ""},
 		{Key{}, "invalid key", ""},
 		{Name(""), "invalid key", ""},
 	} {

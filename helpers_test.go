@@ -281,7 +281,10 @@ func wantError(t testing.TB, err error, wants ...any) {
 			t.Fatalf("%T", want)
 		}
 	}
-	for _, sentinel := range []error{ErrNotAcquired, ErrLost, ErrReentrant, ErrDeadlock} {
+	if expected[ErrHeld] {
+		expected[ErrNotAcquired] = true
+	}
+	for _, sentinel := range []error{ErrNotAcquired, ErrHeld, ErrLost, ErrReentrant, ErrDeadlock} {
 		if !expected[sentinel] && errors.Is(err, sentinel) {
 			t.Errorf("error %q matches %q", err, sentinel)
 		}

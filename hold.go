@@ -94,8 +94,18 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 		}
 	}()
 	err = fn(&h.marked)
+	err = join(err, h.starved(err))
 	returned = true
 	return err
+}
+
+// starved returns an error if fn's may be that of a wait for a connection that the lock has.
+func (h *hold) starved(err error) error {
+	ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+	if !ended || errors.As(err, new(*Error)) || h.session != nil || !manager.Starved(h.db) {
+		return nil
+	}
+	return &Error{Op: "hold", Keys: h.keys, msg: "fn cannot get a connection while the lock is held, because the pool is limited to one (SetMaxOpenConns)"}
 }
 
 // release ends the hold, once.
@@ -121,7 +131,7 @@ func (h *hold) release() error {
 func (h *hold) released(err error) {
 	switch {
 	case errors.Is(err, session.ErrLeftOpen), errors.Is(err, session.ErrConnClosed):
-		h.err = &lockError{op: "release", key: keyList(h.keys), msg: err.Error(), errs: []error{err}}
+		h.err = &Error{Op: "release", Keys: h.keys, msg: err.Error(), errs: []error{err}}
 	case err != nil:
 		h.err = lostError("release", h.keys, err)
 	}
@@ -155,7 +165,7 @@ func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
 func (c call) prepare(ctx context.Context, keys []Key, opts []Option) (config, error) {
 	cfg, err := c.check(ctx, "acquire", keys, opts)
 	if err == nil && len(keys) == 0 {
-		err = &lockError{op: "acquire", msg: "no keys"}
+		err = &Error{Op: "acquire", msg: "no keys"}
 	}
 	if err != nil {
 		return cfg, err
@@ -171,10 +181,10 @@ func (c call) check(ctx context.Context, op string, keys []Key, opts []Option) (
 	case c.missing != "":
 		err = errors.New("nil " + c.missing)
 	case slices.ContainsFunc(keys, func(k Key) bool { return k.key.Space == pgsql.NoSpace }):
-		err = errors.New(`the zero Key, or Name(""), is no key`)
+		err = errors.New(`the zero Key, Name("") and HashText("") are no keys`)
 	}
 	if err != nil {
-		return cfg, &lockError{op: op, key: keyList(keys), msg: err.Error(), errs: []error{err}}
+		return cfg, &Error{Op: op, Keys: keys, msg: err.Error(), errs: []error{err}}
 	}
 	return cfg, nil
 }

@@ -54,7 +54,7 @@ func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 	}
 	found, err := session.Holders(ctx, q, key.key)
 	if err != nil {
-		return nil, &lockError{op: "look up", key: key.String(), msg: pgsql.Explain(err), errs: []error{err}}
+		return nil, &Error{Op: "look up", Keys: []Key{key}, msg: pgsql.Explain(err), errs: []error{err}}
 	}
 	var holders []Holder
 	for _, h := range found {

@@ -119,7 +119,7 @@ func TestTheMessageOfATimeoutNamesTheHolder(t *testing.T) {
 				srv.script = taken(t)
 				srv.rows = func(int, []driver.NamedValue) ([][]driver.Value, error) { return test.rows, test.err }
 				err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
-				wantError(t, err, ErrNotAcquired)
+				wantError(t, err, ErrHeld)
 				if got, want := err.Error(), "advisory: acquire bigint 42: not acquired within 1s"+test.says; got != want {
 					t.Errorf("error %q, want %q", got, want)
 				}
@@ -150,7 +150,7 @@ func TestTheHolderThatIsNamedIsThatOfTheKeyInTheWay(t *testing.T) {
 			return [][]driver.Value{row(7, true, "", "")}, nil
 		}
 		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(time.Second))
-		wantError(t, err, ErrNotAcquired, "held by pid 7")
+		wantError(t, err, ErrHeld, "held by pid 7")
 	})
 }
 
@@ -166,10 +166,10 @@ func TestTheHolderIsNotAskedForOnTheCallersSession(t *testing.T) {
 		there := take(t, dbs[1], ID(2))
 		conn := borrow(t, dbs[0])
 		wantError(t, AcquireConn(t.Context(), conn, ID(1)))
-		wantError(t, AcquireConn(t.Context(), conn, ID(2), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+		wantError(t, AcquireConn(t.Context(), conn, ID(2), Timeout(time.Second)), ErrHeld, "not acquired within 1s")
 		tx, err := dbs[0].BeginTx(t.Context(), nil)
 		wantError(t, err)
-		wantError(t, AcquireTx(t.Context(), tx, ID(2), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+		wantError(t, AcquireTx(t.Context(), tx, ID(2), Timeout(time.Second)), ErrHeld, "not acquired within 1s")
 		wantError(t, tx.Commit())
 		wantError(t, ReleaseConn(t.Context(), conn, ID(1)))
 		wantError(t, conn.Close())
@@ -189,7 +189,7 @@ func TestAHolderThatCannotBeAskedForIsLeftOutInTime(t *testing.T) {
 		}
 		start := time.Now()
 		err := WithLock(t.Context(), db, key, nothing, Timeout(time.Second))
-		wantError(t, err, ErrNotAcquired, "not acquired within 1s")
+		wantError(t, err, ErrHeld, "not acquired within 1s")
 		if d := time.Since(start) - time.Second; d > session.Grace+2*abandonAfter {
 			t.Errorf("%v over the Timeout", d)
 		}
@@ -211,7 +211,7 @@ func TestTheSavepointOfTheQuestionFails(t *testing.T) {
 			}
 			return waits(ctx, conn, query)
 		}
-		wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrNotAcquired)
+		wantError(t, AcquireTx(t.Context(), on.tx, key, Timeout(time.Second)), ErrHeld)
 	})
 }
 
@@ -229,7 +229,7 @@ func TestTheHolderOfTheKeyIsAskedFor(t *testing.T) {
 				}
 				return [][]driver.Value{row(7, true, "", "")}, nil
 			}
-			wantError(t, c.run(t.Context(), db, ID(1<<32+2), nothing, Timeout(time.Second)), ErrNotAcquired, "held by pid 7")
+			wantError(t, c.run(t.Context(), db, ID(1<<32+2), nothing, Timeout(time.Second)), ErrHeld, "held by pid 7")
 		})
 	}
 }

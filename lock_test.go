@@ -35,6 +35,18 @@ func TestALockOutlivesTheCtxOfItsAcquisition(t *testing.T) {
 	srv.want(t, on(1, "open", tryQuery, unlockQuery)...)
 }
 
+// defer l.Release() before the check of Acquire's error is a common slip.
+func TestReleaseOfANilLockIsAnError(t *testing.T) {
+	t.Parallel()
+	db, _ := newServer(t, refused)
+	release := func() (err error) {
+		l, _ := Acquire(t.Context(), db, key, NoWait())
+		defer func() { err = l.Release() }()
+		return nil
+	}
+	wantError(t, release(), "advisory: release: nil Lock: Acquire has failed")
+}
+
 func TestReleaseTwiceIsReleaseOnce(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {

@@ -185,7 +185,7 @@ func TestWaitsTakeHalfOfThePool(t *testing.T) {
 			if n := len(srvs[0].lines()) - before; n > 10*4*len(keys)+200 { // four times a second
 				t.Errorf("limit %d: %d statements in 10 s", test.limit, n)
 			}
-			wantError(t, WithLock(t.Context(), dbs[0], keys[39], nothing, Timeout(time.Second)), ErrNotAcquired, "within 1s")
+			wantError(t, WithLock(t.Context(), dbs[0], keys[39], nothing, Timeout(time.Second)), ErrHeld, "within 1s")
 			for _, l := range others {
 				wantError(t, l.Release())
 			}

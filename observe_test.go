@@ -183,7 +183,7 @@ func TestSessionLocker(t *testing.T) {
 	wantError(t, l.SessionUnlock(t.Context(), conn))
 	wantError(t, NewSessionLocker(key, isolation(sql.LevelSerializable)).SessionLock(t.Context(), conn), "TxOptions does not apply to AcquireConn")
 	srv.script = inOrder(refused, refused)
-	wantError(t, l.SessionLock(t.Context(), conn), ErrNotAcquired)
+	wantError(t, l.SessionLock(t.Context(), conn), ErrHeld)
 	wantError(t, l.SessionUnlock(t.Context(), conn), ErrLost)
 	srv.want(t, slices.Concat(on(1, "open", try, unlock), on(1, try, unlock))...)
 }

@@ -182,7 +182,8 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	}
 	// Division, because three times a long heartbeat may overflow.
 	if allowed.has(optHeartbeat) && c.holderTimeout/3 < c.heartbeat {
-		return c, fmt.Errorf("option HolderTimeout: %v is under three heartbeats of %v", c.holderTimeout, c.heartbeat)
+		return c, fmt.Errorf("option HolderTimeout: %s is under three heartbeats of %s",
+			c.describe(optHolderTimeout, c.holderTimeout), c.describe(optHeartbeat, c.heartbeat))
 	}
 	if c.txOptions == nil {
 		c.txOptions = &defaultTx
@@ -210,6 +211,14 @@ func (c *config) givenHolderTimeout() time.Duration {
 		return 0
 	}
 	return c.holderTimeout
+}
+
+// describe returns d, which is that of option o, for a message.
+func (c *config) describe(o optionSet, d time.Duration) string {
+	if !c.given.has(o) {
+		return d.String() + " (the default)"
+	}
+	return d.String()
 }
 
 func (s optionSet) has(o optionSet) bool { return s&o == o }

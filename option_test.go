@@ -103,7 +103,7 @@ func TestNonsenseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 		{"HolderTimeout negative", key, []Option{HolderTimeout(-time.Minute)}, "HolderTimeout", "HolderTimeout: -1m0s is not positive"},
 		{
 			"HolderTimeout under three default heartbeats", key, []Option{HolderTimeout(3*time.Second - 1)},
-			"Heartbeat", "HolderTimeout: 2.999999999s is under three heartbeats of 1s",
+			"Heartbeat", "HolderTimeout: 2.999999999s is under three heartbeats of 1s (the default)",
 		},
 		{
 			"HolderTimeout under three heartbeats", key, []Option{HolderTimeout(time.Minute), Heartbeat(21 * time.Second)},
@@ -111,11 +111,11 @@ func TestNonsenseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 		},
 		{
 			"the default HolderTimeout under three heartbeats", key, []Option{Heartbeat(6 * time.Second)},
-			"Heartbeat", "HolderTimeout: 15s is under three heartbeats of 6s",
+			"Heartbeat", "HolderTimeout: 15s (the default) is under three heartbeats of 6s",
 		},
 		{
 			"three heartbeats overflow", key, []Option{Heartbeat(math.MaxInt64)},
-			"Heartbeat", "HolderTimeout: 15s is under three heartbeats of ",
+			"Heartbeat", "HolderTimeout: 15s (the default) is under three heartbeats of ",
 		},
 		{
 			"HolderTimeout over PostgreSQL's int", key, []Option{HolderTimeout(math.MaxInt32*time.Millisecond + 1)},

@@ -6,6 +6,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"io"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -233,11 +234,11 @@ func TestThePoolIsExhausted(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		wg.Go(func() {
-			wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded, "all 1 connection of the pool are in use")
+			wantError(t, WithLock(ctx, db, key, nothing), ErrNotAcquired, context.DeadlineExceeded, "the pool's only connection is in use")
 		})
 		synctest.Wait()
 		wg.Go(func() {
-			wantError(t, WithLock(t.Context(), db, ID(44), nothing, Timeout(2*time.Second)), ErrNotAcquired, "within 2s", "of the pool are in use")
+			wantError(t, WithLock(t.Context(), db, ID(44), nothing, Timeout(2*time.Second)), ErrNotAcquired, "within 2s", "the pool's only connection is in use")
 		})
 		for _, k := range ids(5) {
 			wg.Go(func() { wantError(t, WithLock(t.Context(), db, k, nothing)) })
@@ -290,4 +291,88 @@ func TestAPoolThatIsClosedUnderneath(t *testing.T) {
 		wantIdle(t, dbs[0])
 		p.clean()
 	})
+}
+
+// A pool that is limited to one connection has none for fn while a lock is held. That is said once, to
+// the first Logger.
+func TestAPoolOfOneIsWarnedAboutOnce(t *testing.T) {
+	t.Parallel()
+	const warning = "fn cannot get a connection while the lock is held"
+	for _, test := range []struct {
+		limit int
+		run   runs
+		warns bool
+	}{
+		{1, closures[0].run, true}, {1, closures[1].run, true}, {1, closures[2].run, true},
+		{1, closures[3].run, false}, {1, closures[4].run, false}, // fn has the connection
+		{0, WithLock, false},
+		{2, WithLock, false},
+	} {
+		_, dbs, _ := newTable(t, 2)
+		for _, db := range dbs {
+			db.SetMaxOpenConns(test.limit)
+			var log logBuffer
+			wantError(t, test.run(t.Context(), db, key, nothing)) // without a Logger
+			for range 3 {
+				wantError(t, test.run(t.Context(), db, key, nothing, log.option()))
+			}
+			want := 0
+			if test.warns {
+				want = 1
+			}
+			if got := strings.Count(log.String(), warning); got != want {
+				t.Errorf("limit %d: warned %d times, want %d: %s", test.limit, got, want, log.String())
+			}
+		}
+	}
+}
+
+// So does the error of a wait for that connection: fn's own, or that of another acquisition.
+func TestAWaitForTheConnectionThatTheLockHasSaysSo(t *testing.T) {
+	t.Parallel()
+	const says = "fn cannot get a connection while the lock is held"
+	for _, c := range closures {
+		bubble(t, c.name, func(t *testing.T) {
+			p, dbs, _ := newTable(t, 1)
+			db := dbs[0]
+			db.SetMaxOpenConns(1)
+			soon := func(ctx context.Context) error { // as a query does
+				ctx, cancel := context.WithTimeout(ctx, time.Second)
+				defer cancel()
+				conn, err := db.Conn(ctx)
+				if err == nil {
+					return conn.Close()
+				}
+				return err
+			}
+			outer := func(fn func(context.Context) error) error {
+				return WithLock(t.Context(), db, Name("outer"), fn)
+			}
+			err := outer(soon)
+			wantError(t, err, context.DeadlineExceeded, "advisory: hold outer: "+says)
+			wantError(t, err.(interface{ Unwrap() []error }).Unwrap()[0], context.DeadlineExceeded)
+
+			err = outer(func(ctx context.Context) error { return c.run(ctx, db, key, soon, Timeout(time.Second)) })
+			if strings.HasPrefix(c.name, "WithConn") || strings.HasPrefix(c.name, "WithTx") {
+				wantError(t, err, ErrNotAcquired, "advisory: acquire bigint 42: not acquired within 1s: the pool's only connection carries locks")
+			} else if c.name != "Acquire" {
+				wantError(t, err, context.DeadlineExceeded, "advisory: hold bigint 42: "+says)
+				if n := strings.Count(err.Error(), says); n != 1 {
+					t.Errorf("said %d times: %v", n, err)
+				}
+			}
+
+			// Nobody has waited for it.
+			for _, own := range []error{context.DeadlineExceeded, io.EOF} {
+				if err := outer(func(context.Context) error { return own }); err != own {
+					t.Errorf("error: %v, want %v", err, own)
+				}
+			}
+			db.SetMaxOpenConns(2)
+			wantError(t, outer(soon))
+			time.Sleep(time.Minute)
+			wantIdle(t, db)
+			p.clean()
+		})
+	}
 }

@@ -125,7 +125,7 @@ func TestSharedHoldersShareTheServersLock(t *testing.T) {
 			t.Errorf("%d wait", p.waiters(key))
 		}
 		_, err := Acquire(t.Context(), db, key, Shared(), NoWait())
-		wantError(t, err, ErrNotAcquired)
+		wantError(t, err, ErrHeld)
 		// One who may wait does so behind the other process.
 		wg.Go(func() {
 			wantError(t, WithLock(t.Context(), db, key, func(context.Context) error {
@@ -246,10 +246,10 @@ func TestNoWaitAgainstALockOfTheProcessSendsNothing(t *testing.T) {
 	l := take(t, db, key)
 	sent := srv.lines()
 	for _, c := range closures {
-		wantError(t, c.run(t.Context(), db, key, nothing, NoWait()), ErrNotAcquired, "another holds the lock")
-		wantError(t, c.run(t.Context(), db, key, nothing, NoWait(), Shared()), ErrNotAcquired)
+		wantError(t, c.run(t.Context(), db, key, nothing, NoWait()), ErrHeld, ErrNotAcquired, "not acquired: held by this process")
+		wantError(t, c.run(t.Context(), db, key, nothing, NoWait(), Shared()), ErrHeld)
 	}
-	wantError(t, WithLocks(t.Context(), db, []Key{key, ID(43)}, nothing, NoWait()), ErrNotAcquired)
+	wantError(t, WithLocks(t.Context(), db, []Key{key, ID(43)}, nothing, NoWait()), ErrHeld)
 	if diff := srv.lines(); !slices.Equal(diff, sent) && count(diff[len(sent):], "42") > 0 {
 		t.Errorf("sent: %q", diff[len(sent):])
 	}

@@ -23,7 +23,7 @@ func TestTimeoutIsKeptByTheServerAndCostsNoConnection(t *testing.T) {
 			srv.script = taken(t)
 			start := time.Now()
 			err := c.run(t.Context(), db, key, nothing, Timeout(time.Second))
-			wantError(t, err, ErrNotAcquired, "advisory: acquire bigint 42: not acquired within 1s")
+			wantError(t, err, ErrHeld, "advisory: acquire bigint 42: not acquired within 1s")
 			wantTook(t, start, time.Second, time.Second)
 			sent := [][]string{
 				0: {"open", tryQuery, armedWaitQuery, holdersQuery},
@@ -101,7 +101,7 @@ func TestATimeoutInTheLocalQueue(t *testing.T) {
 		l := take(t, dbs[0], key)
 		for _, c := range closures {
 			start := time.Now()
-			wantError(t, c.run(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s", "held by this process")
+			wantError(t, c.run(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrHeld, "not acquired within 1s", "held by this process")
 			if d := time.Since(start); d != time.Second {
 				t.Errorf("%s: after %v", c.name, d)
 			}
@@ -114,7 +114,7 @@ func TestATimeoutInTheLocalQueue(t *testing.T) {
 		}
 		wantError(t, l.Release())
 		wantError(t, WithConnLock(t.Context(), dbs[0], key, func(context.Context, *sql.Conn) error {
-			wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrNotAcquired)
+			wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrHeld)
 			return nil
 		}))
 		wantIdle(t, dbs[0])
@@ -130,7 +130,7 @@ func TestAPollEndsInTime(t *testing.T) {
 		dbs[0].SetMaxOpenConns(1)
 		l := take(t, dbs[1], key)
 		start := time.Now()
-		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+		wantError(t, WithLock(t.Context(), dbs[0], key, nothing, Timeout(time.Second)), ErrHeld, "not acquired within 1s")
 		wantTook(t, start, time.Second, time.Second)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()

@@ -64,7 +64,7 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 		return t.no, nil
 	}
 	if err := ctx.Err(); err != nil {
-		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: context.Cause(ctx).Error(), errs: []error{err, context.Cause(ctx)}}
+		return 0, &Error{Op: "token of", Keys: t.mark.keys, msg: context.Cause(ctx).Error(), errs: []error{err, context.Cause(ctx)}}
 	}
 	var text string
 	// Not under ctx: a driver that breaks off a statement closes the session.
@@ -89,6 +89,6 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	case pgsql.Gone(err), errors.Is(err, errHoldEnded), errors.Is(err, sql.ErrTxDone), errors.Is(err, sql.ErrConnDone):
 		return 0, lostError("token of", t.mark.keys, err)
 	default:
-		return 0, &lockError{op: "token of", key: keyList(t.mark.keys), msg: pgsql.Explain(err), errs: []error{err}}
+		return 0, &Error{Op: "token of", Keys: t.mark.keys, msg: pgsql.Explain(err), errs: []error{err}}
 	}
 }

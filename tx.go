@@ -96,7 +96,7 @@ func commitError(ctx context.Context, keys []Key, err error) error {
 	if err == nil {
 		return nil
 	}
-	e := &lockError{op: "commit", key: keyList(keys), msg: err.Error(), errs: []error{err}}
+	e := &Error{Op: "commit", Keys: keys, msg: err.Error(), errs: []error{err}}
 	switch {
 	case ctx.Err() != nil:
 		e.errs = append(e.errs, ctx.Err()) // err may be its cause alone
@@ -152,8 +152,7 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	w := callersWait(ctx, &cfg, keys)
 	defer w.Done()
 	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Stuck); err != nil {
-		// No question for the message: one that takes long would cost the caller's transaction.
-		err = acquireError(ctx, keys, &cfg, withCause(w.Ctx, err))
+		err = acquireError(ctx, keys, &cfg, w.Failure(err))
 	}
 	o.acquireEnd(ctx, err)
 	return err

@@ -127,11 +127,11 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"NoWait refused", []reply{done, refused}, []Option{NoWait()}, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK"), []any{ErrNotAcquired},
+			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK"), []any{ErrHeld},
 		},
 		{
 			"NoWait refused, rollback fails", []reply{done, refused, fails(died)}, []Option{NoWait()}, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{ErrNotAcquired},
+			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{ErrHeld},
 		},
 		{
 			"granted after three slices, one of which is cancelled", []reply{done, refused, refused, fails(err57014)}, nil, noTx,

@@ -28,7 +28,7 @@ func TestTheSlicesOfAWaitGrow(t *testing.T) {
 				return waits(ctx, conn, query)
 			}
 			const timeout = 100 * time.Second
-			wantError(t, f.run(t.Context(), db, key, nothing, Timeout(timeout)), ErrNotAcquired, "not acquired within 1m40s")
+			wantError(t, f.run(t.Context(), db, key, nothing, Timeout(timeout)), ErrHeld, "not acquired within 1m40s")
 			wantTook(t, start, timeout, timeout+time.Millisecond)
 			for i := range at {
 				age := at[i].Seconds()
@@ -68,7 +68,7 @@ func TestSlicesThatEndEarlyArePaced(t *testing.T) {
 					}
 					return 1, nil
 				}
-				wantError(t, f.run(t.Context(), db, key, nothing, Timeout(5*time.Second)), ErrNotAcquired)
+				wantError(t, f.run(t.Context(), db, key, nothing, Timeout(5*time.Second)), ErrHeld)
 				wantTook(t, start, 5*time.Second, 5*time.Second)
 				mostPerSecond(t, at, 10)
 				if len(at) < 45 {
@@ -119,7 +119,7 @@ func TestWhereWaitsAreRefusedTheyTryAgainAndAgain(t *testing.T) {
 
 				// The next one knows it.
 				there = take(t, dbs[1], key)
-				wantError(t, f.run(t.Context(), dbs[0], key, nothing, log.option(), Timeout(time.Second)), ErrNotAcquired, "within 1s")
+				wantError(t, f.run(t.Context(), dbs[0], key, nothing, log.option(), Timeout(time.Second)), ErrHeld, "within 1s")
 				known := 1
 				if f.name == "AcquireConn" { // which does not know its *sql.DB
 					known = 2

@@ -95,11 +95,11 @@ func TestWithLocksContended(t *testing.T) {
 		},
 		{
 			"NoWait, and the first is taken", []reply{refused}, []Option{NoWait()},
-			on(1, "open", tries), []any{ErrNotAcquired},
+			on(1, "open", tries), []any{ErrHeld},
 		},
 		{
 			"NoWait, and the third is taken", []reply{{rows: 2}}, []Option{NoWait()},
-			on(1, "open", tries, two), []any{ErrNotAcquired},
+			on(1, "open", tries, two), []any{ErrHeld},
 		},
 		{
 			"what cannot be unlocked costs the session", []reply{{rows: 2}, fails(io.ErrUnexpectedEOF), {rows: 3}}, nil,
@@ -145,7 +145,7 @@ func TestTimeoutOfSeveralKeysUnlocksThoseAlreadyHeld(t *testing.T) {
 			return waits(ctx, conn, query)
 		}
 		err := WithLocks(t.Context(), db, []Key{ID(43), key}, nothing, Timeout(300*time.Millisecond))
-		wantError(t, err, ErrNotAcquired, "bigint 42, bigint 43: not acquired within 300ms")
+		wantError(t, err, ErrHeld, "bigint 42, bigint 43: not acquired within 300ms")
 		synctest.Wait()
 		// Nobody waits for the unlocking of what comes too late: the holder is asked for beside it.
 		lines := srv.lines()

@@ -4,10 +4,12 @@ import (
 	"context"
 	"database/sql"
 	"math"
+	"math/rand/v2"
 	"os"
 	"regexp"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/pgadvisory/advisory"
 )
@@ -39,6 +41,84 @@ func TestNameIsWhatTheDocumentedStatementComputes(t *testing.T) {
 			if got := advisory.Name(name).SQL(); got != want {
 				t.Errorf("Name(%.40q) is %s; the server says %s", name, got, want)
 			}
+		}
+	})
+}
+
+// serversHashText is what the server computes.
+func serversHashText(t testing.TB, db *sql.DB, name string) (hash string) {
+	t.Helper()
+	if err := db.QueryRow("SELECT pg_catalog.hashtext($1)::bigint::text", name).Scan(&hash); err != nil {
+		t.Fatal(err)
+	}
+	return hash
+}
+
+func TestHashTextIsWhatTheServerComputes(t *testing.T) {
+	t.Parallel()
+	eachDriver(t, func(t *testing.T, d driver) {
+		db := d.open(t, server.DSN())
+		for n := 1; n < 300; n++ {
+			var name strings.Builder
+			for name.Len() < n { // mostly ASCII, so that all lengths come up
+				name.WriteRune(rune(1 + rand.IntN(128+n%5)))
+			}
+			key := advisory.HashText(name.String())
+			if want := serversHashText(t, db, name.String()); key.SQL() != want {
+				t.Errorf("HashText(%q) is %s; the server says %s", name.String(), key.SQL(), want)
+			}
+		}
+	})
+}
+
+func FuzzHashText(f *testing.F) {
+	for _, name := range []string{"a", "nightly-report", "twelve bytes", "Straße", "отчёт", "日報 🔒", strings.Repeat("long ", 4000)} {
+		f.Add(name)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		if name == "" || !utf8.ValidString(name) || strings.Contains(name, "\x00") {
+			t.Skip("no text for the server")
+		}
+		if got, want := advisory.HashText(name).SQL(), serversHashText(t, adminDB(t), name); got != want {
+			t.Errorf("HashText(%q) is %s; the server says %s", name, got, want)
+		}
+	})
+}
+
+// Programs that lock as the documentation of HashText says, and this one, exclude each other.
+func TestHashTextExcludesProgramsThatLockByIt(t *testing.T) {
+	t.Parallel()
+	eachDriver(t, func(t *testing.T, d driver) {
+		db, name := d.open(t, server.DSN()), t.Name()
+		key := advisory.HashText(name)
+		conn, err := adminDB(t).Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		ask := func(function string) (yes bool) {
+			t.Helper()
+			if err := conn.QueryRowContext(t.Context(), "SELECT "+function+"(hashtext($1))", name).Scan(&yes); err != nil {
+				t.Fatal(err)
+			}
+			return yes
+		}
+		if !ask("pg_try_advisory_lock") {
+			t.Fatal("the lock is taken")
+		}
+		wantRefused(t, db, key)
+		if !ask("pg_advisory_unlock") {
+			t.Error("the lock was not held")
+		}
+		err = advisory.WithLock(t.Context(), db, key, func(context.Context) error {
+			if ask("pg_try_advisory_lock") {
+				t.Error("two hold the lock")
+				ask("pg_advisory_unlock")
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
 		}
 	})
 }

@@ -173,8 +173,13 @@ func TestHeld(t *testing.T) {
 		"a unlocked", "",
 		"held", "false",
 		"b in dedicated", "ask",
+		"held", "false", // nobody knows yet
+		"b granted", "",
 		"held", "true",
 		"b releases", "",
+		"held", "false",
+		"b in dedicated", "ask",
+		"b gives up", "",
 		"held", "false",
 	)
 }

@@ -32,6 +32,7 @@ type Queue[S comparable] struct {
 	requester *Waiter[S] // asks the server for a grant, or whether others wait for it
 	refused   bool       // the server has refused, and the requester waits there
 	dedicated int        // those who hold the lock, or ask for it, on sessions of their own
+	owners    int        // of these, those who hold it
 
 	exclusive bool // what those inside, requester, holders and dedicated, ask for or hold
 	waiters   []*Waiter[S]
@@ -218,8 +219,12 @@ func (q *Queue[S]) Unlocked(g Grant[S], now time.Time) {
 	}
 }
 
+// GrantedDedicated is the server's grant to a dedicated waiter who was to Ask.
+func (q *Queue[S]) GrantedDedicated() { q.owners++ }
+
 // ReleaseDedicated ends the hold of a dedicated holder.
 func (q *Queue[S]) ReleaseDedicated(now time.Time) {
+	q.owners--
 	q.dedicated--
 	q.advance(now)
 }
@@ -250,9 +255,8 @@ func (q *Queue[S]) Cancel(w *Waiter[S], now time.Time) bool {
 	return true
 }
 
-// Held tells whether there is a grant, or a dedicated holder or one who asks to be. A requester who
-// has no grant yet does not count.
-func (q *Queue[S]) Held() bool { return q.granted || q.dedicated > 0 }
+// Held tells whether there is a grant, or a dedicated holder. Who has no grant yet does not count.
+func (q *Queue[S]) Held() bool { return q.granted || q.owners > 0 }
 
 // Idle tells whether there is nothing left to know.
 func (q *Queue[S]) Idle() bool {

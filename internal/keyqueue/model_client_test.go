@@ -223,12 +223,13 @@ func (t *trial) try(c *client, givesUp bool) {
 		switch {
 		case t.server.try(c.claim):
 			c.phase = atHold
+			t.q.GrantedDedicated()
 			if t.lock != nil {
 				t.seen["dedicated beside the grant"]++
 			}
 		case c.w.NoWait:
 			c.claim = nil
-			t.releaseDedicated(c)
+			t.giveUp(c)
 		default:
 			c.phase = atServer
 			t.server.wait(c.claim)
@@ -295,14 +296,11 @@ func (t *trial) waits(c *client, givesUp bool) {
 			c.phase = atPause
 			return
 		}
-		if c.w.Dedicated {
-			t.releaseDedicated(c)
-		} else {
-			t.giveUp(c)
-		}
+		t.giveUp(c)
 	case !t.server.holds(c.claim):
 	case c.w.Dedicated:
 		c.phase = atHold
+		t.q.GrantedDedicated()
 	default:
 		t.seen["granted from the server's queue"]++
 		c.on, c.claim = t.newSession(c.claim), nil
@@ -333,10 +331,6 @@ func (t *trial) granted(c *client, givesUp bool) {
 }
 
 func (t *trial) giveUp(c *client) {
-	if c.w.Dedicated && c.phase != atTurn { // it has taken its turn, and ends a hold
-		t.releaseDedicated(c)
-		return
-	}
 	t.say("%v gives up", c)
 	c.phase = atNothing
 	if !c.w.Dedicated {

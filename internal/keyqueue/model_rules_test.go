@@ -172,7 +172,7 @@ func (t *trial) idle() bool {
 }
 
 func (t *trial) held() bool {
-	return t.lock != nil || slices.ContainsFunc(t.clients, func(c *client) bool { return c.w.Dedicated && t.inside(c) })
+	return t.lock != nil || slices.ContainsFunc(t.clients, func(c *client) bool { return c.w.Dedicated && (c.phase == atHold || c.phase == atLeaving) })
 }
 
 // answerComes: the server has been asked, or is asked as soon as it has the grant back.

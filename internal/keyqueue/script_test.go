@@ -57,7 +57,7 @@ var actionNames = map[keyqueue.Action]string{
 //	19ms                         time goes by
 //	a in [shared] [dedicated] [nowait]
 //	a in idle [shared]           EnterIdle
-//	a granted [20ms ago]         the server grants what a asked for, now or then
+//	a granted [20ms ago]         Granted, of what was asked for now or then, or GrantedDedicated
 //	a refused                    the server refuses it
 //	a gives up                   GaveUp
 //	a sees others                Looked; a sees nobody: there are no others
@@ -115,6 +115,10 @@ func (d *desk) tell(words []string) string {
 		}
 		return d.turn(name, d.q.Enter(w, d.now))
 	case "granted":
+		if w.Dedicated {
+			d.q.GrantedDedicated()
+			return ""
+		}
 		at := d.now
 		if has("ago") {
 			ago, _ := time.ParseDuration(words[2])

@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -33,11 +34,13 @@ type Request struct {
 
 // A Failure is the error of an acquisition, and what more is known of why.
 type Failure struct {
-	Cause error
-	Hint  string
+	Cause  error
+	Held   bool   // another holds the lock
+	Holder string // who does; "": that is not known
+	Hint   string
 }
 
-func (f *Failure) Error() string { return f.Cause.Error() + ": " + f.Hint }
+func (f *Failure) Error() string { return f.Cause.Error() }
 func (f *Failure) Unwrap() error { return f.Cause }
 
 // An acquisition is one caller's way to its locks.
@@ -119,16 +122,22 @@ func (a *acquisition) prove(got []held) error {
 
 // failure returns the error of the acquisition, with the name of the holder where that can be told.
 func (a *acquisition) failure(err error) error {
-	if errors.Is(err, session.ErrTimeout) && a.hint == "" && a.away == nil && a.at.Space != pgsql.NoSpace {
-		a.hint = a.who()
-	}
-	if a.away != nil {
-		a.hint = ""
+	f := &Failure{Cause: err, Hint: a.hint}
+	refused, timeout := errors.Is(err, session.ErrRefused), errors.Is(err, session.ErrTimeout)
+	f.Held = refused || timeout && a.waited && a.away == nil
+	switch {
+	case a.away != nil:
+		f.Hint = ""
 		if !errors.Is(err, a.away) {
-			a.hint, err = a.away.Error(), errors.Join(err, a.away)
+			f.Hint, f.Cause = a.away.Error(), errors.Join(err, a.away)
 		}
+	case f.Hint != "" || a.at.Space == pgsql.NoSpace:
+	case timeout:
+		f.Holder = a.who()
+	case refused || ended(a.ctx) != nil:
+		f.Holder = a.ours()
 	}
-	return &Failure{Cause: err, Hint: a.hint}
+	return f
 }
 
 // who says who holds the lock, if one query can tell: on a connection that lies ready, one at a
@@ -137,11 +146,10 @@ func (a *acquisition) who() string {
 	m := a.m
 	idle := a.pool.DB.Stats().Idle > 0
 	m.mu.Lock()
-	q := m.queues[a.at.Lock()]
-	ours := q != nil && q.Held()
 	ask := !m.asking && idle
 	m.asking = m.asking || ask
 	m.mu.Unlock()
+	ours := a.ours() // before the question, during which it may be released
 	var who string
 	if ask {
 		who = a.pool.HeldBy(a.ctx, a.at, func() {
@@ -150,10 +158,17 @@ func (a *acquisition) who() string {
 			m.asking = false
 		})
 	}
-	if who == "" && ours {
-		who = "held by this process"
+	return cmp.Or(who, ours)
+}
+
+// ours returns "this process" if that is known to hold the lock.
+func (a *acquisition) ours() string {
+	a.m.mu.Lock()
+	defer a.m.mu.Unlock()
+	if q := a.m.queues[a.at.Lock()]; q != nil && q.Held() {
+		return "this process"
 	}
-	return who
+	return ""
 }
 
 // all acquires all the locks. A grant that comes too late is not used.

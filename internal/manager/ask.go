@@ -20,7 +20,6 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 	for {
 		c, sent, err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
-			a.waited = true
 			if err := a.stick(); err != nil {
 				return nil, err
 			}

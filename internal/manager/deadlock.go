@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -36,9 +37,10 @@ type stuck struct {
 	cycle []waitgraph.Wait        // that was last seen
 }
 
-// stick is called when the acquisition begins to wait. It returns a Deadlock if that closes a cycle
-// in this process.
+// stick is called when the acquisition begins to wait, because another has the lock. It returns a
+// Deadlock if that closes a cycle in this process.
 func (a *acquisition) stick() error {
+	a.waited = true
 	if a.stuck != nil || len(a.holds) == 0 {
 		return nil
 	}
@@ -180,9 +182,20 @@ func (c *Callers) Stuck() error { return c.stick() }
 
 // Equip has a session wait for the lock.
 func (c *Callers) Equip(s *session.Session) {
+	s.Stuck = c.stick
 	if len(c.holds) > 0 {
 		c.equip(s)
 	}
+}
+
+// Failure returns the error of the wait. Nobody asks who holds the lock: a question that takes long
+// would cost the caller's session or transaction.
+func (c *Callers) Failure(err error) error {
+	if cause := ended(c.ctx); cause != nil && !errors.Is(err, cause) {
+		err = errors.Join(cause, err)
+	}
+	held := errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrTimeout) && c.waited
+	return &Failure{Cause: err, Held: held}
 }
 
 // Done ends the wait.

@@ -16,8 +16,10 @@ const turnBound = 250 * time.Millisecond
 // A dedicated is the way of one who takes a lock on a session of its own.
 type dedicated struct {
 	acquisition
-	q   *queue
-	has bool // the turn
+	q       *queue
+	w       *waiter
+	has     bool // the turn
+	granted bool // and the lock
 }
 
 // Dedicated takes the lock of r's only key on a session of its own, for use. It waits in the key's
@@ -47,16 +49,27 @@ func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, loc
 			d.equip(s)
 			return lock(ctx, s, d.began)
 		})
+	if err == nil {
+		d.own()
+	}
 	return s, d.leave, err
+}
+
+// own notes that the caller has the lock.
+func (d *dedicated) own() {
+	d.m.mu.Lock()
+	defer d.m.mu.Unlock()
+	d.granted = true
+	d.q.GrantedDedicated()
 }
 
 // enter waits for the turn.
 func (d *dedicated) enter() error {
-	w := &waiter{Shared: d.Shared, NoWait: d.NoWait, Dedicated: true}
+	d.w = &waiter{Shared: d.Shared, NoWait: d.NoWait, Dedicated: true}
 	var t turn
 	var err error
-	if d.q, t = d.m.enter(d.at, w); t.To == keyqueue.Await {
-		t, err = d.awaitTurn(d.q, w)
+	if d.q, t = d.m.enter(d.at, d.w); t.To == keyqueue.Await {
+		t, err = d.awaitTurn(d.q, d.w)
 	}
 	d.has = t.To == keyqueue.Ask
 	if t.To == keyqueue.Refuse {
@@ -67,12 +80,17 @@ func (d *dedicated) enter() error {
 
 // leave ends the turn.
 func (d *dedicated) leave() {
-	if d.has {
-		d.has = false
-		d.m.mu.Lock()
-		defer d.m.mu.Unlock()
+	if !d.has {
+		return
+	}
+	d.has = false
+	d.m.mu.Lock()
+	defer d.m.mu.Unlock()
+	defer d.m.tidyLocked(d.at)
+	if d.granted {
 		d.q.ReleaseDedicated(time.Now())
-		d.m.tidyLocked(d.at)
+	} else {
+		d.q.GaveUp(d.w, time.Now())
 	}
 }
 
@@ -112,14 +130,14 @@ func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session
 
 // enterNow takes the turn if it is to be had at once.
 func (d *dedicated) enterNow() bool {
-	w := &waiter{Shared: d.Shared, NoWait: true, Dedicated: true}
+	d.w = &waiter{Shared: d.Shared, NoWait: true, Dedicated: true}
 	d.m.mu.Lock()
 	defer d.m.mu.Unlock()
 	defer d.m.tidyLocked(d.at)
 	d.q = d.m.queueLocked(d.at)
-	t := d.q.Enter(w, time.Now())
+	t := d.q.Enter(d.w, time.Now())
 	if t.To == keyqueue.Await { // for another's answer
-		d.q.Cancel(w, time.Now())
+		d.q.Cancel(d.w, time.Now())
 	}
 	d.has = t.To == keyqueue.Ask
 	return d.has

@@ -43,6 +43,8 @@ type Manager struct {
 	outage   *outage              // that waits are in; nil: none are
 	stuck    map[*stuck]struct{}  // waits whose callers hold keys
 	asked    time.Time            // when others were last asked for their waits
+	waits    int64                // for a connection of the pool, when its only one was taken for locks
+	warned   bool                 // a Logger has been, that the pool has only one
 }
 
 // managers go with their *sql.DB, which they do not keep: a Manager that nobody uses knows nothing,

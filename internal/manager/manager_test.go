@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"runtime"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -158,12 +157,12 @@ func TestAFailureSaysWhy(t *testing.T) {
 		wantError(t, err, nil)
 		r := request(key(1))
 		r.Timeout = time.Second
-		for _, test := range []struct{ hint string }{{"all 1 connection of the pool are in use"}, {"held by this process"}} {
+		for _, test := range []struct{ hint, holder string }{{hint: "the pool's only connection is in use"}, {holder: "this process"}} {
 			start := time.Now()
 			_, err := acquire(t.Context(), db, r)
 			var failure *manager.Failure
-			if !errors.As(err, &failure) || !strings.Contains(failure.Hint, test.hint) {
-				t.Errorf("error: %v, want %q", err, test.hint)
+			if !errors.As(err, &failure) || failure.Hint != test.hint || failure.Holder != test.holder {
+				t.Errorf("error: %+v, want %+v", failure, test)
 			}
 			wantError(t, err, session.ErrTimeout)
 			wantTook(t, start, time.Second)

@@ -127,7 +127,7 @@ func (a *attempts) late(err error, at stage) error {
 	cause := context.Cause(a.ctx)
 	switch {
 	case at == nowhere && a.pool.Exhausted():
-		a.hint = "all " + pgsql.Plural(a.pool.DB.Stats().MaxOpenConnections, "connection") + " of the pool are in use"
+		a.hint = a.m.busy(a.pool)
 	case pgsql.Gone(err) || at == nowhere && !errors.Is(err, cause):
 		a.hint = err.Error() // why not even the server has answered
 	}

@@ -15,15 +15,21 @@ func (a *acquisition) open(ctx context.Context) (*session.Session, error) {
 	}
 	a.slot = false
 	opened := false
+	var s *session.Session
 	defer func() {
-		if !opened { // also if the driver panics
-			a.m.count(-1)
+		if opened {
+			return
+		}
+		a.m.count(-1) // also if the driver panics
+		if s != nil { // the Logger has
+			s.Discard()
 		}
 	}()
 	s, err := a.pool.Open(ctx, a.Log, session.ForLocks)
 	if err != nil {
 		return nil, err
 	}
+	a.m.tookOnly(a.pool, a.Log)
 	opened = true
 	s.OnEnd = func() { a.m.ended(s) }
 	return s, nil

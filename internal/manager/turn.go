@@ -27,7 +27,6 @@ func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
 
 // awaitTurn waits in the queue, without a connection.
 func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
-	a.waited = true
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
 	err := a.stick()

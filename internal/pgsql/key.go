@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -66,7 +67,27 @@ func printable(name string) string {
 }
 
 // List describes keys for people: all of them, or the first three and how many more.
-func List(keys []Key) string {
+func List(keys []Key) string { return list(keys, Key.String) }
+
+// Names is List for the beginning of a message: a key that has a name is its name alone.
+func Names(keys []Key) string {
+	return list(keys, func(k Key) string {
+		if k.Name != "" {
+			return printable(k.Name)
+		}
+		return k.String()
+	})
+}
+
+// Numbers ends a message that Names begins, with the numbers of the keys. It is "" if none has a name.
+func Numbers(keys []Key) string {
+	if !slices.ContainsFunc(keys, func(k Key) bool { return k.Name != "" }) {
+		return ""
+	}
+	return " [" + list(keys, func(k Key) string { return k.Lock().String() }) + "]"
+}
+
+func list(keys []Key, describe func(Key) string) string {
 	var b strings.Builder
 	for i, k := range keys {
 		if i == 3 && len(keys) > 4 {
@@ -76,7 +97,7 @@ func List(keys []Key) string {
 		if i > 0 {
 			b.WriteString(", ")
 		}
-		b.WriteString(k.String())
+		b.WriteString(describe(k))
 	}
 	return b.String()
 }

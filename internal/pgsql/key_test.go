@@ -124,6 +124,50 @@ func TestKeyInTheColumnsOfPgLocks(t *testing.T) {
 	}
 }
 
+func TestAMessageHasTheNameFirstAndTheNumberLast(t *testing.T) {
+	t.Parallel()
+	a, b := named("a", 1), named("b", 2)
+	for _, test := range []struct {
+		keys           []pgsql.Key
+		names, numbers string
+	}{
+		{nil, "", ""},
+		{[]pgsql.Key{a}, "a", " [bigint 1]"},
+		{[]pgsql.Key{named("a\nb", 3)}, `"a\nb"`, " [bigint 3]"},
+		{[]pgsql.Key{id(7)}, "bigint 7", ""},
+		{[]pgsql.Key{pair(7, 42), id(8)}, "pair (7, 42), bigint 8", ""},
+		{[]pgsql.Key{a, id(7)}, "a, bigint 7", " [bigint 1, bigint 7]"},
+		{[]pgsql.Key{a, b, a, b, a}, "a, b, a and 2 more keys", " [bigint 1, bigint 2, bigint 1 and 2 more keys]"},
+		{[]pgsql.Key{{}}, "invalid key", ""},
+	} {
+		if names, numbers := pgsql.Names(test.keys), pgsql.Numbers(test.keys); names != test.names || numbers != test.numbers {
+			t.Errorf("%v: %q and %q, want %q and %q", test.keys, names, numbers, test.names, test.numbers)
+		}
+	}
+}
+
+// The numbers are those of a server.
+func TestHashText(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]int32{
+		"a":                         1075015857,
+		"ab":                        1718550461,
+		"abc":                       -785388649,
+		"abcd":                      -393934804,
+		"abcde":                     -445659580,
+		"nightly":                   2091003772,
+		"nightly-rep":               1320977367,
+		"nightly-repo":              1292013160,
+		"nightly-report":            759228614,
+		"отчёт":                     45267027,
+		"the quick brown fox jumps": 84238858,
+	} {
+		if got := pgsql.HashText(s); got != want {
+			t.Errorf("HashText(%q) = %d, want %d", s, got, want)
+		}
+	}
+}
+
 func TestAListOfManyKeysStaysShort(t *testing.T) {
 	t.Parallel()
 	for n, want := range map[int]string{

@@ -152,7 +152,7 @@ func (h Holder) describe(others []Holder) string {
 	if h.ClientAddr != "" {
 		known = append(known, h.ClientAddr)
 	}
-	who := "held by pid " + strconv.Itoa(h.PID)
+	who := "pid " + strconv.Itoa(h.PID)
 	if len(known) > 0 {
 		who += " (" + strings.Join(known, ", ") + ")"
 	}
