@@ -11,44 +11,48 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// Every error of this package is an [*Error], which says the operation and the key, and matches, with
-// errors.Is, one of these where it applies, and the error of the driver or the context beneath it.
+// Every error that this package makes is an [*Error], which names the operation and the keys. It
+// matches, with errors.Is, one of these where it applies, and the error of the driver or the
+// context beneath it.
 var (
-	// ErrNotAcquired: the lock was not taken and is not held. Another holds it (then the error
-	// matches ErrHeld, too), the context ended while waiting (then errors.Is finds the context's
-	// error), or Timeout was over (then errors.As finds an error whose Timeout method says so).
+	// ErrNotAcquired means that the lock was not taken and is not held. Either another holds it,
+	// and the error also matches ErrHeld; or ctx ended, and the error also matches ctx's error; or
+	// Timeout was over before the server had said whether another holds it. After a Timeout,
+	// errors.As finds an error whose Timeout method returns true.
 	ErrNotAcquired = errors.New("advisory: lock not acquired")
 
-	// ErrHeld: another holds the lock, and NoWait was refused, or Timeout was over. It is a kind of
-	// ErrNotAcquired. The end of a context is never ErrHeld, so that "another does the work" and
-	// "this process shuts down" differ. Neither is a Timeout that was over before the server had
-	// answered, or while it was out of reach.
+	// ErrHeld means that another holds the lock: NoWait was refused, or Timeout was over. It is a
+	// kind of ErrNotAcquired. The end of ctx is never ErrHeld, so that "another does the work" and
+	// "this process shuts down" cannot be mixed up. Nor is a Timeout that was over before the
+	// server had answered, or while it could not be reached.
 	ErrHeld = fmt.Errorf("%w: another holds it", ErrNotAcquired)
 
-	// ErrLost: the lock was acquired, and it cannot be shown that it was held to
-	// the end. The session died, did not answer, or is no longer the one that
-	// took the lock. Another process may have held the lock in the meantime.
+	// ErrLost means that the lock was acquired, and cannot be shown to have been held to the end.
+	// Its session died, did not answer, or is no longer the one that took the lock. Another
+	// process may have held the lock in the meantime.
 	ErrLost = errors.New("advisory: lock lost")
 
-	// ErrReentrant: the context says that its own caller holds the lock already.
-	// Waiting for it would last for ever.
+	// ErrReentrant means that ctx says that its own caller already holds the lock. To wait for it
+	// would last for ever.
 	ErrReentrant = errors.New("advisory: lock already held by this caller")
 
-	// ErrDeadlock: the wait was part of a deadlock, and has ended. The lock is not held.
+	// ErrDeadlock means that the wait was part of a deadlock, and has ended. The lock is not held.
 	//
-	// A wait whose ctx carries held locks, because it is the one that a function or a [Lock] of this
-	// package has given out, is an edge from these locks to the wanted one. A cycle of such waits in one
-	// process, through one *sql.DB, is found when its last wait begins. A cycle between processes is
-	// found within some three seconds, and ends its youngest wait: waits tell of each other in the
-	// comments of their statements, and once a second ask for those of the same role (pg_stat_activity;
-	// a role with pg_read_all_stats sees those of others, too). Waits that try with pauses (AcquireTx, a
-	// pool that has no connection to spare, a server without PL/pgSQL) are found in their own process
-	// alone. A wait that holds nothing costs nothing.
+	// If ctx carries held locks, because a function of this package or [Lock.Context] has given it
+	// out, the wait is an edge from these locks to the wanted one. A cycle of such edges is a
+	// deadlock. Within a process, through one *sql.DB, it is found when its last wait begins.
+	// Between processes, it is found within some three seconds, and ends its youngest wait.
 	//
-	// A function that waits on another goroutine with its ctx, and itself goes on to return, is the
-	// exception: its wait may be ended though its return would have freed the lock.
+	// Waits of several processes tell of each other in the comments of their statements. A wait
+	// that holds locks reads these once a second, from pg_stat_activity, which shows those of the
+	// same role, or of all roles to one with pg_read_all_stats. Waits that try with pauses
+	// (AcquireTx, a pool that has no connection to spare, a server without PL/pgSQL) are found in
+	// their own process alone. A wait that holds nothing costs nothing.
 	//
-	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too, and so is the end of an AcquireTx
+	// A function that waits on another goroutine with its ctx, and itself goes on to return, is
+	// the exception: the wait may be ended although that return would have freed the lock.
+	//
+	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too. So is the end of an AcquireTx
 	// whose transaction the holder is found to wait for.
 	ErrDeadlock = errors.New("advisory: deadlock detected")
 )

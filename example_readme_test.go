@@ -71,3 +71,18 @@ func ExampleAcquire_release() {
 	fmt.Println(run())
 	// Output: <nil>
 }
+
+func ExampleWithLock_skip() {
+	sweep := func(context.Context) error { fmt.Println("sweeping"); return nil }
+	sweepOnce := func() error {
+		err := advisory.WithLock(ctx, db, advisory.Name("sweep-tokens"), sweep, advisory.NoWait())
+		if errors.Is(err, advisory.ErrHeld) {
+			return nil // another process sweeps
+		}
+		return err
+	}
+	fmt.Println(sweepOnce())
+	// Output:
+	// sweeping
+	// <nil>
+}

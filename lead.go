@@ -20,31 +20,36 @@ const (
 	leadTellAgain = time.Minute
 )
 
-// Lead runs fn on one of all processes that call Lead with the same key: the leader.
-// The others stand by in the server's queue; when the leader's lock is free, one of them
-// leads within a hand-off, not a poll.
+// Lead runs fn on one of all processes that call Lead with the same key: the leader. The
+// others stand by in the server's queue. When the leader's lock is free, one of them leads at
+// once.
 //
-// Lead campaigns until ctx ends. If the lock is lost, the ctx that fn was given ends,
-// with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
-// in one process, fn never runs twice at a time. If fn goes on after a loss, Lead waits for it
-// and warns the Logger once every HolderTimeout. An outage of the server is reported to the Logger at its
-// beginning and its end, and lasts as long as it lasts. Other errors of the database are reported when they are new, and
-// once a minute, and retried after pauses that grow to 5 s; so is a lock that was lost within 5 s.
+// When fn returns, Lead ends: it releases the lock and returns fn's error, or nil. That is a
+// planned step-down. So fn is a loop that handles its own errors, such as a database that is
+// away for a moment, and returns when its ctx ends.
 //
-// When fn returns by itself, Lead releases the lock and returns fn's error, or nil:
-// a planned step-down. So fn should try again by itself what fails because the database is away
-// for a moment. Lead also returns when ctx ends before fn has run, with an error
-// that matches ctx's and the last of the database, if that is why fn has not run; if the db is closed, and, with [ErrReentrant], if ctx carries the key
-// already.
+// If the lock is lost, fn's ctx ends, with a cause that matches [ErrLost]. After fn has
+// returned, Lead campaigns again: in one process, fn never runs twice at a time. If fn goes on
+// after a loss, Lead waits for it, and warns the Logger once every HolderTimeout.
 //
-// Before fn runs, the server is asked whether it is a primary. A leader on a standby would lead
+// Lead campaigns until ctx ends. An outage of the server lasts as long as it lasts; the Logger
+// is told at its beginning and its end. Other errors of the database are reported when they
+// are new, and once a minute, and retried after pauses that grow to 5 s. So is a lock that was
+// lost within 5 s.
+//
+// If ctx ends before fn has run, the error matches ctx's, and also the last error of the
+// database if that is why fn has not run. Lead also returns if db is closed, and, with
+// [ErrReentrant], if ctx already carries the key.
+//
+// Before fn runs, Lead asks whether the server is a primary: a leader on a standby would lead
 // beside that of the primary.
 //
-// A process that stands by holds one connection of the pool, and sends between two and three statements a
-// second. If its pool has none to spare for that (see the package documentation, "How large
-// a pool"), it holds none, and tries up to every 250 ms instead.
+// A process that stands by holds one connection of the pool. If the pool has none to spare for
+// that (see "Connections" in the package documentation), it holds none, and tries every 250 ms
+// at most instead.
 //
-// It takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is [slog.Default].
+// Lead takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is
+// [slog.Default]. An [Observer] tells who leads: HoldStart begins a term, and HoldEnd ends it.
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "Lead", options: leadOptions, db: db, leads: true, missing: missing("db", db == nil, "fn", fn == nil)}

@@ -27,7 +27,7 @@ func TestTwoPoolsAreTwoProcesses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := sweep(ctx, there); !errors.Is(err, advisory.ErrNotAcquired) {
+		if err := sweep(ctx, there); !errors.Is(err, advisory.ErrHeld) {
 			t.Errorf("another holds the lock, and sweep returned %v", err)
 		}
 		if err := lock.Release(); err != nil {
