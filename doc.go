@@ -23,8 +23,8 @@
 //   - [Holders] and [Locks] tell who holds locks and who waits for them.
 //
 // A function that takes another function releases the lock when that function ends, also by a
-// panic or runtime.Goexit. The caller releases what Acquire and AcquireConn took. The end of the
-// transaction releases what AcquireTx took.
+// panic or runtime.Goexit; with [AtLeast], perhaps later. The caller releases what Acquire and
+// AcquireConn took. The end of the transaction releases what AcquireTx took.
 //
 // # Keys
 //
@@ -65,7 +65,8 @@
 //   - [ErrDeadlock]: the wait was part of a deadlock.
 //
 // or is that of the function, the driver or the server. An [*Error] names the operation and the
-// keys.
+// keys. The error of the function is returned as it is; if the lock was lost, it is joined with
+// the error that says so.
 //
 // # A lock is a lease
 //
@@ -103,7 +104,8 @@
 // Each wait in the server's queue takes another one, until the lock that comes of it is released.
 // There are at most 8 of these. All together take at most half of a limited pool, but always one.
 // Further waits try again, after pauses that grow from 5 to 250 ms. So do all waits through a
-// pool of fewer than 4 connections.
+// pool of fewer than 4 connections. A pool of 1 is enough only if fn does not use it: the Logger
+// is warned of that, and an error that says so is joined to fn's.
 //
 // If the session dies, all the locks on it are lost together, and each holder is told. Take a
 // lock that is to stand alone through a second sql.DB.

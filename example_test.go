@@ -35,12 +35,28 @@ func ExampleWithLock_noWait() {
 		return nil
 	}, advisory.NoWait())
 	switch {
-	case errors.Is(err, advisory.ErrNotAcquired):
+	case errors.Is(err, advisory.ErrHeld):
 		fmt.Println("another process sweeps")
-	case err != nil:
+	case err != nil && ctx.Err() == nil: // otherwise this process shuts down
 		log.Fatal(err)
 	}
 	// Output: sweeping
+}
+
+// Of nested locks, the Error tells which was refused.
+func ExampleError() {
+	account, ledger := advisory.Pair(1, 42), advisory.Name("ledger")
+	err := advisory.WithLock(ctx, db, account, func(ctx context.Context) error {
+		// Another program holds this one.
+		return advisory.WithLock(ctx, takenDB, ledger, func(ctx context.Context) error {
+			return nil
+		}, advisory.NoWait())
+	}, advisory.NoWait())
+	var e *advisory.Error
+	if errors.Is(err, advisory.ErrHeld) && errors.As(err, &e) && e.Keys[0] == ledger {
+		fmt.Println("the ledger is in use")
+	}
+	// Output: the ledger is in use
 }
 
 // A caller who names the same locks in another order does not deadlock with this one.
@@ -204,7 +220,7 @@ func ExampleAcquireTx() {
 	defer tx.Rollback()
 
 	err = advisory.AcquireTx(ctx, tx, advisory.Name("invoice-numbers"), advisory.NoWait())
-	if errors.Is(err, advisory.ErrNotAcquired) {
+	if errors.Is(err, advisory.ErrHeld) {
 		return // tx is still usable
 	}
 	if err != nil {
@@ -237,6 +253,12 @@ func ExamplePair() {
 func ExampleName() {
 	fmt.Println(advisory.Name("nightly-report"))
 	// Output: nightly-report (bigint 7440995589958059143)
+}
+
+// Another program runs SELECT pg_advisory_lock(hashtext('nightly-report')).
+func ExampleHashText() {
+	fmt.Println(advisory.HashText("nightly-report"))
+	// Output: nightly-report (bigint 759228614)
 }
 
 func ExampleKey_SQL() {
@@ -275,7 +297,7 @@ func ExampleNoWait() {
 	defer lock.Release()
 
 	_, err = advisory.Acquire(ctx, db, key, advisory.NoWait())
-	fmt.Println(errors.Is(err, advisory.ErrNotAcquired))
+	fmt.Println(errors.Is(err, advisory.ErrHeld))
 	// Output: true
 }
 
@@ -325,20 +347,6 @@ func ExampleLogger() {
 	err := advisory.WithLock(ctx, db, advisory.ID(1), func(context.Context) error { return nil }, advisory.Logger(logger))
 	fmt.Println(err)
 	// Output: <nil>
-}
-
-// Each process campaigns; one of them leads at a time.
-func ExampleLead() {
-	ctx, stop := context.WithTimeout(ctx, time.Minute) // in a program, signal.NotifyContext
-	defer stop()
-	err := advisory.Lead(ctx, db, advisory.Name("scheduler"), func(ctx context.Context) error {
-		fmt.Println("leading, until ctx ends or the work is done")
-		return nil // a planned step-down
-	})
-	fmt.Println(err)
-	// Output:
-	// leading, until ctx ends or the work is done
-	// <nil>
 }
 
 func ExampleHolders() {

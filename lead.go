@@ -24,32 +24,41 @@ const (
 // others stand by in the server's queue. When the leader's lock is free, one of them leads at
 // once.
 //
-// When fn returns, Lead ends: it releases the lock and returns fn's error, or nil. That is a
-// planned step-down. So fn is a loop that handles its own errors, such as a database that is
-// away for a moment, and returns when its ctx ends.
+// # fn's return ends Lead
 //
-// If the lock is lost, fn's ctx ends, with a cause that matches [ErrLost]. After fn has
+// When fn returns by itself, Lead releases the lock and returns fn's error, or nil. That is a
+// planned step-down. So a fn that leads for as long as its process lives is a loop that ends
+// with its ctx, and tries again what fails because the database is away for a moment. See the
+// examples.
+//
+// # What ends the ctx of fn
+//
+// If the lock is lost, the ctx of fn ends, with a cause that matches [ErrLost]. After fn has
 // returned, Lead campaigns again: in one process, fn never runs twice at a time. If fn goes on
 // after a loss, Lead waits for it, and warns the Logger once every HolderTimeout.
 //
-// Lead campaigns until ctx ends. An outage of the server lasts as long as it lasts; the Logger
-// is told at its beginning and its end. Other errors of the database are reported when they
-// are new, and once a minute, and retried after pauses that grow to 5 s. So is a lock that was
-// lost within 5 s.
-//
-// If ctx ends before fn has run, the error matches ctx's, and also the last error of the
-// database if that is why fn has not run. Lead also returns if db is closed, and, with
+// Lead campaigns until its ctx ends. If that is while fn runs, the ctx of fn ends, too, and
+// Lead returns fn's error. If it is before fn has run, the error matches ctx's, and also the
+// last error of the database if that is why fn has not run. In either case, a program that
+// shuts down looks at ctx, and not at the error. Lead also returns if db is closed, and, with
 // [ErrReentrant], if ctx already carries the key.
 //
-// Before fn runs, Lead asks whether the server is a primary: a leader on a standby would lead
-// beside that of the primary.
+// An outage of the server lasts as long as it lasts; the Logger is told at its beginning and
+// its end. Other errors of the database are reported when they are new, and once a minute, and
+// retried after pauses that grow to 5 s. So is a lock that was lost within 5 s.
+//
+// # Who leads
+//
+// An [Observer] tells: HoldStart is called before fn begins, and HoldEnd after fn has returned
+// and the lock is released. Before fn begins, Lead asks whether the server is a primary: a
+// leader on a standby would lead beside that of the primary.
 //
 // A process that stands by holds one connection of the pool. If the pool has none to spare for
 // that (see "Connections" in the package documentation), it holds none, and tries every 250 ms
 // at most instead.
 //
 // Lead takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is
-// [slog.Default]. An [Observer] tells who leads: HoldStart begins a term, and HoldEnd ends it.
+// [slog.Default].
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "Lead", options: leadOptions, db: db, leads: true, missing: missing("db", db == nil, "fn", fn == nil)}

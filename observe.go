@@ -18,8 +18,8 @@ type Observer struct {
 	// AcquireStart is called before anything is sent. A nil result changes nothing.
 	AcquireStart func(context.Context, LockInfo) context.Context
 
-	// AcquireEnd is called with how long the acquisition took, and its error: one that
-	// matches ErrNotAcquired where the lock was refused or the wait was over.
+	// AcquireEnd is called with how long the acquisition took, and its error: it matches ErrHeld
+	// where another holds the lock, and ErrNotAcquired where ctx has ended.
 	AcquireEnd func(ctx context.Context, info LockInfo, took time.Duration, err error)
 
 	// HoldStart is called when the lock is held, except by AcquireConn and AcquireTx,
@@ -32,9 +32,9 @@ type Observer struct {
 	// the session, is HoldEnd's alone.
 	Lost func(ctx context.Context, info LockInfo, err error)
 
-	// HoldEnd is called after the release, with how long that is since the grant. err is that
-	// of the release, or the commit: it matches ErrLost if it cannot be shown that the
-	// lock was held to the end.
+	// HoldEnd is called after the release, with how long that is since the grant; with AtLeast,
+	// that may be after the function has returned. err is that of the release, or the commit: it
+	// matches ErrLost if the lock cannot be shown to have been held to the end.
 	HoldEnd func(ctx context.Context, info LockInfo, held time.Duration, err error)
 }
 

@@ -52,7 +52,8 @@ func NoWait() Option {
 	return func(c *config) { c.given |= optNoWait; c.noWait = true }
 }
 
-// Timeout gives up after d, with [ErrNotAcquired], and [ErrHeld] if another holds the lock.
+// Timeout gives up after d, with [ErrHeld], or with [ErrNotAcquired] if it is not known
+// whether another holds the lock.
 //
 // The default is to wait until ctx ends. d must be positive. Timeout applies to all functions
 // but [Lead] and [ReleaseConn]. It excludes [NoWait].
@@ -112,7 +113,8 @@ func TxOptions(o *sql.TxOptions) Option {
 
 // Logger sets where the package reports what it cannot return as an error: a server that waits
 // cannot reach, and that it is back; a session that was lost while waiting and replaced; a
-// release that failed while fn panicked; a [Lock] that was never released.
+// pool that is too small for fn; a release that failed while fn panicked; a [Lock] that was
+// never released.
 //
 // The default, and nil, is silent, except for [Lead], where it is [slog.Default]. Logger
 // applies to all functions.

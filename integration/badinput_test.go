@@ -49,7 +49,7 @@ func inShort(t *testing.T, w way, db *sql.DB, opts []advisory.Option) error {
 		t.Errorf("%s: no error", w.name)
 	case took > 5*time.Second:
 		t.Errorf("%s: took %v: %v", w.name, took, err)
-	case !strings.HasPrefix(err.Error(), "advisory: acquire ") || !strings.Contains(err.Error(), key.String()):
+	case !strings.HasPrefix(err.Error(), "advisory: acquire "+t.Name()) || !strings.Contains(err.Error(), key.SQL()):
 		t.Errorf("%s: the error does not say the operation and the key: %v", w.name, err)
 	}
 	return err

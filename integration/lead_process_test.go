@@ -10,8 +10,10 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"os/signal"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -282,4 +284,82 @@ func wantMedian(t testing.TB, what string, bound time.Duration, took []time.Dura
 	if p50 > bound {
 		t.Errorf("%s after %v (p50), want under %v", what, p50, bound)
 	}
+}
+
+func init() { children["scheduler"] = scheduler }
+
+// scheduler is the program of the example of Lead.
+func scheduler() int {
+	proctest.EndWithParent()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var a struct{ Driver, DSN, Key string }
+	if err := json.Unmarshal([]byte(os.Getenv(candidateEnv)), &a); err != nil {
+		panic(err)
+	}
+	db, err := sql.Open(a.Driver, a.DSN)
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println("candidate")
+	err = advisory.Lead(ctx, db, advisory.Name(a.Key), func(ctx context.Context) error {
+		fmt.Println("leader")
+		for ctx.Err() == nil {
+			select {
+			case <-time.After(time.Minute):
+			case <-ctx.Done():
+			}
+		}
+		return ctx.Err()
+	})
+	if err != nil && ctx.Err() == nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func TestLeadersAndStandbysEndBySIGTERMWithStatus0(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		t.Parallel()
+		args, err := json.Marshal(map[string]string{"Driver": d.sql, "DSN": watchLog(t, server.DSN()), "Key": t.Name()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := func() (*proctest.Process, chan string) {
+			lines := make(chan string, 10)
+			return proctest.Start(t, func(line []byte) { lines <- string(line) }, childEnv+"=scheduler", candidateEnv+"="+string(args)), lines
+		}
+		end := func(who string, p *proctest.Process) {
+			t.Helper()
+			if err := syscall.Kill(p.PID(), syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			await(t, "the "+who+" ends", p.Ended())
+			if !p.Succeeded() {
+				t.Errorf("the %s has failed", who)
+			}
+		}
+		says := func(want string, lines chan string) {
+			t.Helper()
+			if got := await(t, "a process says "+want, lines); got != want {
+				t.Errorf("a process says %q, want %q", got, want)
+			}
+		}
+		leader, lines := start()
+		says("candidate", lines)
+		says("leader", lines)
+		standby, lines := start()
+		says("candidate", lines)
+		waitForWaiters(t, adminDB(t), testKey(t), 1)
+		end("standby", standby)
+		next, lines := start()
+		says("candidate", lines)
+		waitForWaiters(t, adminDB(t), testKey(t), 1)
+		end("leader", leader)
+		says("leader", lines)
+		end("next leader", next)
+		wantFree(t, adminDB(t), testKey(t))
+	})
 }

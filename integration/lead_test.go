@@ -324,6 +324,58 @@ func TestLeaderThatLosesItsLockCampaignsAgainAfterItsWork(t *testing.T) {
 	})
 }
 
+// An Observer tells who leads, over a loss, too.
+func TestAnObserverTellsWhoLeads(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		t.Parallel()
+		key := testKey(t)
+		allowLog(t, terminated)
+		type candidate struct {
+			*campaign
+			leads atomic.Bool
+		}
+		start := func() *candidate {
+			c := new(candidate)
+			o := &advisory.Observer{
+				HoldStart: func(ctx context.Context, _ advisory.LockInfo) context.Context {
+					c.leads.Store(true)
+					return ctx
+				},
+				HoldEnd: func(context.Context, advisory.LockInfo, time.Duration, error) { c.leads.Store(false) },
+			}
+			c.campaign = runForLeader(t, d.open(t, server.DSN()), key, append(quick[:len(quick):len(quick)], advisory.Observe(o), newLogbook().option())...)
+			return c
+		}
+		want := func(c *candidate, leads bool) {
+			t.Helper()
+			waitFor(t, fmt.Sprintf("the Observer says %v", leads), func() (bool, error) { return c.leads.Load() == leads, nil })
+		}
+		first := start()
+		l := first.campaign.leads(t)
+		want(first, true)
+		second := start()
+		waitForWaiters(t, adminDB(t), key, 1)
+		want(second, false)
+		terminateHolder(t, adminDB(t), key)
+		successor := second.campaign.leads(t)
+		want(second, true)
+		await(t, "fn's ctx ends", l.ctx.Done())
+		l.stepDown(nil)
+		want(first, false)
+		waitForWaiters(t, adminDB(t), key, 1)
+		successor.stepDown(nil)
+		want(second, false)
+		l = first.campaign.leads(t)
+		want(first, true)
+		l.stepDown(nil)
+		want(first, false)
+		if err := errors.Join(first.ended(t), second.ended(t)); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestLeaderThatIgnoresItsLossIsWarnedAboutAndNeverDoubled(t *testing.T) {
 	t.Parallel()
 	const every = 300 * time.Millisecond // quick's HolderTimeout
