@@ -18,6 +18,12 @@ var db = sql.OpenDB(&exampleServer{})
 // takenDB is one whose lock another program holds.
 var takenDB = sql.OpenDB(&exampleServer{holder: new(exampleConn)})
 
+// firstDB and lateDB are the pools of two replicas of a program.
+var firstDB, lateDB = func() (*sql.DB, *sql.DB) {
+	server := &exampleServer{}
+	return sql.OpenDB(server), sql.OpenDB(server)
+}()
+
 var ctx = context.Background()
 
 type exampleServer struct {

@@ -5,11 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"log"
-	"log/slog"
-	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/pgadvisory/advisory"
@@ -17,8 +12,7 @@ import (
 
 // The snippets of the README.
 
-func runDueJobs(context.Context, *sql.DB) error { return nil }
-func importAll(context.Context, *sql.DB) error  { return nil }
+func importAll(context.Context, *sql.DB) error { return nil }
 
 func ExampleWithTxLock_update() {
 	err := advisory.WithTxLock(ctx, db, advisory.Name("invoice-numbers"), func(ctx context.Context, tx *sql.Tx) error {
@@ -36,27 +30,6 @@ func ExampleWithConnLock_index() {
 	})
 	fmt.Println(err)
 	// Output: <nil>
-}
-
-// A leader that releases its lock on SIGTERM, and exits with status 0.
-func ExampleLead_shutdown() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	err := advisory.Lead(ctx, db, advisory.Name("scheduler"), func(ctx context.Context) error {
-		for {
-			if err := runDueJobs(ctx, db); err != nil && ctx.Err() == nil {
-				slog.Warn("due jobs", "error", err) // the next round tries again
-			}
-			select {
-			case <-time.After(time.Minute):
-			case <-ctx.Done():
-				return ctx.Err() // a shutdown; or the lock is lost, and Lead campaigns again
-			}
-		}
-	})
-	if err != nil && ctx.Err() == nil {
-		log.Fatal(err)
-	}
 }
 
 func ExampleAcquire_release() {

@@ -310,6 +310,23 @@ func ExampleTimeout() {
 }
 
 // A loss is noticed after 400 ms at the latest.
+// Each replica calls tick every five minutes, by its own clock. The job is over in no time, and runs
+// once.
+func ExampleAtLeast() {
+	tick := func(db *sql.DB) error {
+		return advisory.WithLock(ctx, db, advisory.Name("sweep-tokens"), func(context.Context) error {
+			fmt.Println("sweeping")
+			return nil
+		}, advisory.NoWait(), advisory.AtLeast(time.Minute)) // the clocks differ by less
+	}
+	fmt.Println(tick(firstDB))
+	fmt.Println(errors.Is(tick(lateDB), advisory.ErrNotAcquired))
+	// Output:
+	// sweeping
+	// <nil>
+	// true
+}
+
 func ExampleHeartbeat() {
 	err := advisory.WithLock(ctx, db, advisory.Name("webhooks"), func(ctx context.Context) error {
 		fmt.Println("delivering")

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/pgadvisory/advisory/internal/lockconn"
 	"github.com/pgadvisory/advisory/internal/manager"
@@ -20,6 +21,8 @@ type hold struct {
 	cfg    config
 
 	locks   *manager.Locks   // nil: the lock is on session
+	holder  *lockconn.Holder // of locks
+	until   time.Time        // AtLeast: locks stay until then
 	session *session.Session // that of WithConnLock, which its caller drives
 
 	observed *observation
@@ -43,10 +46,11 @@ func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key
 // acquire acquires keys, and has them watched.
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
-	holder := &lockconn.Holder{Heartbeat: h.cfg.heartbeat, Silence: h.cfg.holderTimeout}
+	h.holder = &lockconn.Holder{Heartbeat: h.cfg.heartbeat, Silence: h.cfg.holderTimeout}
 	r := h.cfg.request(ctx, c.db, keys)
 	r.Lead = c.leads
-	locks, err := manager.Acquire(ctx, c.db, r, holder)
+	locks, err := manager.Acquire(ctx, c.db, r, h.holder)
+	h.until = time.Now().Add(h.cfg.atLeast)
 	if err != nil {
 		err = acquireError(ctx, keys, &h.cfg, err)
 	}
@@ -59,7 +63,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	}
 	h.locks = locks
 	h.begin(ctx, c.db, keys, locks.Session())
-	holder.Begin(h.lost)
+	h.holder.Begin(h.lost)
 	return nil
 }
 
@@ -111,31 +115,67 @@ func (h *hold) starved(err error) error {
 // release ends the hold, once.
 func (h *hold) release() error {
 	h.once.Do(func() {
-		err := session.ErrPanicked
-		defer func() { h.released(err) }()
+		err, stays := session.ErrPanicked, false
+		defer func() {
+			if !stays {
+				h.err = h.releaseError(err)
+				h.observed.holdEnd(h.err)
+			}
+		}()
 		if h.session != nil {
 			h.session.FindRows()
 		}
 		// Work that goes by the context ends before another holder's begins.
 		h.ended.Store(true)
 		h.cancel(nil)
-		if h.session != nil {
+		switch stays = h.stay(); {
+		case stays:
+		case h.session != nil:
 			err = h.session.Release()
-		} else {
+		default:
 			err = h.locks.Release()
 		}
 	})
 	return h.err
 }
 
-func (h *hold) released(err error) {
-	switch {
-	case errors.Is(err, session.ErrLeftOpen), errors.Is(err, session.ErrConnClosed):
-		h.err = &Error{Op: "release", Keys: h.keys, msg: err.Error(), errs: []error{err}}
-	case err != nil:
-		h.err = lostError("release", h.keys, err)
+// stay leaves the locks held until they have been for AtLeast. It returns false if they have been,
+// or are lost. A timer, and no goroutine, waits for that.
+func (h *hold) stay() bool {
+	rest := time.Until(h.until)
+	if rest <= 0 || h.locks.Ping() != nil {
+		return false
 	}
-	h.observed.holdEnd(h.err)
+	// The caller has its result: a loss is for others to be told.
+	var told sync.Once
+	warn := func(err error) { h.cfg.logger.Warn("advisory: lock lost before AtLeast was over", "error", err) }
+	h.holder.Begin(func(cause error) {
+		told.Do(func() {
+			err := lostError("hold", h.keys, cause)
+			warn(err)
+			h.observed.lost(err)
+		})
+	})
+	time.AfterFunc(rest, func() {
+		err := h.releaseError(h.locks.Release())
+		if err != nil {
+			told.Do(func() { warn(err) })
+		}
+		h.observed.holdEnd(err)
+	})
+	return true
+}
+
+// releaseError returns the error of a release that has ended with err.
+func (h *hold) releaseError(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, session.ErrLeftOpen), errors.Is(err, session.ErrConnClosed):
+		return &Error{Op: "release", Keys: h.keys, msg: err.Error(), errs: []error{err}}
+	default:
+		return lostError("release", h.keys, err)
+	}
 }
 
 // A call is what an exported function is called with, for checking it before

@@ -66,6 +66,28 @@ func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }
 
+// AtLeast keeps the lock for at least d after its grant, even if fn ends, or Release is
+// called, before that.
+//
+// The default is 0. d must not be negative. AtLeast applies to [WithLock], [WithLocks] and
+// [Acquire].
+//
+// It is for a job that several processes start, each by its own clock, with [NoWait]. A job
+// that takes 50 ms must keep its lock until the last clock has struck, or another process runs
+// it again. d should be longer than the clocks differ, and shorter by as much than the time
+// between two runs of the job.
+//
+// The call returns when fn has returned, and its error means what it always means. The lock
+// stays even if fn fails or panics, because its work may have been done. Until d is over,
+// nobody else gets the lock, in this process or another. The lock keeps its connection, takes
+// no goroutine, and survives [sql.DB.Close]. It ends with the process at the latest.
+//
+// Heartbeats go on. A loss after the call has returned is reported to the [Logger] and to the
+// [Observer], whose HoldEnd is called when the lock is released.
+func AtLeast(d time.Duration) Option {
+	return func(c *config) { c.given |= optAtLeast; c.atLeast = d }
+}
+
 // Heartbeat sets how often the session of a held lock is checked. A check must be answered
 // within another d, so that a lost lock is noticed after 2d at the latest.
 //
@@ -133,15 +155,16 @@ const (
 	optTxOptions
 	optLogger
 	optObserve
+	optAtLeast
 )
 
-var optionNames = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger", "Observe"}
+var optionNames = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger", "Observe", "AtLeast"}
 
 // What each function takes.
 const (
 	acquireOptions     = optShared | optNoWait | optTimeout | optLogger | optObserve
 	leadOptions        = optHeartbeat | optHolderTimeout | optLogger | optObserve
-	sessionOptions     = acquireOptions | optHeartbeat | optHolderTimeout
+	sessionOptions     = acquireOptions | optHeartbeat | optHolderTimeout | optAtLeast
 	withConnOptions    = acquireOptions | optHolderTimeout
 	txOptions          = acquireOptions | optHolderTimeout | optTxOptions
 	releaseConnOptions = optShared | optLogger
@@ -152,6 +175,7 @@ type config struct {
 	shared        bool
 	noWait        bool
 	timeout       time.Duration // 0: none
+	atLeast       time.Duration
 	heartbeat     time.Duration
 	holderTimeout time.Duration
 	txOptions     *sql.TxOptions
@@ -195,6 +219,9 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 		if c.given.has(o.option) && o.d <= 0 {
 			return c, fmt.Errorf("option %s: %v is not positive", o.name, o.d)
 		}
+	}
+	if c.atLeast < 0 {
+		return c, fmt.Errorf("option AtLeast: %v is negative", c.atLeast)
 	}
 	if c.holderTimeout > math.MaxInt32*time.Millisecond {
 		return c, fmt.Errorf("option HolderTimeout: %v is more than PostgreSQL's limit of %v", c.holderTimeout, math.MaxInt32*time.Millisecond)

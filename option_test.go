@@ -46,13 +46,13 @@ var functions = []struct {
 	op      string // as errors have it
 	call    func(ctx context.Context, on target, key Key, opts ...Option) error
 }{
-	{"WithLock", "Shared NoWait Timeout Heartbeat HolderTimeout Logger Observe", "acquire", func(ctx context.Context, on target, key Key, opts ...Option) error {
+	{"WithLock", "Shared NoWait Timeout AtLeast Heartbeat HolderTimeout Logger Observe", "acquire", func(ctx context.Context, on target, key Key, opts ...Option) error {
 		return WithLock(ctx, on.db, key, nothing, opts...)
 	}},
-	{"WithLocks", "Shared NoWait Timeout Heartbeat HolderTimeout Logger Observe", "acquire", func(ctx context.Context, on target, key Key, opts ...Option) error {
+	{"WithLocks", "Shared NoWait Timeout AtLeast Heartbeat HolderTimeout Logger Observe", "acquire", func(ctx context.Context, on target, key Key, opts ...Option) error {
 		return WithLocks(ctx, on.db, []Key{ID(1), key}, nothing, opts...)
 	}},
-	{"Acquire", "Shared NoWait Timeout Heartbeat HolderTimeout Logger Observe", "acquire", func(ctx context.Context, on target, key Key, opts ...Option) error {
+	{"Acquire", "Shared NoWait Timeout AtLeast Heartbeat HolderTimeout Logger Observe", "acquire", func(ctx context.Context, on target, key Key, opts ...Option) error {
 		l, err := Acquire(ctx, on.db, key, opts...)
 		if err != nil {
 			return err
@@ -97,6 +97,7 @@ func TestNonsenseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 		{"Timeout with NoWait", key, []Option{Timeout(time.Second), NoWait()}, "NoWait", "NoWait and Timeout"},
 		{"Timeout 0", key, []Option{Timeout(0)}, "Timeout", "Timeout: 0s is not positive"},
 		{"Timeout negative", key, []Option{Timeout(-time.Second)}, "Timeout", "Timeout: -1s is not positive"},
+		{"AtLeast negative", key, []Option{AtLeast(-time.Second)}, "AtLeast", "AtLeast: -1s is negative"},
 		{"Heartbeat 0", key, []Option{Heartbeat(0)}, "Heartbeat", "Heartbeat: 0s is not positive"},
 		{"Heartbeat negative", key, []Option{Heartbeat(-1)}, "Heartbeat", "Heartbeat: -1ns is not positive"},
 		{"HolderTimeout 0", key, []Option{HolderTimeout(0)}, "HolderTimeout", "HolderTimeout: 0s is not positive"},
@@ -129,6 +130,7 @@ func TestNonsenseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 		{"Shared", Shared()},
 		{"NoWait", NoWait()},
 		{"Timeout", Timeout(time.Second)},
+		{"AtLeast", AtLeast(0)},
 		{"Heartbeat", Heartbeat(time.Second)},
 		{"HolderTimeout", HolderTimeout(time.Minute)},
 		{"TxOptions", TxOptions(nil)},

@@ -6,6 +6,8 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"io"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -155,4 +157,47 @@ func TestProcessKilledInTheMiddleOfAStatementFreesItsLock(t *testing.T) {
 			setUp(t, adminDB(t), "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '"+app+"'")
 		})
 	}
+}
+
+func init() {
+	children["keeper"] = keeper
+}
+
+// keeper has a lock stay for an hour, reports "returned", and exits when it is told to.
+func keeper() int {
+	var a holderArgs
+	childArgs(&a)
+	db, err := drivers[slices.IndexFunc(drivers, func(d driver) bool { return d.name == a.Driver })].openDB(a.DSN)
+	if err == nil {
+		err = advisory.WithLock(context.Background(), db, advisory.Name(a.Keys[0]), func(context.Context) error { return nil },
+			advisory.AtLeast(time.Hour))
+	}
+	tell("returned", a.Keys[0], err)
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// A lock that stays ends with its process, however that ends.
+func TestALockThatStaysEndsWithItsProcess(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		for name, end := range map[string]func(*child){
+			"exit": func(c *child) { c.stdin.Close(); <-c.done },
+			"kill": (*child).kill,
+		} {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				key := testKey(t)
+				c := startChild(t, "keeper", holderArgs{Driver: d.name, DSN: watchLog(t, server.DSN()), Keys: []string{t.Name()}})
+				if e := c.await("returned", t.Name()); e.Err != "" {
+					t.Fatal(e.Err)
+				}
+				if n, err := locks(t.Context(), adminDB(t), key, true); err != nil || n != 1 {
+					t.Errorf("%d hold the lock; %v", n, err)
+				}
+				end(c)
+				wantFree(t, adminDB(t), key)
+			})
+		}
+	})
 }

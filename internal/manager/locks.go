@@ -30,6 +30,18 @@ type held struct {
 // Session returns the session that holds the first of the locks.
 func (l *Locks) Session() *session.Session { return l.held[0].grant.On.Session() }
 
+// Ping returns nil if each of the locks was held until now, which the server says.
+func (l *Locks) Ping() (err error) {
+	asked := make(map[*lockconn.Conn]bool, 1)
+	for _, h := range l.held {
+		if c := h.grant.On; !asked[c] {
+			asked[c] = true
+			err = errors.Join(err, c.Ask(context.Background(), &lockconn.Request{Op: lockconn.Ping}))
+		}
+	}
+	return err
+}
+
 // Release releases the locks. It returns nil if each of them was held until then, which the server
 // says: also of a lock that is handed on.
 func (l *Locks) Release() error { return l.release(l.held) }
