@@ -16,7 +16,8 @@
 //   - [WithTxLock] is for work that is one transaction in the same database. Lock and work
 //     commit together, also behind a transaction pooler.
 //   - [WithConnLock] is for migrations and other work on one session.
-//   - [Lead] runs a function on one of many replicas, for as long as they live.
+//   - [Lead] runs a function on one of many replicas: the leader. When the function returns,
+//     Lead ends.
 //   - [AcquireTx], [AcquireConn] and [ReleaseConn] are for a transaction and a connection of
 //     the caller's. [NewSessionLocker] is for goose.
 //   - [Check], at program start, tells whether locks exclude each other through a db at all.
@@ -91,11 +92,12 @@
 //
 // Within a process, a key has one queue, first come, first served; callers in it hold no
 // connection. For other processes, a caller waits in the server's queue, so that it has a
-// released lock at once. It waits there in statements of at most 400 ms, between which CREATE
-// INDEX CONCURRENTLY passes. Older waits stay longer, and so are at the head of the queue.
+// released lock at once. It waits there in statements of at most 400 ms. Between two of them,
+// the holder's CREATE INDEX CONCURRENTLY gets through. Statements of older waits last longer, so
+// that these are at the head of the queue.
 //
-// Waits outlive a restart and a failover of the server that takes up to 30 s, and those of Lead
-// any. They end with ctx, with [Timeout], or, with [NoWait], before they begin.
+// Waits go on through a restart or a failover of the server that takes up to 30 s, and those of
+// Lead through any. They end with ctx or with [Timeout]. With [NoWait] there is none.
 //
 // # Connections
 //
@@ -115,6 +117,13 @@
 //
 // A connection goes back to the pool only if the server has said that its locks are released and
 // its settings are as they were. In doubt it is closed.
+//
+// # Observing
+//
+// An [Observer] is told how long acquisitions wait, how long locks are held, and of each loss. The
+// module github.com/pgadvisory/advisory/otel makes OpenTelemetry's metrics and spans of it. The
+// [Logger] has what cannot be returned as an error. On the server, pg_stat_activity shows the
+// names of keys in a comment before each statement that waits, and before heartbeats.
 //
 // # Drivers, poolers, standbys
 //
