@@ -62,10 +62,11 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // out, AcquireConn reads pg_locks, as ReleaseConn does.
 //
 // It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that
-// matches [ErrReentrant] or [ErrNotAcquired], or in a transaction, conn is as it was before.
-// If ctx ends during the wait, AcquireConn returns when the statement under way has ended,
-// within 400 ms. If the server does not answer then, and after any other error, conn has been
-// closed for good, because the state of its session is in doubt.
+// matches [ErrReentrant] or [ErrNotAcquired], after a deadlock that this package has found,
+// and in a transaction, conn is as it was before. If ctx ends during the wait, AcquireConn
+// returns when the statement under way has ended, within 400 ms. If the server does not answer
+// then, and after any other error, conn has been closed for good, because the state of its
+// session is in doubt.
 //
 // If ctx already carries key, the result is ErrReentrant, even if that lock is in another
 // database: conn does not tell.

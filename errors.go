@@ -38,19 +38,27 @@ var (
 
 	// ErrDeadlock means that the wait was part of a deadlock, and has ended. The lock is not held.
 	//
-	// If ctx carries held locks, because a function of this package or [Lock.Context] has given it
-	// out, the wait is an edge from these locks to the wanted one. A cycle of such edges is a
-	// deadlock. Within a process, through one *sql.DB, it is found when its last wait begins.
-	// Between processes, it is found within some three seconds, and ends its youngest wait.
+	// A wait takes part in the search if its ctx is one that a function or a [Lock] of this
+	// package has given out: such a ctx carries the locks that its caller holds. A deadlock in one
+	// process, through one *sql.DB, is found when the last of its waits begins, or within two
+	// seconds if one of them is for a shared lock. A deadlock between processes is found within
+	// some three seconds, and ends the wait that began last. Waits tell of each other in the
+	// comments of their statements, and read these once a second in pg_stat_activity. A wait whose
+	// caller holds nothing costs nothing.
 	//
-	// Waits of several processes tell of each other in the comments of their statements. A wait
-	// that holds locks reads these once a second, from pg_stat_activity, which shows those of the
-	// same role, or of all roles to one with pg_read_all_stats. Waits that try with pauses
-	// (AcquireTx, a pool that has no connection to spare, a server without PL/pgSQL) are found in
-	// their own process alone. A wait that holds nothing costs nothing.
+	// These deadlocks are not found:
+	//   - of processes that connect as different roles, unless these are members of pg_read_all_stats;
+	//   - of callers that do not pass on the ctx that they were given, or that hold a lock by
+	//     [AcquireConn] or [AcquireTx], which give out none;
+	//   - with locks of other programs, or that are taken by SQL;
+	//   - between processes, if two of the waits try with pauses: those of AcquireTx, of a pool that
+	//     has no connection to spare, and on a server without PL/pgSQL;
+	//   - between processes, while other holders in its own process keep a wait in the queue there.
 	//
 	// A function that waits on another goroutine with its ctx, and itself goes on to return, is
 	// the exception: the wait may be ended although that return would have freed the lock.
+	// AcquireConn and AcquireTx assume that conn and tx are of the database of the locks that ctx
+	// carries.
 	//
 	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too. So is the end of an AcquireTx
 	// whose transaction the holder is found to wait for.
@@ -109,6 +117,7 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 			kind = ErrHeld
 		}
 	}
+	var deadlock manager.Deadlock
 	switch {
 	case errors.Is(err, session.ErrRefused):
 		e.msg, e.errs = "not acquired", []error{ErrHeld}
@@ -120,7 +129,9 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 	case ctx.Err() != nil:
 		cause := context.Cause(ctx)
 		e.msg, e.errs = "not acquired: "+cause.Error(), []error{ErrNotAcquired, ctx.Err(), ending{cause}, ending{err}}
-	case errors.As(err, new(manager.Deadlock)), errors.Is(err, session.ErrDeadlock):
+	case errors.As(err, &deadlock):
+		e.msg, e.errs = deadlock.Error(), []error{ErrDeadlock, deadlock}
+	case errors.Is(err, session.ErrDeadlock):
 		e.msg, e.errs = err.Error(), []error{ErrDeadlock}
 	case errors.Is(err, session.ErrHeld):
 		e.msg, e.errs = err.Error(), []error{ErrReentrant}

@@ -67,8 +67,12 @@ func (c *exampleConn) ExecContext(_ context.Context, query string, _ []driver.Na
 }
 
 func (c *exampleConn) QueryContext(_ context.Context, query string, _ []driver.NamedValue) (driver.Rows, error) {
-	if strings.Contains(query, "pg_stat_activity") { // Holders
-		return &exampleRows{values: []driver.Value{int64(4711), true, false, "app", "billing", "10.0.0.7", "idle", "", time.Now(), nil}}, nil
+	holder := []driver.Value{int64(4711), true, false, "app", "billing", "10.0.0.7", "idle", "/* advisory: nightly-report */ SELECT", time.Now(), nil}
+	switch {
+	case strings.Contains(query, "l.objsubid, "): // Locks
+		return &exampleRows{values: append([]driver.Value{int64(0x6743ba10), int64(0xa2b2c487), int64(1)}, holder...)}, nil
+	case strings.Contains(query, "pg_stat_activity"): // Holders
+		return &exampleRows{values: holder}, nil
 	}
 	return &exampleRows{values: []driver.Value{"4711"}}, nil // Token
 }

@@ -381,6 +381,25 @@ func ExampleHolders() {
 	// Output: held by 4711 billing
 }
 
+func ExampleLocks() {
+	locks, err := advisory.Locks(ctx, db)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, l := range locks {
+		fmt.Println(l.Key)
+		for _, h := range l.Holders {
+			fmt.Println("  held by", h.PID, h.ApplicationName)
+		}
+		for _, h := range l.Waiters {
+			fmt.Println("  waiting:", h.PID, h.ApplicationName, "since", h.WaitStart)
+		}
+	}
+	// Output:
+	// nightly-report (bigint 7440995589958059143)
+	//   held by 4711 billing
+}
+
 func ExampleObserve() {
 	observer := &advisory.Observer{
 		AcquireEnd: func(_ context.Context, lock advisory.LockInfo, took time.Duration, err error) {

@@ -3,13 +3,14 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"slices"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// A Querier is what [Holders] asks: a *sql.DB, *sql.Conn or *sql.Tx.
+// A Querier is what [Holders] and [Locks] ask: a *sql.DB, *sql.Conn or *sql.Tx.
 type Querier interface {
 	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 }
@@ -63,6 +64,63 @@ func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 		holders = append(holders, Holder(h))
 	}
 	return holders, nil
+}
+
+// A LockState is a lock, and the sessions that hold it or wait for it.
+type LockState struct {
+	// Key has its name where that is known: see [Locks]. It equals the Key that [Name] makes then, and
+	// otherwise the one of [ID] or [Pair].
+	Key     Key
+	Holders []Holder // none if it has just become free, and goes to the first of the Waiters
+	Waiters []Holder // longest first
+}
+
+// Locks returns every advisory lock that is held or waited for in q's database, by this
+// package or by any other program, in the order of their keys.
+//
+// The server knows a lock by its number. Statements of this package that wait, and heartbeats,
+// begin with a comment that has the names of the keys. Locks takes a name from there if the
+// name makes that number. So the name of a held lock is known after its first heartbeat, or
+// while another waits for it. It is not known if it is long (over 64 bytes, percent-encoded),
+// if more than four locks are on the session, or if this role may not see the statements of
+// others: that needs pg_read_all_stats.
+//
+// As with [Holders], callers who wait behind another caller of their own process, or who try
+// with pauses, are not in the server's queue, and are not seen.
+func Locks(ctx context.Context, q Querier) ([]LockState, error) {
+	c := call{function: "Locks", missing: missing("q", isNil(q), "", false)}
+	if _, err := c.check(ctx, "look up locks", nil, nil); err != nil {
+		return nil, err
+	}
+	found, err := session.Locks(ctx, q)
+	if err != nil {
+		return nil, &Error{Op: "look up locks", msg: pgsql.Explain(err), errs: []error{err}}
+	}
+	names := make(map[pgsql.Key]Key)
+	for _, l := range found {
+		for _, name := range pgsql.NamesIn(l.Query) {
+			k := Name(name)
+			names[k.key.Lock()] = k
+		}
+	}
+	slices.SortStableFunc(found, func(a, b session.Lock) int { return pgsql.Compare(a.Key, b.Key) })
+	var locks []LockState
+	for i, l := range found {
+		if i == 0 || l.Key != found[i-1].Key {
+			key, named := names[l.Key]
+			if !named {
+				key = Key{l.Key}
+			}
+			locks = append(locks, LockState{Key: key})
+		}
+		s := &locks[len(locks)-1]
+		if l.Granted {
+			s.Holders = append(s.Holders, Holder(l.Holder))
+		} else {
+			s.Waiters = append(s.Waiters, Holder(l.Holder))
+		}
+	}
+	return locks, nil
 }
 
 // isNil finds the nil pointers of database/sql in q, too.

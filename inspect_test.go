@@ -6,6 +6,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"io"
+	"math"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/DATA-DOG/go-sqlmock"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
@@ -57,6 +59,68 @@ func TestHoldersReturnsEveryColumnWhereItBelongs(t *testing.T) {
 		{PID: 4712, Shared: true, User: "v", State: "active", SessionStart: start, WaitStart: wait},
 	}, holders); diff != "" {
 		t.Errorf("holders (-want +got):\n%s", diff)
+	}
+}
+
+func TestLocksReturnsEveryKeyWithItsHoldersAndWaiters(t *testing.T) {
+	t.Parallel()
+	start, wait := time.Unix(1e9, 0), time.Unix(1e9+60, 0)
+	const classOfA, objectOfA = 0xca978112, 0xca1bbdca // as Name("a")
+	comment := "/* advisory: another, a, 7.42, b, +3 */ SELECT"
+	db, mock := newMock(t)
+	mock.ExpectQuery(pgsql.Locks).WillReturnRows(sqlmock.NewRows(make([]string, 13)).
+		AddRow(7, 42, 2, 1, true, false, "u", "app", "10.0.0.7", "idle", comment, start, nil).
+		AddRow(classOfA, objectOfA, 2, 1, true, false, "", "", "", "", comment, nil, nil).
+		AddRow(classOfA, objectOfA, 1, 1, true, true, "", "", "", "", comment, nil, nil).
+		AddRow(classOfA, objectOfA, 1, 2, true, true, "", "", "", "", "", nil, nil).
+		AddRow(0, 43, 1, 3, false, false, "", "", "", "", "/* advisory: cut", nil, wait).
+		AddRow(classOfA, objectOfA, 1, 4, false, false, "", "", "", "", "", nil, wait).
+		AddRow(classOfA, objectOfA, 1, 5, false, true, "", "", "", "", "", nil, wait).
+		AddRow(math.MaxUint32, math.MaxUint32, 1, 0, true, false, "", "", "", "", "", nil, nil))
+	locks, err := Locks(t.Context(), struct{ *sql.DB }{db}) // a Querier of another's
+	wantError(t, err)
+	a := Name("a")
+	if diff := cmp.Diff([]LockState{
+		{Key: a, Holders: []Holder{{PID: 1, Granted: true, Shared: true, Query: comment}, {PID: 2, Granted: true, Shared: true}},
+			Waiters: []Holder{{PID: 4, WaitStart: wait}, {PID: 5, Shared: true, WaitStart: wait}}},
+		{Key: ID(-1), Holders: []Holder{{Granted: true}}},
+		{Key: ID(43), Waiters: []Holder{{PID: 3, Query: "/* advisory: cut", WaitStart: wait}}},
+		// Another space: it has no names.
+		{Key: Pair(-0x35687eee, -0x35e44236), Holders: []Holder{{PID: 1, Granted: true, Query: comment}}},
+		{Key: Pair(7, 42), Holders: []Holder{{PID: 1, Granted: true, User: "u", ApplicationName: "app", ClientAddr: "10.0.0.7", State: "idle", Query: comment, SessionStart: start}}},
+	}, locks, cmp.Comparer(func(a, b Key) bool { return a == b })); diff != "" {
+		t.Errorf("locks (-want +got):\n%s", diff)
+	}
+}
+
+func TestLocksErrors(t *testing.T) {
+	t.Parallel()
+	one := func(pid any) *sqlmock.Rows {
+		return sqlmock.NewRows(make([]string, 13)).AddRow(0, 42, 1, pid, true, false, "", "", "", "", "", nil, nil)
+	}
+	for _, test := range []struct {
+		name   string
+		expect func(*sqlmock.ExpectedQuery)
+		wants  []any
+	}{
+		{"the query fails", func(q *sqlmock.ExpectedQuery) { q.WillReturnError(pgError("42703")) }, []any{pgError("42703"), "advisory: look up locks: "}},
+		{"another kind of server", func(q *sqlmock.ExpectedQuery) { q.WillReturnError(pgError("42883")) }, []any{pgError("42883"), "PostgreSQL 14"}},
+		{"a row is nonsense", func(q *sqlmock.ExpectedQuery) { q.WillReturnRows(one("x")) }, []any{"advisory: look up locks: "}},
+		{"the connection dies between rows", func(q *sqlmock.ExpectedQuery) {
+			q.WillReturnRows(one(1).AddRow(0, 42, 1, 2, true, false, "", "", "", "", "", nil, nil).RowError(1, io.ErrUnexpectedEOF))
+		}, []any{io.ErrUnexpectedEOF}},
+		{"none", func(q *sqlmock.ExpectedQuery) { q.WillReturnRows(sqlmock.NewRows(make([]string, 13))) }, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			db, mock := newMock(t)
+			test.expect(mock.ExpectQuery(pgsql.Locks))
+			locks, err := Locks(t.Context(), db)
+			wantError(t, err, test.wants...)
+			if len(locks) > 0 {
+				t.Errorf("locks: %v", locks)
+			}
+		})
 	}
 }
 

@@ -3,10 +3,12 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"time"
 
+	"github.com/pgadvisory/advisory/internal/manager"
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
@@ -92,7 +94,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 			}
 		case ctx.Err() != nil && time.Since(began) < leadPauseMax:
 			return join(err, failed)
-		case ctx.Err() != nil || pgsql.PoolClosed(err):
+		case ctx.Err() != nil || pgsql.PoolClosed(err) || errors.As(err, new(manager.Deadlock)):
 			return err
 		default:
 			if failed == nil || failed.Error() != err.Error() || time.Since(told) > leadTellAgain {

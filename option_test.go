@@ -211,6 +211,9 @@ func TestNilArgumentsAndNoKeysAreRefused(t *testing.T) {
 		{holdersErr(ctx, (*sql.Tx)(nil), key), "look up bigint 42: nil q"},
 		{holdersErr(ctx, on.db, Key{}), "look up invalid key: the zero Key"},
 		{holdersErr(noCtx, on.db, key), "look up bigint 42: nil ctx"},
+		{locksErr(ctx, nil), "look up locks: nil q"},
+		{locksErr(ctx, (*sql.Tx)(nil)), "look up locks: nil q"},
+		{locksErr(noCtx, on.db), "look up locks: nil ctx"},
 	} {
 		wantError(t, test.err, test.says)
 	}
@@ -219,6 +222,11 @@ func TestNilArgumentsAndNoKeysAreRefused(t *testing.T) {
 
 func holdersErr(ctx context.Context, q Querier, key Key) error {
 	_, err := Holders(ctx, q, key)
+	return err
+}
+
+func locksErr(ctx context.Context, q Querier) error {
+	_, err := Locks(ctx, q)
 	return err
 }
 

@@ -152,7 +152,7 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	w := callersWait(ctx, &cfg, keys)
 	defer w.Done()
-	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Stuck); err != nil {
+	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Waiting); err != nil {
 		err = acquireError(ctx, keys, &cfg, w.Failure(err))
 	}
 	o.acquireEnd(ctx, err)

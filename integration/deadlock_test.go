@@ -16,7 +16,6 @@ import (
 )
 
 // crossed has two callers take two locks in opposite orders, and returns the errors of the inner ones.
-// The second comes later.
 func crossed(t *testing.T, outer, inner way, dbs [2]*sql.DB, keys [2]advisory.Key) (errs [2]error) {
 	t.Helper()
 	ctx := soon(t)
@@ -28,7 +27,6 @@ func crossed(t *testing.T, outer, inner way, dbs [2]*sql.DB, keys [2]advisory.Ke
 		err := outer.with(ctx, dbs[i], keys[i], func(ctx context.Context, _ querier) error {
 			close(in[i])
 			<-in[1-i]
-			time.Sleep(time.Duration(i) * 300 * time.Millisecond) // by which the second wait is the youngest
 			errs[i] = inner.with(ctx, dbs[i], keys[1-i], noWork)
 			return nil
 		})
@@ -40,11 +38,14 @@ func crossed(t *testing.T, outer, inner way, dbs [2]*sql.DB, keys [2]advisory.Ke
 	return errs
 }
 
-// wantDeadlock checks that the second, which closed the cycle, has been told, and the first got its lock.
+// wantDeadlock checks that one has been told, and the other got its lock.
 func wantDeadlock(t *testing.T, errs [2]error, says ...string) {
 	t.Helper()
+	if errs[1] == nil {
+		slices.Reverse(errs[:])
+	}
 	if errs[0] != nil || !errors.Is(errs[1], advisory.ErrDeadlock) || errors.Is(errs[1], advisory.ErrNotAcquired) {
-		t.Errorf("errors %v, want ErrDeadlock for the second alone", errs)
+		t.Errorf("errors %v, want ErrDeadlock for one", errs)
 		return
 	}
 	for _, s := range says {
@@ -57,15 +58,14 @@ func wantDeadlock(t *testing.T, errs [2]error, says ...string) {
 func TestDeadlocksInAProcessAreFoundAtOnce(t *testing.T) {
 	t.Parallel()
 	eachDriver(t, func(t *testing.T, d driver) {
+		t.Parallel()
 		db := d.open(t, server.DSN())
+		db.SetMaxIdleConns(8)
 		for _, outer := range openers {
 			for _, inner := range ways {
 				name := fmt.Sprintf("%s in %s", inner.name, outer.name)
 				keys := [2]advisory.Key{advisory.Name("a " + name + d.name), advisory.Name("b " + name + d.name)}
 				errs := crossed(t, outer, inner, [2]*sql.DB{db, db}, keys)
-				if errs[1] == nil { // whose wait began first: it had to open a connection
-					slices.Reverse(errs[:])
-				}
 				wantDeadlock(t, errs, "deadlock: this caller holds", "which this process holds while it waits for")
 			}
 		}
@@ -151,8 +151,9 @@ func TestDeadlocksThroughTheQueueOfAProcess(t *testing.T) {
 			}
 			return nil
 		})
-		if errs[0] != nil || errs[1] != nil || !errors.Is(errs[2], advisory.ErrDeadlock) {
-			t.Errorf("errors %v, want ErrDeadlock for the youngest, the last", errs)
+		told := slices.DeleteFunc(slices.Clone(errs), func(err error) bool { return err == nil })
+		if len(told) != 1 || !errors.Is(told[0], advisory.ErrDeadlock) {
+			t.Errorf("errors %v, want one ErrDeadlock", errs)
 		}
 	})
 }
@@ -160,23 +161,26 @@ func TestDeadlocksThroughTheQueueOfAProcess(t *testing.T) {
 // A wait that holds nothing asks nobody. One that holds something asks once a second, after the first.
 func TestWhatFindingDeadlocksCosts(t *testing.T) {
 	t.Parallel()
-	bothDrivers(t, func(t *testing.T, d driver) {
+	eachDriver(t, func(t *testing.T, d driver) {
 		t.Parallel()
+		if d.name != "pq" && d.name != "pgx_simple" {
+			t.Skip("a question that is prepared is sent without its text")
+		}
 		const lasts = 4500 * time.Millisecond
 		for _, holds := range []bool{false, true} {
 			sent := newWire(t)
 			db, key, outer := d.open(t, sent.dsn), testKey(t), advisory.Name(fmt.Sprint("outer ", t.Name(), holds))
 			release := holdAll(t, d.open(t, server.DSN()), []advisory.Key{key})
-			ctx, cancel := context.WithTimeout(t.Context(), lasts)
-			defer cancel()
 			wait := func(ctx context.Context) error {
+				ctx, cancel := context.WithTimeout(ctx, lasts)
+				defer cancel()
 				return advisory.WithLock(ctx, db, key, func(context.Context) error { return nil })
 			}
 			err := error(nil)
 			if holds {
-				err = advisory.WithLock(ctx, db, outer, wait)
+				err = advisory.WithLock(t.Context(), db, outer, wait)
 			} else {
-				err = wait(ctx)
+				err = wait(t.Context())
 			}
 			if !errors.Is(err, advisory.ErrNotAcquired) {
 				t.Errorf("error %v, want ErrNotAcquired", err)

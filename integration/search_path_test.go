@@ -237,6 +237,7 @@ func (p *hostilePool) useEverything(t *testing.T) {
 	})
 	do("heartbeats", func(ctx context.Context) error { return p.beat(ctx, t) })
 	do("shared locks", func(ctx context.Context) error { return p.share(ctx, t) })
+	do("nested locks", func(ctx context.Context) error { return p.nest(ctx, t) })
 	do("some of several locks", func(ctx context.Context) error { return p.fail(ctx, t) })
 	do("Check", func(ctx context.Context) error { return advisory.Check(ctx, p.another(t)) })
 	_ = g.Wait()
@@ -287,6 +288,9 @@ func (p *hostilePool) takeFree(ctx context.Context, w way, key advisory.Key) err
 		holders, err := advisory.Holders(ctx, q.(advisory.Querier), key)
 		if err == nil && (len(holders) == 0 || !holders[0].Granted) {
 			err = fmt.Errorf("Holders: %v", holders)
+		}
+		if err == nil {
+			_, err = advisory.Locks(ctx, q.(advisory.Querier))
 		}
 		if w.opens && err == nil {
 			_, err = advisory.Token(ctx)
@@ -353,6 +357,26 @@ func (p *hostilePool) share(ctx context.Context, t *testing.T) error {
 		}
 	}
 	return nil
+}
+
+// nest waits for a lock under another for so long that it asks whether that is a deadlock.
+func (p *hostilePool) nest(ctx context.Context, t *testing.T) error {
+	inner, db := advisory.Name(t.Name()+"inner"), p.another(t)
+	defer hold(t, p.other, inner)()
+	return advisory.WithLock(ctx, db, advisory.Name(t.Name()+"outer"), func(ctx context.Context) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		waits := make(chan error, 1)
+		go func() {
+			waits <- advisory.WithLock(ctx, db, inner, func(context.Context) error { return nil }, p.log.option())
+		}()
+		p.waitUntilSent(t, "pg_catalog.starts_with(query")
+		cancel()
+		if err := <-waits; !errors.Is(err, context.Canceled) {
+			return fmt.Errorf("%w, want context.Canceled", err)
+		}
+		return nil
+	}, p.log.option())
 }
 
 // fail takes the first of two locks, of which another holds the second.

@@ -71,7 +71,7 @@ func torture() int {
 	for range tortureGoroutines {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				v.section(ctx)
+				v.section(ctx, 0)
 			}
 		})
 	}
@@ -93,9 +93,20 @@ func (v *victim) add(e history.Event) {
 	}
 }
 
-// section takes a lock in some way and works under it.
-func (v *victim) section(ctx context.Context) {
+// section takes a lock in some way and works under it, rarely with another section inside: of another
+// key, in any order. outer is the key that the caller holds, or 0.
+func (v *victim) section(ctx context.Context, outer int64) {
 	key := 1 + rand.Int64N(tortureKeys)
+	if key == outer {
+		key = 1 + outer%tortureKeys
+	}
+	inside := func(ctx context.Context) error {
+		busy()
+		if outer == 0 && rand.IntN(8) == 0 {
+			v.section(ctx, key)
+		}
+		return nil
+	}
 	begin := history.Event{
 		Kind: history.Begin, Section: v.last.Add(1), Key: strconv.FormatInt(key, 10),
 		Asked: history.Now(), Shared: rand.IntN(3) == 0,
@@ -132,7 +143,7 @@ func (v *victim) section(ctx context.Context) {
 			opts = append(slices.Clone(opts), advisory.Shared())
 		}
 		err = advisory.WithLock(ctx, v.db, advisory.ID(key), func(ctx context.Context) error {
-			return work(ctx, func() error { busy(); return nil })
+			return work(ctx, func() error { return inside(ctx) })
 		}, opts...)
 	case "Acquire":
 		if begin.Shared {
@@ -140,7 +151,7 @@ func (v *victim) section(ctx context.Context) {
 		}
 		var lock *advisory.Lock
 		if lock, err = advisory.Acquire(ctx, v.db, advisory.ID(key), opts...); err == nil {
-			_ = work(lock.Context(), func() error { busy(); return nil })
+			_ = work(lock.Context(), func() error { return inside(lock.Context()) })
 			err = lock.Release()
 		}
 	default:
@@ -158,8 +169,10 @@ func (v *victim) section(ctx context.Context) {
 	}
 	outcome := history.Event{Kind: history.Kept, At: history.Now(), Section: begin.Section}
 	switch {
-	case errors.Is(err, advisory.ErrReentrant), errors.Is(err, advisory.ErrDeadlock):
+	case errors.Is(err, advisory.ErrReentrant), errors.Is(err, advisory.ErrDeadlock) && outer == 0:
 		tell("violation", begin.How, err)
+	case errors.Is(err, advisory.ErrDeadlock):
+		tell("deadlock", begin.How, nil)
 	case errors.Is(err, errLostUpdate):
 		tell("violation", begin.How, err)
 	}
@@ -387,9 +400,13 @@ func TestTorture(t *testing.T) {
 		}
 		m.told = append(m.told, c.all()...)
 	}
+	deadlocks := 0
 	for _, e := range m.told {
-		if e.What == "violation" {
+		switch e.What {
+		case "violation":
 			t.Errorf("%s: %s", e.Key, e.Err)
+		case "deadlock":
+			deadlocks++
 		}
 	}
 
@@ -403,7 +420,8 @@ func TestTorture(t *testing.T) {
 	})
 	t.Logf("torture: %v, %d processes: %d sections cut, %d freezes, %d kills",
 		lasts, m.started, m.faults[history.Cut], m.faults[history.Freeze], m.faults[history.Kill])
-	t.Logf("torture: %d sections: %d kept, %d lost, %d killed", r.Sections, r.Kept, r.Lost, r.Killed)
+	t.Logf("torture: %d sections: %d kept, %d lost, %d killed; %d deadlocks", r.Sections, r.Kept, r.Lost, r.Killed, deadlocks)
+	logBound(t, "torture", "nobody took a lock", 5*time.Second, standstills(events))
 	t.Logf("torture: overlaps of which the context of the earlier section had ended before %d, was frozen %d (and told at the thaw), "+
 		"was cut %d (and told in time); with transactions that came to nothing %d; others %d",
 		r.Told, r.Frozen, r.Cut, r.Undone, len(r.Violations))
@@ -418,6 +436,21 @@ func TestTorture(t *testing.T) {
 	if perSecond := float64(r.Kept) / lasts.Seconds(); perSecond < 10 || m.faults[history.Cut] == 0 || m.faults[history.Freeze] == 0 {
 		t.Errorf("%.0f sections a second, faults %v: that is no torture", perSecond, m.faults)
 	}
+}
+
+// standstills returns the times in which nobody took a lock.
+func standstills(events []history.Event) (still []time.Duration) {
+	var at []time.Duration
+	for _, e := range events {
+		if e.Kind == history.Begin {
+			at = append(at, e.At)
+		}
+	}
+	slices.Sort(at)
+	for i := range at[1:] {
+		still = append(still, at[i+1]-at[i])
+	}
+	return still
 }
 
 // settle asks the tables what became of the transactions, which is the last word, and

@@ -51,6 +51,7 @@ func (w *wire) serve(client net.Conn) {
 			}
 		}
 	}()
+	prepared := make(map[string]string)
 	for first := true; ; first = false {
 		// The first message has no type (PostgreSQL manual, "Message Formats").
 		var head [5]byte
@@ -68,10 +69,14 @@ func (w *wire) serve(client net.Conn) {
 		switch head[0] {
 		case 'Q':
 			w.record(string(bytes.TrimRight(body, "\x00")))
-		case 'P':
-			_, query, _ := bytes.Cut(body, []byte{0})
+		case 'P': // a statement is prepared
+			name, query, _ := bytes.Cut(body, []byte{0})
 			query, _, _ = bytes.Cut(query, []byte{0})
-			w.record(string(query))
+			prepared[string(name)] = string(query)
+		case 'B': // and executed
+			_, name, _ := bytes.Cut(body, []byte{0})
+			name, _, _ = bytes.Cut(name, []byte{0})
+			w.record(prepared[string(name)])
 		}
 		if _, err := backend.Write(append(head[from:], body...)); err != nil {
 			return

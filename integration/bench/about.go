@@ -33,7 +33,9 @@ func (b *bench) describe(ctx context.Context) error {
 	}
 	for _, n := range []string{
 		"A ratio is that of the medians of all rounds. The contestants take turns, round by round.",
-		"*two statements*: `SELECT WHERE pg_try_advisory_lock(N)` and `SELECT WHERE pg_advisory_unlock(N)` on a connection that does nothing else.",
+		"*two prepared statements*: `SELECT WHERE pg_try_advisory_lock($1)` and `SELECT WHERE pg_advisory_unlock($1)`, prepared, on a connection that does nothing else.",
+		"*two round trips each*: what 64 goroutines could do if they waited for the network alone.",
+		"*behind otelsql*: the driver is wrapped, and makes a span of each statement that the program asks for.",
 		"*recipe*: the two queries with a parameter that people copy, but both on one connection, taken for each lock from a pool of " + fmt.Sprint(poolSize) + ". Where the lock is contended it does not sleep between tries, but blocks in `pg_advisory_lock($1)`, the fastest that it could do. Our pool is as large.",
 		"*goose* is here where the lock is free. Where it is not, goose sleeps between tries, for 5 s by default and for 1 s at least.",
 		"*redislock* is told to try again every millisecond, where its default is not to wait, and has a connection for each goroutine.",

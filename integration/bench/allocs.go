@@ -15,7 +15,7 @@ func allocs(b *bench, ctx context.Context, w *workload) error {
 	)
 	body := func(context.Context) error { return nil }
 	count := func(c contestant) (n float64, err error) {
-		l, err := c.open(ctx, b.direct, false)
+		l, err := c.open(ctx, b.direct, false, false)
 		if err != nil {
 			return 0, err
 		}

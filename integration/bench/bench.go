@@ -44,7 +44,7 @@ func newBench(ctx context.Context, o options) (b *bench, err error) {
 			err = errors.Join(err, b.close())
 		}
 	}()
-	if b.postgres, err = pgtest.Start(ctx); err != nil {
+	if b.postgres, err = pgtest.Start(ctx, pgtest.Setting("max_connections", "250")); err != nil {
 		return b, err
 	}
 	b.stops = append(b.stops, b.postgres.Stop)
@@ -141,17 +141,20 @@ type workload struct {
 	goroutines int // of each process
 	oneKey     bool
 	delayed    bool
+	traced     bool // behind otelsql
 	inChart    bool
 }
 
 // workloads are all of them, in the order of the table.
 var workloads = []*workload{
 	{name: "OneGoroutine", title: "1 goroutine", run: throughput, goroutines: 1, inChart: true},
+	{name: "OneGoroutineTraced", title: "1 goroutine behind otelsql", run: throughput, goroutines: 1, traced: true},
 	{name: "Keys", title: "64 goroutines, 64 keys", run: throughput, goroutines: 64, inChart: true},
 	{name: "KeysDelayed", title: "64 goroutines, 64 keys, 1 ms away", run: throughput, goroutines: 64, delayed: true, inChart: true},
 	{name: "OneKey", title: "32 goroutines, one key", run: throughput, goroutines: 32, oneKey: true, inChart: true},
 	{name: "Processes", title: "4 processes × 8, one key", run: throughput, processes: 4, goroutines: 8, oneKey: true, inChart: true},
 	{name: "HandOff", title: "hand-off between processes", run: handOff},
+	{name: "Heartbeats", title: "200 sessions hold, 9,000 locks on the server", run: heartbeats},
 	{name: "Held", title: "1,000 locks held, pool of 2", run: held},
 	{name: "Waiters", title: "500 waiters on one key, pool of 3", run: waiters},
 	{name: "RemoteKey", title: "1,000 wait for another process's key", run: remoteKey},

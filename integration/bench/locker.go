@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 )
 
@@ -19,7 +20,7 @@ var registered = map[string]string{pgx: "pgx", pq: "postgres"}
 // The implementations, as the table names them.
 const (
 	ours      = "advisory"
-	floor     = "two statements"
+	floor     = "two prepared statements"
 	recipe    = "recipe"
 	goose     = "goose"
 	redislock = "redislock"
@@ -53,15 +54,20 @@ type lockFunc func(ctx context.Context, body func(context.Context) error) error
 // poolSize is how many connections a process has, whatever the implementation.
 const poolSize = 16
 
-// open opens what a process has of c. contended says that others want its locks.
-func (c contestant) open(ctx context.Context, s servers, contended bool) (locker, error) {
+// open opens what a process has of c. contended says that others want its locks, and traced that its
+// driver is wrapped.
+func (c contestant) open(ctx context.Context, s servers, contended, traced bool) (locker, error) {
 	switch c.Impl {
 	case redislock:
 		return openRedislock(s.Redis)
 	case etcd:
 		return openEtcd(s.Etcd)
 	}
-	db, err := openPool(c.Driver, s.Postgres, poolSize)
+	open := sql.Open
+	if traced {
+		open = openTraced
+	}
+	db, err := openPoolWith(open, c.Driver, s.Postgres, poolSize)
 	if err != nil {
 		return nil, err
 	}

@@ -4,16 +4,26 @@ import (
 	"context"
 	"database/sql"
 	"errors"
-	"strconv"
 
+	"github.com/XSAM/otelsql"
 	gooselock "github.com/pressly/goose/v3/lock"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 
 	"github.com/pgadvisory/advisory"
 )
 
 // openPool opens a pool that stands for one process.
 func openPool(driver, dsn string, size int) (*sql.DB, error) {
-	db, err := sql.Open(registered[driver], dsn)
+	return openPoolWith(sql.Open, driver, dsn, size)
+}
+
+// openTraced opens a connection whose driver is wrapped by otelsql. The spans are made, and go nowhere.
+func openTraced(driver, dsn string) (*sql.DB, error) {
+	return otelsql.Open(driver, dsn, otelsql.WithTracerProvider(sdktrace.NewTracerProvider()))
+}
+
+func openPoolWith(open func(driver, dsn string) (*sql.DB, error), driver, dsn string, size int) (*sql.DB, error) {
+	db, err := open(registered[driver], dsn)
 	if err != nil {
 		return nil, err
 	}
@@ -32,8 +42,8 @@ func (l ourLocker) worker(_ context.Context, key int64) (lockFunc, error) {
 	}, nil
 }
 
-// floorLocker does the least that a lock can cost on its own: two statements, one round
-// trip each, on a connection that is its goroutine's for good.
+// floorLocker does the least that a lock can cost on its own: two prepared statements, one
+// round trip each, on a connection that is its goroutine's for good.
 type floorLocker struct{ *sql.DB }
 
 func (l floorLocker) worker(ctx context.Context, key int64) (lockFunc, error) {
@@ -41,16 +51,19 @@ func (l floorLocker) worker(ctx context.Context, key int64) (lockFunc, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock := "SELECT WHERE pg_catalog.pg_try_advisory_lock(" + strconv.FormatInt(key, 10) + ")"
-	unlock := "SELECT WHERE pg_catalog.pg_advisory_unlock(" + strconv.FormatInt(key, 10) + ")"
+	lock, err1 := conn.PrepareContext(ctx, "SELECT WHERE pg_catalog.pg_try_advisory_lock($1)")
+	unlock, err2 := conn.PrepareContext(ctx, "SELECT WHERE pg_catalog.pg_advisory_unlock($1)")
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
 	return func(ctx context.Context, body func(context.Context) error) error {
-		if err := mustAffectOne(conn.ExecContext(ctx, lock)); err != nil {
+		if err := mustAffectOne(lock.ExecContext(ctx, key)); err != nil {
 			return err
 		}
 		if err := body(ctx); err != nil {
 			return err
 		}
-		return mustAffectOne(conn.ExecContext(ctx, unlock))
+		return mustAffectOne(unlock.ExecContext(ctx, key))
 	}, nil
 }
 

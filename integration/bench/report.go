@@ -134,7 +134,7 @@ type result struct {
 	workload *workload
 	contestant
 	samples []sample        // of a throughput
-	times   []time.Duration // of a hand-off
+	times   []time.Duration // of each hand-off, or of each lock of one goroutine
 	shares  float64         // the smallest, of several processes
 }
 
@@ -159,7 +159,7 @@ func (r result) perLock(of func(sample) float64) float64 {
 }
 
 func (r *report) add(w *workload, e *entrant) {
-	res := result{workload: w, contestant: e.contestant, samples: e.samples}
+	res := result{workload: w, contestant: e.contestant, samples: e.samples, times: e.times}
 	if w.processes > 0 {
 		res.shares = e.smallestShare()
 	}
@@ -213,6 +213,37 @@ func (r *report) compareRates(w *workload) {
 		}
 		r.rows = append(r.rows, row)
 	}
+}
+
+// listTimes adds the rows of what one lock and its release take.
+func (r *report) listTimes(w *workload) {
+	for _, percent := range []float64{50, 99} {
+		for _, impl := range []string{ours, floor, recipe} {
+			row := row{workload: w, measure: fmt.Sprintf("%s, µs of a lock and its release, p%.0f", impl, percent)}
+			for _, driver := range drivers {
+				if res, ok := r.find(w, impl, driver); ok && len(res.times) > 0 {
+					row.set(driver, cell{value: float64(percentile(res.times, percent)) / float64(time.Microsecond), format: "%.0f"})
+				}
+			}
+			r.rows = append(r.rows, row)
+		}
+	}
+}
+
+// closedLoop is whom a rate is compared with that nobody can exceed: every goroutine waits for two
+// round trips, and for nothing else.
+const closedLoop = "two round trips each"
+
+// compareClosedLoop adds the row of how much of a closed loop's rate is ours.
+func (r *report) compareClosedLoop(w *workload, roundTrip time.Duration) {
+	allowed := float64(w.goroutines) / (2 * roundTrip).Seconds()
+	row := row{workload: w, measure: "locks/s", against: closedLoop}
+	for _, driver := range drivers {
+		if our, ok := r.find(w, ours, driver); ok {
+			row.set(driver, cell{value: our.rate() / allowed, bound: target(w.name, closedLoop, driver)})
+		}
+	}
+	r.rows = append(r.rows, row)
 }
 
 // compareTimes adds the rows of a hand-off: how many times as long ours takes.

@@ -17,14 +17,13 @@ var targets = []struct {
 	workload, impl string
 	pgx, pq        bound
 }{
-	{"OneGoroutine", floor, atLeast(0.9), atLeast(0.9)},
-	{"OneGoroutine", recipe, atLeast(1), atLeast(2.5)},
-	{"Keys", recipe, atLeast(5), atLeast(10)},
-	{"KeysDelayed", recipe, atLeast(3), atLeast(5)},
-	{"OneKey", recipe, atLeast(100), atLeast(200)},
-	{"Processes", recipe, atLeast(20), atLeast(20)},
+	{"OneGoroutine", floor, atLeast(0.85), atLeast(0.75)},
+	{"OneGoroutine", recipe, atLeast(1.05), atLeast(2)},
+	{"OneGoroutine", redislock, atLeast(1), atLeast(0.85)},
+	{"OneGoroutineTraced", recipe, atLeast(0.95), atLeast(1.8)},
+	{"Keys", recipe, atLeast(3), atLeast(7)},
+	{"KeysDelayed", closedLoop, atLeast(0.9), atLeast(0.9)},
 
-	{"OneGoroutine", redislock, moreThan(1), moreThan(1)},
 	{"OneGoroutine", etcd, moreThan(1), moreThan(1)},
 	{"Keys", redislock, moreThan(1), moreThan(1)},
 	{"Keys", etcd, moreThan(1), moreThan(1)},

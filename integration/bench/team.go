@@ -18,6 +18,7 @@ type lineup struct {
 	Key        int64 // the first, if there are several
 	Goroutines int
 	OneKey     bool
+	Traced     bool // the driver is wrapped
 }
 
 // A team is the goroutines of a contestant, in one process or in several.
@@ -33,6 +34,7 @@ type tally struct {
 	Elapsed time.Duration
 	Mallocs uint64
 	Bytes   uint64
+	Times   []time.Duration // of each lock with its release, of a goroutine that is alone
 }
 
 func (t tally) ops() (sum int64) {
@@ -60,7 +62,7 @@ type localTeam struct {
 // newLocalTeam returns a team that is ready to begin. Under a lock that it shares, it
 // increments counter.
 func newLocalTeam(ctx context.Context, l lineup, counter *int64) (*localTeam, error) {
-	locker, err := l.Contestant.open(ctx, l.Servers, l.OneKey && l.Goroutines > 1)
+	locker, err := l.Contestant.open(ctx, l.Servers, l.OneKey && l.Goroutines > 1, l.Traced)
 	if err != nil {
 		return nil, err
 	}
@@ -93,6 +95,7 @@ func (t *localTeam) round(ctx context.Context, d time.Duration) (tally, error) {
 		group sync.WaitGroup
 		errs  = make([]error, len(t.locks))
 		begin = make(chan struct{})
+		times []time.Duration
 	)
 	for i, lock := range t.locks {
 		group.Go(func() {
@@ -104,6 +107,7 @@ func (t *localTeam) round(ctx context.Context, d time.Duration) (tally, error) {
 			body := func(context.Context) error { *counter++; return nil }
 			<-begin
 			for !stop.Load() {
+				start := time.Now()
 				// A context that can end costs each statement of lib/pq a goroutine,
 				// which is not what is measured here.
 				if errs[i] = lock(context.Background(), body); errs[i] != nil {
@@ -111,6 +115,9 @@ func (t *localTeam) round(ctx context.Context, d time.Duration) (tally, error) {
 					break
 				}
 				ops++
+				if len(t.locks) == 1 {
+					times = append(times, time.Since(start))
+				}
 			}
 			total.Add(ops)
 		})
@@ -143,5 +150,6 @@ func (t *localTeam) round(ctx context.Context, d time.Duration) (tally, error) {
 		Elapsed: elapsed,
 		Mallocs: after.Mallocs - before.Mallocs,
 		Bytes:   after.TotalAlloc - before.TotalAlloc,
+		Times:   times,
 	}, errors.Join(append(errs, ctx.Err())...)
 }

@@ -14,6 +14,8 @@ func (b *bench) contestants(w *workload, s servers) []contestant {
 	var all []contestant
 	for _, impl := range []string{ours, floor, recipe, goose, redislock, etcd} {
 		switch {
+		case w.traced && impl != ours && impl != recipe:
+			continue
 		case impl == floor && w.goroutines > 1:
 			continue // on so many connections, or waiting, it would be another thing
 		case impl == goose && w.oneKey && w.goroutines > 1:
@@ -57,6 +59,16 @@ func throughput(b *bench, ctx context.Context, w *workload) (err error) {
 		}
 	}
 	b.report.compareRates(w)
+	if w.goroutines == 1 && !w.traced {
+		b.report.listTimes(w)
+	}
+	if w.delayed {
+		far, err := b.roundTrip(ctx, s)
+		if err != nil {
+			return err
+		}
+		b.report.compareClosedLoop(w, far)
+	}
 	return nil
 }
 
@@ -121,7 +133,8 @@ type entrant struct {
 	team    team
 	counter *int64 // what the lock protects, or nil
 	samples []sample
-	shares  []int64 // locks of each process, in all rounds
+	times   []time.Duration // of each lock, of one goroutine
+	shares  []int64         // locks of each process, in all rounds
 	failed  bool
 }
 
@@ -138,7 +151,7 @@ func (s sample) rate() float64 { return float64(s.ops) / s.elapsed.Seconds() }
 
 func enter(ctx context.Context, w *workload, c contestant, s servers) (*entrant, error) {
 	e := &entrant{contestant: c}
-	l := lineup{Contestant: c, Servers: s, Key: newKeys(), Goroutines: w.goroutines, OneKey: w.oneKey}
+	l := lineup{Contestant: c, Servers: s, Key: newKeys(), Goroutines: w.goroutines, OneKey: w.oneKey, Traced: w.traced}
 	var err error
 	if w.processes > 0 {
 		var t *processTeam
@@ -175,6 +188,7 @@ func (e *entrant) round(ctx context.Context, d time.Duration, counts bool) error
 		return nil
 	}
 	e.samples = append(e.samples, sample{n, t.Elapsed, t.Mallocs, t.Bytes})
+	e.times = append(e.times, t.Times...)
 	if e.shares == nil {
 		e.shares = make([]int64, len(t.Ops))
 	}

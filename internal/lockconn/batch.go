@@ -31,10 +31,17 @@ type batcher struct {
 	unknown bool      // the server does not know the statement
 }
 
-// portion returns how many of the pending requests are served together.
-func (c *Conn) portion() int {
+// take takes those of the pending requests that are served together.
+func (c *Conn) take() []*Request {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	n := c.portionLocked()
+	reqs := slices.Clone(c.pending[:n])
+	c.pending = slices.Delete(c.pending, 0, n)
+	return reqs
+}
+
+func (c *Conn) portionLocked() int {
 	n, locks := 0, 0
 	for _, r := range c.pending {
 		locks += max(1, len(r.Keys))
@@ -71,6 +78,9 @@ func (c *Conn) gather(n int, rtt time.Duration) {
 
 // answer answers requests. If it returns an error, the session is lost.
 func (c *Conn) answer(ctx context.Context, reqs []*Request) error {
+	if len(reqs) == 1 {
+		return c.answerAlone(ctx, reqs[0])
+	}
 	var together, alone, pings []*Request
 	for _, r := range reqs {
 		switch r.Op {
@@ -201,18 +211,19 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 // answerAlone answers r by a statement of its own. If it returns an error, the session is lost.
 func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 	bound := session.AnswerBound
-	exec := c.s.Exec
+	exec := c.exec
 	query, resets := pgsql.Ping, false
 	switch r.Op {
 	case Try:
-		query = pgsql.Try(r.Keys, r.Shared)
+		exec = c.execKeys(r, pgsql.Try, pgsql.TryCached)
 	case Ping:
 		bound = session.ReleaseBound
 	case Unlock:
 		bound = session.ReleaseBound
-		query = pgsql.Unlock(r.Keys, r.Shared)
 		if resets = c.only(r.Keys) && c.s.Reset() != ""; resets {
-			query = c.s.Reset() + query
+			query = c.s.Reset() + pgsql.Unlock(r.Keys, r.Shared)
+		} else {
+			exec = c.execKeys(r, pgsql.Unlock, pgsql.UnlockCached)
 		}
 	case Look:
 		query = pgsql.Look(r.Keys[0])
@@ -253,6 +264,25 @@ func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 	}
 }
 
+func (c *Conn) exec(ctx context.Context, bound time.Duration, query string) (int64, error) {
+	return c.s.Exec(ctx, bound, query)
+}
+
+// execKeys returns a function that sends the statement about the keys of r. For one key, that is one that
+// the driver keeps prepared, if it does; unless the server has forgotten it, as after DISCARD ALL.
+func (c *Conn) execKeys(r *Request, literal func([]pgsql.Key, bool) string, cached func(pgsql.Key, bool) (string, []int64)) func(context.Context, time.Duration, string) (int64, error) {
+	return func(ctx context.Context, bound time.Duration, _ string) (int64, error) {
+		if len(r.Keys) == 1 && c.s.Caches() {
+			query, args := cached(r.Keys[0], r.Shared)
+			rows, err := c.s.Exec(ctx, bound, query, args...)
+			if !pgsql.NotPrepared(err) {
+				return rows, err
+			}
+		}
+		return c.s.Exec(ctx, bound, literal(r.Keys, r.Shared))
+	}
+}
+
 // serverSaid tells whether err is the server's, on a session that goes on.
 func serverSaid(err error) bool { return pgsql.State(err) != "" && !pgsql.Gone(err) }
 
@@ -261,6 +291,7 @@ func serverSaid(err error) bool { return pgsql.State(err) != "" && !pgsql.Gone(e
 func (c *Conn) afterError(ctx context.Context, r *Request, err error) error {
 	switch r.Op {
 	case Ping: // an answer it is
+		r.OK = true
 		return nil
 	case Look:
 		r.err = err

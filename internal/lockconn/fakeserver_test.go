@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -26,6 +27,7 @@ type server struct {
 	answer func(ctx context.Context, query string) (rows int64, err error) // nil: one row
 	batch  func(ops, keys string) (string, error)                          // nil: ones
 	rtt    time.Duration                                                   // how long a statement takes
+	caches bool                                                            // the driver looks like pgx, and keeps statements prepared
 
 	mu    sync.Mutex
 	log   []string    // statements, and "prepare", "batch <operations> <keys>", "deallocate", "close"
@@ -82,8 +84,32 @@ func (srv *server) send(ctx context.Context, query string) (int64, error) {
 	return srv.answer(ctx, query)
 }
 
-func (srv *server) Driver() driver.Driver                        { return nil }
-func (srv *server) Connect(context.Context) (driver.Conn, error) { return &conn{srv: srv}, nil }
+func (srv *server) Driver() driver.Driver { return nil }
+
+func (srv *server) Connect(context.Context) (driver.Conn, error) {
+	if srv.caches {
+		return &pgxConn{&conn{srv: srv}}, nil
+	}
+	return &conn{srv: srv}, nil
+}
+
+// A pgxConn has what pgx's connection is known by.
+type (
+	pgxConn   struct{ *conn }
+	pgxInner  struct{}
+	pgConn    struct{}
+	pgxConfig struct {
+		DefaultQueryExecMode   mode
+		StatementCacheCapacity int
+	}
+	mode int
+)
+
+func (*pgxConn) Conn() *pgxInner      { return nil }
+func (*pgxInner) PgConn() *pgConn     { return nil }
+func (*pgxInner) Config() *pgxConfig  { return &pgxConfig{StatementCacheCapacity: 512} }
+func (*pgConn) Conn() (none net.Conn) { return none }
+func (mode) String() string           { return "cache statement" }
 
 type conn struct {
 	srv    *server
@@ -154,13 +180,18 @@ type fixture struct {
 // told to watch it.
 func newConn(t *testing.T, silence time.Duration) *fixture {
 	t.Helper()
-	f := &fixture{srv: new(server), lost: make(chan error, 1)}
+	return newConnOn(t, new(server), silence)
+}
+
+func newConnOn(t *testing.T, srv *server, silence time.Duration) *fixture {
+	t.Helper()
+	f := &fixture{srv: srv, lost: make(chan error, 1)}
 	f.db = sql.OpenDB(f.srv)
 	t.Cleanup(func() {
 		time.Sleep(time.Minute) // until what is discarded has been closed
 		_ = f.db.Close()
 	})
-	pool := &session.Pool{DB: f.db, Refused: new(session.Refusals)}
+	pool := &session.Pool{DB: f.db, Facts: new(session.Facts)}
 	var err error
 	if f.s, err = pool.Open(t.Context(), slog.New(slog.DiscardHandler), session.ForLocks); err != nil {
 		t.Fatal(err)

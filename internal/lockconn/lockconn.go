@@ -61,6 +61,7 @@ type lock struct {
 func New(s *session.Session, log *slog.Logger, keys []pgsql.Key, shared bool, onLost func(*Conn)) *Conn {
 	c := &Conn{s: s, log: log, onLost: onLost, users: 1, locks: make(map[lock]string, 1), holders: make(map[*Holder]struct{}, 1)}
 	c.silence = s.Silence()
+	c.watch.alarm.F = c.tick
 	c.watch.proof = s.Sent()
 	for _, k := range keys {
 		c.locks[lock{k.Lock(), shared}] = k.Name
@@ -105,6 +106,7 @@ func (c *Conn) leave(uses int) {
 	last := c.state == open && c.users == 0 && !c.serving && len(c.locks) == 0
 	if last {
 		c.state = handedBack
+		c.watch.alarm.Stop()
 	}
 	c.mu.Unlock()
 	switch {
@@ -156,6 +158,7 @@ func (c *Conn) lose(cause error) {
 		return
 	}
 	c.state, c.lost = lost, cause
+	c.watch.alarm.Stop()
 	holders, pending := c.holders, c.pending
 	c.holders, c.pending = nil, nil
 	c.mu.Unlock()
@@ -198,7 +201,7 @@ type Request struct {
 
 	panicked any // by the driver
 
-	done chan struct{} // closed with the answer
+	done chan struct{} // closed with the answer; nil: nobody waits for that
 
 	// Guarded by Conn.mu.
 	left     bool // its caller has left
@@ -230,30 +233,34 @@ func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op =
 // Ask has r served. If ctx ends before, and others have locks on the session, the error is an
 // Unanswered: to break r off would cost them their locks.
 func (c *Conn) Ask(ctx context.Context, r *Request) error {
-	r.done = make(chan struct{})
 	c.mu.Lock()
 	if c.state != open {
 		defer c.mu.Unlock()
 		return LostError{c.lost}
 	}
+	if !c.serving && (!r.leavable() || len(c.locks) == 0) {
+		c.serving = true
+		c.mu.Unlock()
+		return c.serveInline(ctx, r)
+	}
+	r.done = make(chan struct{})
 	if r.leavable() {
 		c.pending = append(c.pending, r)
 	} else { // it goes first, within the bounds of a release
 		c.pending = slices.Insert(c.pending, 0, r)
 		c.s.Hasten(session.ReleaseBound)
 	}
-	if c.serving {
-		c.mu.Unlock()
-		return c.await(ctx, r)
-	}
-	c.serving = true
-	inline := !r.leavable() || len(c.locks) == 0
-	c.mu.Unlock()
-	if !inline {
+	if !c.serving {
+		c.serving = true
 		go c.serveAll()
-		return c.await(ctx, r)
 	}
-	c.serve(ctx, 1)
+	c.mu.Unlock()
+	return c.await(ctx, r)
+}
+
+// serveInline serves r on the goroutine of its caller.
+func (c *Conn) serveInline(ctx context.Context, r *Request) error {
+	c.serve(ctx, []*Request{r})
 	c.mu.Lock()
 	c.serving = len(c.pending) > 0
 	if c.serving {
@@ -292,9 +299,12 @@ func (c *Conn) await(ctx context.Context, r *Request) error {
 func (c *Conn) serveAll() {
 	for more := true; more; {
 		began := time.Now()
-		n := c.serve(context.Background(), c.portion())
-		if n > 1 {
-			c.gather(n, time.Since(began))
+		reqs := c.take()
+		if len(reqs) > 0 { // their callers have not left
+			c.serve(context.Background(), reqs)
+		}
+		if len(reqs) > 1 {
+			c.gather(len(reqs), time.Since(began))
 		}
 		c.mu.Lock()
 		more = len(c.pending) > 0
@@ -306,16 +316,8 @@ func (c *Conn) serveAll() {
 	c.leave(0) // those who left their requests may have been the last
 }
 
-// serve serves the first n pending requests, and returns how many there were.
-func (c *Conn) serve(ctx context.Context, n int) int {
-	c.mu.Lock()
-	n = min(n, len(c.pending))
-	reqs := slices.Clone(c.pending[:n])
-	c.pending = slices.Delete(c.pending, 0, n)
-	c.mu.Unlock()
-	if n == 0 {
-		return 0 // its caller has left
-	}
+// serve serves requests.
+func (c *Conn) serve(ctx context.Context, reqs []*Request) {
 	err := c.guarded(reqs, func() error { return c.answer(ctx, reqs) })
 	var left []*Request
 	for _, r := range reqs {
@@ -333,7 +335,9 @@ func (c *Conn) serve(ctx context.Context, n int) int {
 		c.lose(err)
 	}
 	for _, r := range reqs {
-		close(r.done)
+		if r.done != nil {
+			close(r.done)
+		}
 	}
 	for _, r := range left { // what those got who have left is given back
 		if err == nil {
@@ -345,7 +349,6 @@ func (c *Conn) serve(ctx context.Context, n int) int {
 	if err != nil {
 		c.lose(err) // if it is not yet
 	}
-	return n
 }
 
 // guarded runs f, and has a panic of the driver's propagate on the goroutines of the callers of reqs.

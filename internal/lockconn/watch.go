@@ -44,6 +44,13 @@ func (h *Holder) lose(cause error) {
 	}
 }
 
+// Lost tells whether a lock has been lost.
+func (h *Holder) Lost() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.lost != nil
+}
+
 // TakeLoss returns why a lock has been lost before Begin, if one has, and forgets it.
 func (h *Holder) TakeLoss() error {
 	h.mu.Lock()
@@ -93,7 +100,7 @@ func (c *Conn) Hold(h *Holder) error {
 	if first || next.Before(w.next) {
 		w.next = next
 	}
-	w.alarm.Set(w.next, c.tick)
+	w.alarm.Set(w.next)
 	return nil
 }
 
@@ -168,9 +175,9 @@ func (c *Conn) tick() {
 		go c.beat()
 	}
 	if w.beating {
-		w.alarm.Set(c.deadlineLocked(), c.tick)
+		w.alarm.Set(c.deadlineLocked())
 	} else {
-		w.alarm.Set(w.next, c.tick)
+		w.alarm.Set(w.next)
 	}
 	c.mu.Unlock()
 }
@@ -191,7 +198,7 @@ func (c *Conn) beat() {
 	if next := sent.Add(w.every); !w.next.After(sent) || next.Before(w.next) {
 		w.next = next // unless somebody has come meanwhile who is stricter
 	}
-	w.alarm.Set(w.next, c.tick)
+	w.alarm.Set(w.next)
 }
 
 // Prove asks the server whether the session still has its locks, and has it watch the session as

@@ -50,6 +50,7 @@ type acquisition struct {
 	at       pgsql.Key        // that it waits for
 	holds    []pgsql.Key      // what its caller holds, and what it has acquired
 	stuck    *stuck           // nil: it does not wait, or its caller holds nothing
+	tries    bool             // on a session of the caller's, where no statement shows that it waits
 	end      func(error)      // ends it
 	unproven []*lockconn.Conn // have granted a lock, perhaps long ago
 	yielded  bool             // it has waited in the server's queue, and let others

@@ -20,9 +20,7 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 	for {
 		c, sent, err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
-			if err := a.stick(); err != nil {
-				return nil, err
-			}
+			a.stick()
 			c, sent, err = a.wait(q)
 		}
 		if err == nil {
@@ -34,9 +32,7 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 		if a.yielded {
 			pause = session.PauseMax // it is others' turn
 		}
-		if len(a.holds) > 0 && !a.pool.Exhausted() {
-			a.m.detect(a.pool.Waits)
-		}
+		a.search()
 		a.m.poll(1)
 		session.Sleep(a.ctx, a.m.untilTick(pause))
 		a.m.poll(-1)

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -16,8 +17,9 @@ import (
 	"github.com/pgadvisory/advisory/internal/waitgraph"
 )
 
-// detectEvery is how old a wait is when other processes are first asked whom it waits for, and how
-// often they are asked.
+// detectEvery is how old a wait is when other processes are first asked whom it waits for, how often
+// they are asked, and how long a cycle lasts that is a deadlock. It is longer than a statement tells
+// of a wait that has ended: for its slice of 400 ms, and for 250 ms after that (pgsql.Waits).
 const detectEvery = time.Second
 
 // A Deadlock is the error of a wait that cannot end, because it waits for others who wait for what its
@@ -30,35 +32,52 @@ func (d Deadlock) Error() string { return string(d) }
 // A stuck is a wait whose caller holds keys.
 type stuck struct {
 	waitgraph.Wait
-	holds []pgsql.Key
+	of    *acquisition
+	holds []pgsql.Key // Held: those of the caller, and then those of the acquisition
 	wants pgsql.Key
 	began time.Time
-	end   context.CancelCauseFunc // ends the acquisition
-	cycle []waitgraph.Wait        // that was last seen
+	cycle []waitgraph.Wait // that has been seen, and when
+	seen  time.Time
 }
 
-// stick is called when the acquisition begins to wait, because another has the lock. It returns a
-// Deadlock if that closes a cycle in this process.
-func (a *acquisition) stick() error {
+// stick is called when the acquisition begins to wait, because another has the lock, and again and again
+// while it does. It ends the acquisition if the wait is part of a cycle in this process.
+func (a *acquisition) stick() {
 	a.waited = true
-	if a.stuck != nil || len(a.holds) == 0 {
-		return nil
-	}
-	s := &stuck{holds: slices.Clone(a.holds), wants: a.at, began: time.Now(), end: a.end}
-	s.Wait = waitgraph.Wait{ID: strconv.FormatUint(rand.Uint64(), 36), Since: s.began.UnixMilli(), Wanted: a.at.Text()}
-	for _, k := range s.holds {
-		s.Held = append(s.Held, k.Text())
+	if len(a.holds) == 0 || a.stuck != nil && !a.Shared {
+		return // only a shared wait's cycle may come to count later
 	}
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if cycle := waitgraph.Cycle(s.Wait, m.waitsLocked()); cycle != nil {
-		return s.deadlock(cycle)
+	if a.stuck == nil {
+		a.stuck = newStuck(a)
+		m.stuck[a.stuck] = struct{}{}
 	}
-	a.stuck = s
-	m.stuck[s] = struct{}{}
-	return nil
+	if !a.stuck.counts() {
+		return
+	}
+	if cycle := waitgraph.New(m.waitsLocked((*stuck).counts)).Cycle(a.stuck.edges()); cycle != nil {
+		a.end(a.stuck.deadlock(cycle))
+	}
 }
+
+func newStuck(a *acquisition) *stuck {
+	s := &stuck{of: a, holds: a.holds, wants: a.at, began: time.Now()}
+	s.Wait = waitgraph.Wait{ID: strconv.FormatUint(rand.Uint64(), 36), Since: s.began.UnixMilli(), Wanted: a.at.Text()}
+	if a.tries || a.pool.RefusesWaits() {
+		s.Since = math.MaxInt64 // no statement shows it, so that others do not see its cycles
+	}
+	for _, k := range s.holds {
+		s.Held = append(s.Held, k.Text())
+	}
+	return s
+}
+
+// counts tells whether a cycle of waits that are known for certain is a deadlock with s in it. A
+// shared wait may be over in a moment though others hold the lock, if they share it. It is
+// counted when it has lasted, because then an exclusive waiter stands between.
+func (s *stuck) counts() bool { return !s.of.Shared || time.Since(s.began) >= detectEvery }
 
 // unstick is called when the wait has ended.
 func (a *acquisition) unstick() {
@@ -70,18 +89,31 @@ func (a *acquisition) unstick() {
 	}
 }
 
-// waitsLocked returns the waits of this process.
-func (m *Manager) waitsLocked() (waits []waitgraph.Wait) {
+// waitsLocked returns those waits of this process that count. One that is about to end does not.
+func (m *Manager) waitsLocked(counts func(*stuck) bool) (waits []waitgraph.Wait) {
 	for s := range m.stuck {
-		waits = append(waits, s.Wait)
+		if w := s.edges(); s.of.ctx.Err() == nil && len(w.Held) > 0 && counts(s) {
+			waits = append(waits, w)
+		}
 	}
 	return waits
 }
 
+// edges returns the wait as it is. What the acquisition has lost meanwhile, it does not hold.
+func (s *stuck) edges() waitgraph.Wait {
+	w, a := s.Wait, s.of
+	if a.holder != nil && a.holder.Lost() {
+		w.Held = w.Held[:len(a.Held)]
+	}
+	return w
+}
+
+func all(*stuck) bool { return true }
+
 // deadlock returns the error of a cycle that begins with s.
 func (s *stuck) deadlock(cycle []waitgraph.Wait) Deadlock {
 	name := func(text string) string {
-		for _, k := range append(s.holds, s.wants) {
+		for _, k := range append(slices.Clip(s.holds), s.wants) {
 			if k.Text() == text && k.Name != "" {
 				return strconv.Quote(k.Name)
 			}
@@ -102,9 +134,19 @@ func (s *stuck) deadlock(cycle []waitgraph.Wait) Deadlock {
 
 // equip has the waits of s carry the edges of the graph, and look for cycles.
 func (a *acquisition) equip(s *session.Session) {
-	s.Stuck = a.stick
 	s.Comment = a.comment
-	s.Between = func() { a.m.detect(s.Waits) }
+	s.Waiting = func() {
+		a.stick()
+		a.m.detect(func() ([]session.Statement, error) { return s.Waits(a.ctx) })
+	}
+}
+
+// search is called again and again by a wait that has no session of its own.
+func (a *acquisition) search() {
+	a.stick()
+	if !a.pool.Exhausted() {
+		a.m.detect(func() ([]session.Statement, error) { return a.pool.Waits(a.ctx) })
+	}
 }
 
 // comment returns the comment of a statement that waits: its own edges, and those of the waits of this
@@ -113,52 +155,75 @@ func (a *acquisition) comment() string {
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	var edges []waitgraph.Wait
 	w := waitgraph.Wait{Held: []string{a.at.Text()}} // others of this process may wait for that, too
 	if a.stuck != nil {
-		w.ID = a.stuck.ID
-		w.Held = append(w.Held, a.stuck.Held...)
+		mine := a.stuck.edges()
+		w.ID, w.Held = mine.ID, append(w.Held, mine.Held...)
+		if len(mine.Held) > 0 {
+			edges = append(edges, mine)
+		}
 	}
-	behind := waitgraph.Behind(w, m.waitsLocked())
-	if behind = behind[1:]; a.stuck != nil {
-		behind = slices.Insert(behind, 0, a.stuck.Wait)
-	}
-	return waitgraph.Comment(a.at.Label(), behind)
+	return waitgraph.Comment(a.at.Label(), append(edges, waitgraph.Behind(w, m.waitsLocked(all))...))
 }
 
 // detect looks for cycles of waits in several processes, if that is due: ask returns the statements
-// that wait. A cycle that is seen twice ends its youngest wait.
+// that wait.
 func (m *Manager) detect(ask func() ([]session.Statement, error)) {
+	asked := time.Now()
 	m.mu.Lock()
 	due := false
 	for s := range m.stuck {
-		due = due || time.Since(s.began) >= detectEvery
+		due = due || asked.Sub(s.began) >= detectEvery
 	}
-	if due = due && time.Since(m.asked) >= detectEvery; due {
-		m.asked = time.Now()
-	}
+	due = due && !m.detecting && asked.Sub(m.detected) >= detectEvery
+	m.detecting = m.detecting || due
 	m.mu.Unlock()
 	if !due {
 		return
 	}
-	statements, err := ask()
-	if err != nil {
-		return // if the session has died, the next statement says so
+	defer func() { // also if the driver panics
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.detecting, m.detected = false, time.Now()
+	}()
+	if statements, err := ask(); err == nil { // if the session has died, the next statement says so
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.searchLocked(statements, asked)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	waits := m.waitsLocked()
+}
+
+// searchLocked looks for cycles of the waits of this process, and of those of statements, which were
+// asked for then. A cycle that is seen twice ends its youngest wait. It has not dissolved and come
+// again meanwhile, because a wait does not change, and none has the ID of another. It may have been
+// overlooked, between two statements of a wait.
+func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) {
+	ours := make(map[string]bool)
+	for s := range m.stuck {
+		ours[s.ID] = true
+	}
+	var others []waitgraph.Wait
 	for _, s := range statements {
 		for _, w := range waitgraph.Parse(s.Query) {
-			w.PID, w.Name = s.PID, s.ApplicationName
-			waits = append(waits, w)
+			if w.PID, w.Name = s.PID, s.ApplicationName; !ours[w.ID] {
+				others = append(others, w)
+			}
 		}
 	}
+	graph := waitgraph.New(append(m.waitsLocked(all), others...))
 	for s := range m.stuck {
-		cycle := waitgraph.Cycle(s.Wait, waits)
-		if cycle != nil && waitgraph.Same(cycle, s.cycle) && waitgraph.Youngest(cycle) {
-			s.end(s.deadlock(cycle))
+		if s.of.ctx.Err() != nil {
+			continue
 		}
-		s.cycle = cycle
+		switch cycle := graph.Cycle(s.edges()); {
+		case cycle == nil:
+		case !waitgraph.Same(cycle, s.cycle):
+			s.cycle, s.seen = cycle, time.Now()
+		case asked.Sub(s.seen) >= detectEvery && waitgraph.Youngest(cycle):
+			s.of.end(s.deadlock(cycle))
+			graph = waitgraph.New(append(m.waitsLocked(all), others...))
+		}
 	}
 }
 
@@ -169,20 +234,26 @@ type Callers struct {
 	Ctx context.Context // ends with the Timeout, or a deadlock
 }
 
-// NewCallers returns the wait that r asks for.
+// NewCallers returns the wait that r asks for. Until it has a session, it tries. db may be nil if the
+// caller holds nothing.
 func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
-	c := &Callers{acquisition: newAcquisition(ctx, db, r, nil)} // db may be nil if nothing is held
-	c.Ctx = c.ctx
-	c.at = r.Keys[0]
+	c := &Callers{acquisition: newAcquisition(ctx, db, r, nil)}
+	c.Ctx, c.at, c.tries = c.ctx, r.Keys[0], true
 	return c
 }
 
-// Stuck is called when the wait begins.
-func (c *Callers) Stuck() error { return c.stick() }
+// Waiting is called again and again by a wait that tries.
+func (c *Callers) Waiting() {
+	c.stick()
+	if len(c.holds) > 0 {
+		c.search()
+	}
+}
 
 // Equip has a session wait for the lock.
 func (c *Callers) Equip(s *session.Session) {
-	s.Stuck = c.stick
+	c.tries = false
+	s.Waiting = c.stick
 	if len(c.holds) > 0 {
 		c.equip(s)
 	}

@@ -6,6 +6,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -23,6 +24,7 @@ import (
 type server struct {
 	answer func(ctx context.Context, conn int, query string) (rows int64, err error) // nil: one row
 	dial   func() error                                                              // nil: a connection is made
+	waits  func()                                                                    // is called when it is asked for waits; there are none
 
 	opened, open atomic.Int32
 }
@@ -60,6 +62,19 @@ func (c *conn) ExecContext(ctx context.Context, query string, _ []driver.NamedVa
 	rows, err := c.srv.answer(ctx, c.no, query)
 	return driver.RowsAffected(rows), err
 }
+
+func (c *conn) QueryContext(context.Context, string, []driver.NamedValue) (driver.Rows, error) {
+	if c.srv.waits != nil {
+		c.srv.waits()
+	}
+	return noRows{}, nil
+}
+
+type noRows struct{}
+
+func (noRows) Columns() []string         { return make([]string, 3) }
+func (noRows) Close() error              { return nil }
+func (noRows) Next([]driver.Value) error { return io.EOF }
 
 func (c *conn) Close() error                        { c.closed.Do(func() { c.srv.open.Add(-1) }); return nil }
 func (c *conn) Prepare(string) (driver.Stmt, error) { return nil, errors.New("prepared") }

@@ -29,22 +29,23 @@ type Manager struct {
 	// Checking is filled by the Check that is under way.
 	Checking chan struct{}
 
-	refused session.Refusals
-	seed    uint64
+	facts session.Facts
+	seed  uint64
 
 	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
-	mu       sync.Mutex
-	queues   map[pgsql.Key]*queue // by keys without names
-	shared   *lockconn.Conn       // which new locks are tried on; nil: there is none at present
-	opening  *opening             // of shared; nil: nobody opens it
-	sessions int                  // those that hold locks, or wait in the server's queue
-	polling  int                  // those who wait, and do not have such a session
-	asking   bool                 // somebody asks who holds a lock
-	outage   *outage              // that waits are in; nil: none are
-	stuck    map[*stuck]struct{}  // waits whose callers hold keys
-	asked    time.Time            // when others were last asked for their waits
-	waits    int64                // for a connection of the pool, when its only one was taken for locks
-	warned   bool                 // a Logger has been, that the pool has only one
+	mu        sync.Mutex
+	queues    map[pgsql.Key]*queue // by keys without names
+	shared    *lockconn.Conn       // which new locks are tried on; nil: there is none at present
+	opening   *opening             // of shared; nil: nobody opens it
+	sessions  int                  // those that hold locks, or wait in the server's queue
+	polling   int                  // those who wait, and do not have such a session
+	asking    bool                 // somebody asks who holds a lock
+	outage    *outage              // that waits are in; nil: none are
+	stuck     map[*stuck]struct{}  // waits whose callers hold keys
+	detecting bool                 // somebody asks others for their waits
+	detected  time.Time            // when they had last answered
+	waits     int64                // for a connection of the pool, when its only one was taken for locks
+	warned    bool                 // a Logger has been, that the pool has only one
 }
 
 // managers go with their *sql.DB, which they do not keep: a Manager that nobody uses knows nothing,
@@ -85,7 +86,7 @@ func (m *Manager) Pool(db *sql.DB) *session.Pool {
 	if m == nil {
 		return nil
 	}
-	return &session.Pool{DB: db, Refused: &m.refused}
+	return &session.Pool{DB: db, Facts: &m.facts}
 }
 
 // queueLocked returns the queue of k.
@@ -185,9 +186,9 @@ func (m *Manager) untilTick(pause time.Duration) time.Duration {
 func (m *Manager) String() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling == 0 {
+	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling == 0 && len(m.stuck) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling",
-		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling)
+	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling, %d stuck",
+		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling, len(m.stuck))
 }

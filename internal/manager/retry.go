@@ -128,7 +128,7 @@ func (a *attempts) late(err error, at stage) error {
 	switch {
 	case at == nowhere && a.pool.Exhausted():
 		a.hint = a.m.busy(a.pool)
-	case pgsql.Gone(err) || at == nowhere && !errors.Is(err, cause):
+	case !errors.Is(err, cause) && (pgsql.Gone(err) || at == nowhere):
 		a.hint = err.Error() // why not even the server has answered
 	}
 	if errors.Is(err, cause) {

@@ -29,7 +29,8 @@ func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
 func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
-	err := a.stick()
+	a.stick()
+	var err error
 	for err == nil {
 		select {
 		case t := <-w.Turns:
@@ -39,6 +40,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 			err = context.Cause(a.ctx)
 		case <-glance.C:
 			err = a.pool.Closed()
+			a.stick()
 		}
 	}
 	m := a.m

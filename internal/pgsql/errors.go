@@ -22,6 +22,9 @@ const (
 	syntaxError     = "42601"
 	undefinedFunc   = "42883"
 	undefinedObject = "42704"
+
+	undefinedStatement = "26000"
+	duplicateStatement = "42P05"
 )
 
 // State returns the SQLSTATE of a server's error, or "". Both drivers' errors have the method.
@@ -76,6 +79,13 @@ func fatal(err error) bool {
 func MayPass(err error) bool {
 	state := State(err)
 	return !strings.HasPrefix(state, "28") && !strings.HasPrefix(state, "3D") && !strings.HasPrefix(state, "42")
+}
+
+// NotPrepared tells whether err is that of a prepared statement of which the driver knows more, or less,
+// than the server. It has not been executed.
+func NotPrepared(err error) bool {
+	state := State(err)
+	return state == undefinedStatement || state == duplicateStatement
 }
 
 // RefusesWait tells whether the server does not execute the statement of Wait: PL/pgSQL is gone,

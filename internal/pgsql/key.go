@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"math"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -149,6 +150,15 @@ func (k Key) Columns() (classid, objid uint32, objsubid int) {
 	return uint32(uint64(k.ID) >> 32), uint32(k.ID), 1
 }
 
+// KeyOf returns the key of a row of pg_locks: the opposite of Columns.
+func KeyOf(classid, objid int64, objsubid int) Key {
+	k := Key{Space: Bigint, ID: classid<<32 | objid}
+	if objsubid == 2 {
+		k.Space = Pair
+	}
+	return k
+}
+
 // Text returns k's number, or its two with a dot between.
 func (k Key) Text() string { return k.Lock().Label() }
 
@@ -189,5 +199,24 @@ func Comment(keys []Key) string {
 	if len(keys) > most {
 		labels = append(labels, "+"+strconv.Itoa(len(keys)-most))
 	}
-	return "/* advisory: " + strings.Join(labels, ", ") + " */ "
+	return commentBegins + strings.Join(labels, ", ") + " */ "
+}
+
+const commentBegins = "/* advisory: "
+
+// NamesIn returns what may be names of keys in the Comment that a statement begins with: it may also be
+// a number, or a part of a name.
+func NamesIn(statement string) (names []string) {
+	rest, more := strings.CutPrefix(statement, commentBegins)
+	for more {
+		end := strings.IndexAny(rest, ", ")
+		if end < 0 {
+			break // the server has cut the statement
+		}
+		if name, err := url.PathUnescape(rest[:end]); err == nil {
+			names = append(names, name)
+		}
+		rest, more = strings.CutPrefix(rest[end:], ", ")
+	}
+	return names
 }

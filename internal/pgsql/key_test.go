@@ -118,6 +118,9 @@ func TestKeyInTheColumnsOfPgLocks(t *testing.T) {
 		if classid != test.classid || objid != test.objid || objsubid != test.objsubid {
 			t.Errorf("%v: %d, %d, %d, want %d, %d, %d", test.key, classid, objid, objsubid, test.classid, test.objid, test.objsubid)
 		}
+		if k := pgsql.KeyOf(int64(classid), int64(objid), objsubid); k != test.key {
+			t.Errorf("%v comes back as %v", test.key, k)
+		}
 	}
 	if class, object := pair(-7, math.MinInt32).Pair(); class != -7 || object != math.MinInt32 {
 		t.Errorf("%d, %d", class, object)
@@ -234,6 +237,31 @@ func TestTheCommentNamesTheKeys(t *testing.T) {
 	}
 }
 
+func TestTheNamesInAComment(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("x", 63) + "%yz"
+	for _, test := range []struct {
+		statement string
+		want      []string
+	}{
+		{comment([]pgsql.Key{named("nightly-report", 5)}) + "SELECT", []string{"nightly-report"}},
+		{comment([]pgsql.Key{named("a, b | c */ +%20", 5), named("größe", 6), pair(-7, 42), id(8)}), []string{"a, b | c */ +%20", "größe", "-7.42", "8"}},
+		{comment(ids(5)), []string{"100", "101", "102", "103", "+1"}},
+		{comment([]pgsql.Key{named(long, 5)}), []string{long[:63]}},
+		{"/* advisory: b%20c | 1x 1700000000000 5 6 7 < 2y 1700000000001 8 9 */ SELECT", []string{"b c"}}, // a waiter that holds locks
+		{"/* advisory: whole, cut", []string{"whole"}},
+		{"/* advisory: %zz, fine */", []string{"fine"}},
+		{"/* advisory: ", nil},
+		{"/* advisory:", nil},
+		{"SELECT '/* advisory: no */'", nil},
+		{"", nil},
+	} {
+		if diff := cmp.Diff(test.want, pgsql.NamesIn(test.statement)); diff != "" {
+			t.Errorf("%q (-want +got):\n%s", test.statement, diff)
+		}
+	}
+}
+
 func FuzzName(f *testing.F) {
 	for _, name := range []string{"a", "nightly-report", "\x00", "ключ", "*/", strings.Repeat("x", 1000), strings.Repeat("\xff", 100)} {
 		f.Add(name)
@@ -254,6 +282,9 @@ func FuzzName(f *testing.F) {
 		}
 		if strings.Trim(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~%") != "" {
 			t.Fatalf("the comment of %q has %q in it", name, text)
+		}
+		if names := pgsql.NamesIn(comment([]pgsql.Key{k})); len(names) != 1 || !strings.HasPrefix(name, names[0]) || len(text) < 62 && names[0] != name {
+			t.Fatalf("the comment of %q tells %q", name, names)
 		}
 	})
 }

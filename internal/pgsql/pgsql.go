@@ -1,8 +1,8 @@
 // Package pgsql is what this module says to PostgreSQL: every statement, as text, with what its
 // answer means, and the errors that come back. It sends nothing, and knows no driver.
 //
-// Statements have no arguments, but for Batch and Holders. Both drivers then use the simple
-// protocol: one round trip that leaves no prepared statement behind. The answer is the number of
+// Statements have no arguments, but for Batch, Holders, TryCached and UnlockCached. Both drivers then
+// use the simple protocol: one round trip that leaves no prepared statement behind. The answer is the number of
 // rows in the command tag. Numbers and percent-encoded names are the only text that is put in.
 // Every function, operator and type is qualified with pg_catalog, so that nothing in the search
 // path can take its place.
@@ -29,6 +29,12 @@ func Try(keys []Key, shared bool) string {
 	}
 	b.WriteString(" ELSE " + strconv.Itoa(len(keys)) + " END)")
 	return b.String()
+}
+
+// TryCached is Try of one lock, with its key as arguments.
+func TryCached(k Key, shared bool) (query string, args []int64) {
+	query, args = cached("SELECT WHERE "+onPrimary, "pg_try_advisory_lock", k, shared)
+	return query + " END", args
 }
 
 // onPrimary begins a condition that is false on a standby. AND would leave the order to the planner.
@@ -73,6 +79,11 @@ func TryCalled(k Key, shared bool) string {
 // Unlock has one row if all the locks were held.
 func Unlock(keys []Key, shared bool) string {
 	return calls("SELECT WHERE ", "pg_advisory_unlock", keys, shared)
+}
+
+// UnlockCached is Unlock of one lock, with its key as arguments.
+func UnlockCached(k Key, shared bool) (query string, args []int64) {
+	return cached("SELECT WHERE ", "pg_advisory_unlock", k, shared)
 }
 
 // UnlockHeld unlocks whichever of the locks the session holds, with a row for each. The server
@@ -184,22 +195,33 @@ const Token = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text" +
 	" OPERATOR(pg_catalog.=) 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"
 
 // Holders selects who holds a lock and who waits for it. Its arguments are Key.Columns.
-const Holders = `SELECT COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
+const Holders = "SELECT " + ofLocks + `
+	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
+	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
+	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4` + ofLocksOrder
+
+// Locks is Holders of all advisory locks of the database. The columns of the key, for KeyOf, come first.
+const Locks = "SELECT l.classid::pg_catalog.int8, l.objid::pg_catalog.int8, l.objsubid, " + ofLocks + ofLocksOrder
+
+const (
+	ofLocks = `COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',
 	COALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),
 	CASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,
 	a.backend_start, l.waitstart
 FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid
 WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
-	AND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid
-	AND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid
-	AND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4
-	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
-ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
+	AND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())`
 
-// Waits selects the statements that wait for a lock and begin with a comment of ours.
+	ofLocksOrder = `
+ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
+)
+
+// Waits selects the statements that begin with a comment of ours, and are under way, or were a moment
+// ago: a wait is not seen to have a gap between two of its statements, which grows with the load.
 const Waits = `SELECT pid, COALESCE(application_name, ''), query FROM pg_catalog.pg_stat_activity
-WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND state OPERATOR(pg_catalog.=) 'active'
-	AND pg_catalog.starts_with(query, '/* advisory: ')`
+WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND pg_catalog.starts_with(query, '/* advisory: ')
+	AND (state OPERATOR(pg_catalog.=) 'active'
+		OR state_change OPERATOR(pg_catalog.>) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) '250 ms'::pg_catalog.interval))`
 
 // inThisDatabase goes with a condition on pg_locks that would be true in others, too.
 const inThisDatabase = " AND database OPERATOR(pg_catalog.=)" +
@@ -252,6 +274,18 @@ func calls(prefix, function string, keys []Key, shared bool) string {
 		b = append(b, ')')
 	}
 	return string(b)
+}
+
+// cached is prefix and the call of the lock function, with the key as arguments.
+func cached(prefix, function string, k Key, shared bool) (query string, args []int64) {
+	if shared {
+		function += "_shared"
+	}
+	if k.Space == Pair {
+		class, object := k.Pair()
+		return prefix + "pg_catalog." + function + "($1, $2)", []int64{int64(class), int64(object)}
+	}
+	return prefix + "pg_catalog." + function + "($1)", []int64{k.ID}
 }
 
 // milliseconds is d as PostgreSQL's time settings take it, rounded up: to them, 0 means "no limit".

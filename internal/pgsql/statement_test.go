@@ -1,7 +1,9 @@
 package pgsql_test
 
 import (
+	"fmt"
 	"math"
+	"slices"
 	"testing"
 	"time"
 
@@ -95,6 +97,29 @@ func TestStatementsOfASession(t *testing.T) {
 	})
 }
 
+func TestStatementsWithArguments(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		of    func(pgsql.Key, bool) (string, []int64)
+		query string
+	}{
+		{pgsql.TryCached, onPrimary + "pg_catalog.pg_try_advisory_lock%s(%s) END"},
+		{pgsql.UnlockCached, "SELECT WHERE pg_catalog.pg_advisory_unlock%s(%s)"},
+	} {
+		for _, shared := range []bool{false, true} {
+			suffix := map[bool]string{true: "_shared"}[shared]
+			query, args := test.of(named("a", 42), shared)
+			if want := fmt.Sprintf(test.query, suffix, "$1"); query != want || !slices.Equal(args, []int64{42}) {
+				t.Errorf("%s with %v, want %s with 42", query, args, want)
+			}
+			query, args = test.of(pair(-7, 42), shared)
+			if want := fmt.Sprintf(test.query, suffix, "$1, $2"); query != want || !slices.Equal(args, []int64{-7, 42}) {
+				t.Errorf("%s with %v, want %s with -7 and 42", query, args, want)
+			}
+		}
+	}
+}
+
 func TestStatementsOfATransaction(t *testing.T) {
 	t.Parallel()
 	first := func(lock string) string {
@@ -120,6 +145,14 @@ func TestStatementsOfATransaction(t *testing.T) {
 	})
 }
 
+const ofLocks = "COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',\n" +
+	"\tCOALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),\n" +
+	"\tCASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,\n" +
+	"\ta.backend_start, l.waitstart\n" +
+	"FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid\n" +
+	"WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'\n" +
+	"\tAND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())"
+
 func TestStatementsThatReadColumns(t *testing.T) {
 	t.Parallel()
 	check(t, []verbatim{
@@ -127,16 +160,12 @@ func TestStatementsThatReadColumns(t *testing.T) {
 			" FROM pg_catalog.pg_logical_emit_message(true, 'advisory', '')," +
 			" pg_catalog.set_config('synchronous_commit', CASE WHEN pg_catalog.current_setting('synchronous_commit')" +
 			" OPERATOR(pg_catalog.=) 'off' THEN 'local' ELSE pg_catalog.current_setting('synchronous_commit') END, true)"},
-		{"Holders", pgsql.Holders, "SELECT COALESCE(l.pid, 0), l.granted, l.mode OPERATOR(pg_catalog.=) 'ShareLock',\n" +
-			"\tCOALESCE(a.usename::pg_catalog.text, ''), COALESCE(a.application_name, ''), COALESCE(pg_catalog.host(a.client_addr), ''), COALESCE(a.state, ''),\n" +
-			"\tCASE WHEN a.query OPERATOR(pg_catalog.=) '<insufficient privilege>' THEN '' ELSE COALESCE(a.query, '') END,\n" +
-			"\ta.backend_start, l.waitstart\n" +
-			"FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid OPERATOR(pg_catalog.=) l.pid\n" +
-			"WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'\n" +
+		{"Holders", pgsql.Holders, "SELECT " + ofLocks + "\n" +
 			"\tAND l.classid OPERATOR(pg_catalog.=) $1::pg_catalog.int8::pg_catalog.oid\n" +
 			"\tAND l.objid OPERATOR(pg_catalog.=) $2::pg_catalog.int8::pg_catalog.oid\n" +
 			"\tAND l.objsubid OPERATOR(pg_catalog.=) $3::pg_catalog.int4\n" +
-			"\tAND l.database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())\n" +
+			"ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid"},
+		{"Locks", pgsql.Locks, "SELECT l.classid::pg_catalog.int8, l.objid::pg_catalog.int8, l.objsubid, " + ofLocks + "\n" +
 			"ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid"},
 	})
 }

@@ -22,9 +22,9 @@ const (
 var ErrDeadlock = error(verdict{msg: "the holder of the lock waits for this transaction: deadlock"})
 
 // LockTx takes the lock of k in a transaction of the caller's, by trying again and again. CREATE
-// INDEX CONCURRENTLY that has met the transaction while it waited would wait for all of it. stuck is
-// called when a try is refused; an error ends the wait.
-func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, stuck func() error) error {
+// INDEX CONCURRENTLY that has met the transaction while it waited would wait for all of it. waiting is
+// called when a try is refused, and may end ctx.
+func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, waiting func()) error {
 	c := callersTx{s: &Session{turn: make(chan struct{}, 1)}, tx: tx}
 	lookAt := time.Now().Add(deadlockPause)
 	suspect := false
@@ -46,9 +46,7 @@ func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, s
 		case last:
 			return ErrTimeout
 		}
-		if err := stuck(); err != nil {
-			return err
-		}
+		waiting()
 		Sleep(ctx, pause/2+rand.N(pause/2))
 		if time.Now().Before(lookAt) || ctx.Err() != nil {
 			continue

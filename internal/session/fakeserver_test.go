@@ -35,7 +35,7 @@ func newPool(t *testing.T) (*session.Pool, *server) {
 	srv := new(server)
 	db := sql.OpenDB(srv)
 	t.Cleanup(func() { _ = db.Close() })
-	return &session.Pool{DB: db, Refused: new(session.Refusals)}, srv
+	return &session.Pool{DB: db, Facts: new(session.Facts)}, srv
 }
 
 // open returns a session of pool.

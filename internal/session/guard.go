@@ -15,11 +15,11 @@ import (
 // caller's goroutine.
 type guard struct {
 	mu        sync.Mutex // guards the rest; no driver is called under it
-	timer     Alarm
-	no        uint64    // of the statement
-	under     bool      // it is under way
-	until     time.Time // zero: it is not bounded
-	why       error     // what it is broken off with then
+	timer     Alarm      // calls expire
+	no        uint64     // of the statement
+	under     bool       // it is under way
+	until     time.Time  // zero: it is not bounded
+	why       error      // what it is broken off with then
 	interrupt func(cause error)
 	cause     error // why it was broken off
 }
@@ -42,7 +42,10 @@ func (g *guard) bound(no uint64, d time.Duration, why error) {
 		return
 	}
 	g.until, g.why = until, why
-	g.timer.Set(until, g.expire)
+	if g.timer.F == nil {
+		g.timer.F = g.expire
+	}
+	g.timer.Set(until)
 }
 
 // expire breaks off a statement that is not answered in time.
@@ -54,7 +57,7 @@ func (g *guard) expire() {
 		return
 	}
 	if time.Now().Before(g.until) { // the timer was an older statement's
-		g.timer.Set(g.until, g.expire)
+		g.timer.Set(g.until)
 		g.mu.Unlock()
 		return
 	}
@@ -72,25 +75,40 @@ func (g *guard) end() error {
 	return g.cause
 }
 
-// An Alarm is a timer that is not stopped, nor put off: each time, that may have to wake a
-// thread. It may fire for nothing. Its owner has a mutex.
+// stop ends the guard's timer, with the session.
+func (g *guard) stop() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.timer.Stop()
+}
+
+// An Alarm is a timer that is not put off: each time, that may have to wake a thread. It may fire for
+// nothing. Its owner has a mutex.
 type Alarm struct {
+	F func() // is called when it fires, and calls Fired
+
 	timer *time.Timer
 	fires time.Time // zero: it does not
 }
 
-// Set sees to it that f is called at the time at, or before. f calls Fired. All calls have the
-// same f.
-func (a *Alarm) Set(at time.Time, f func()) {
+// Set sees to it that F is called at the time at, or before.
+func (a *Alarm) Set(at time.Time) {
 	switch {
 	case a.timer == nil:
-		a.timer = time.AfterFunc(time.Until(at), f)
+		a.timer = time.AfterFunc(time.Until(at), a.F)
 	case a.fires.IsZero() || at.Before(a.fires):
 		a.timer.Reset(time.Until(at))
 	default:
 		return
 	}
 	a.fires = at
+}
+
+// Stop is called when there is nothing more to wait for. A timer that runs would keep its owner in memory.
+func (a *Alarm) Stop() {
+	if a.timer != nil {
+		a.timer.Stop()
+	}
 }
 
 // Fired notes that the timer has fired.

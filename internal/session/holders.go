@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -31,22 +32,56 @@ type Holder struct {
 // Holders returns who holds the lock of k, and then who waits for it.
 func Holders(ctx context.Context, q Querier, k pgsql.Key) (holders []Holder, err error) {
 	classid, objid, subid := k.Columns()
-	rows, err := q.QueryContext(ctx, pgsql.Holders, int64(classid), int64(objid), subid)
+	err = eachRow(ctx, q, func(rows *sql.Rows) error {
+		var h Holder
+		err := h.scan(rows)
+		holders = append(holders, h)
+		return err
+	}, pgsql.Holders, int64(classid), int64(objid), subid)
+	return holders, err
+}
+
+// A Lock is a lock, and a session that holds it or waits for it.
+type Lock struct {
+	Key pgsql.Key // without its name
+	Holder
+}
+
+// Locks returns all advisory locks of a database: who holds one, and then who waits for one.
+func Locks(ctx context.Context, q Querier) (locks []Lock, err error) {
+	err = eachRow(ctx, q, func(rows *sql.Rows) error {
+		var l Lock
+		var classid, objid int64
+		var subid int
+		err := l.scan(rows, &classid, &objid, &subid)
+		l.Key = pgsql.KeyOf(classid, objid, subid)
+		locks = append(locks, l)
+		return err
+	}, pgsql.Locks)
+	return locks, err
+}
+
+func eachRow(ctx context.Context, q Querier, scan func(*sql.Rows) error, query string, args ...any) (err error) {
+	rows, err := q.QueryContext(ctx, query, args...)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
-		var h Holder
-		var start, wait sql.NullTime
-		if err := rows.Scan(&h.PID, &h.Granted, &h.Shared, &h.User, &h.ApplicationName, &h.ClientAddr,
-			&h.State, &h.Query, &start, &wait); err != nil {
-			return nil, err
+		if err := scan(rows); err != nil {
+			return err
 		}
-		h.SessionStart, h.WaitStart = start.Time, wait.Time
-		holders = append(holders, h)
 	}
-	return holders, rows.Err()
+	return rows.Err()
+}
+
+// scan reads the columns of Holders from a row, and before them others.
+func (h *Holder) scan(rows *sql.Rows, others ...any) error {
+	var start, wait sql.NullTime
+	err := rows.Scan(append(others, &h.PID, &h.Granted, &h.Shared, &h.User, &h.ApplicationName, &h.ClientAddr,
+		&h.State, &h.Query, &start, &wait)...)
+	h.SessionStart, h.WaitStart = start.Time, wait.Time
+	return err
 }
 
 var silent = slog.New(slog.DiscardHandler)
@@ -102,23 +137,16 @@ type Statement struct {
 	Query           string
 }
 
-// Waits returns the statements that wait for locks in the session's database.
-func (s *Session) Waits() ([]Statement, error) {
-	var all []Statement
-	err := s.Do(context.Background(), Grace, func(ctx context.Context) error {
-		rows, err := s.conn.QueryContext(ctx, pgsql.Waits)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var w Statement
-			if err := rows.Scan(&w.PID, &w.ApplicationName, &w.Query); err != nil {
-				return err
-			}
-			all = append(all, w)
-		}
-		return rows.Err()
+// Waits returns the statements that wait for locks in the session's database. It returns at most Grace
+// and abandonAfter past the end of ctx.
+func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
+	var all []Statement // the statement's until it has returned
+	err := s.Do(ctx, AnswerBound, func(ctx context.Context) (err error) {
+		rawErr := raw(s.conn, func(dc any) error {
+			all, err = waitsOn(ctx, unwrap(dc))
+			return nil
+		})
+		return cmp.Or(rawErr, err)
 	})
 	if err != nil {
 		return nil, err
@@ -127,19 +155,23 @@ func (s *Session) Waits() ([]Statement, error) {
 }
 
 // Waits is Session.Waits, on a connection of the pool.
-func (p *Pool) Waits() ([]Statement, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), Grace)
+func (p *Pool) Waits(ctx context.Context) (all []Statement, err error) {
+	soon, cancel := context.WithTimeout(ctx, Grace)
 	defer cancel()
-	s, err := p.Open(ctx, silent, ForLocks)
+	s, err := p.Open(soon, silent, ForLocks)
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.Waits()
-	if err != nil && pgsql.State(err) == "" {
-		s.Discard()
-	} else {
-		s.HandBack()
-	}
+	known := false
+	defer func() {
+		if known {
+			s.HandBack()
+		} else { // also if the driver panics
+			s.Discard()
+		}
+	}()
+	all, err = s.Waits(ctx)
+	known = err == nil || pgsql.State(err) != ""
 	return all, err
 }
 

@@ -16,14 +16,24 @@ const dialBound = 30 * time.Second
 
 // A Pool is where sessions are borrowed from.
 type Pool struct {
-	DB      *sql.DB
-	Refused *Refusals
+	DB    *sql.DB
+	Facts *Facts
 }
 
-// Refusals are what the server of a pool has been found to refuse.
-type Refusals struct {
+// Facts are what has been found out about the server and the driver of a pool.
+type Facts struct {
 	mu      sync.Mutex
 	refused [2]bool // by refusal
+
+	driver sync.Once
+	caches bool // see caches
+}
+
+// caches tells whether the driver keeps statements that have arguments prepared. It asks one
+// connection of the pool, since all have the same configuration.
+func (p *Pool) caches(dc any) bool {
+	p.Facts.driver.Do(func() { p.Facts.caches = caches(dc) })
+	return p.Facts.caches
 }
 
 // A refusal is a statement, or a setting, that not every server knows.
@@ -35,17 +45,17 @@ const (
 )
 
 func (p *Pool) refuses(r refusal) bool {
-	p.Refused.mu.Lock()
-	defer p.Refused.mu.Unlock()
-	return p.Refused.refused[r]
+	p.Facts.mu.Lock()
+	defer p.Facts.mu.Unlock()
+	return p.Facts.refused[r]
 }
 
 // refuse notes a refusal. It tells whether that is new.
 func (p *Pool) refuse(r refusal) bool {
-	p.Refused.mu.Lock()
-	defer p.Refused.mu.Unlock()
-	before := p.Refused.refused[r]
-	p.Refused.refused[r] = true
+	p.Facts.mu.Lock()
+	defer p.Facts.mu.Unlock()
+	before := p.Facts.refused[r]
+	p.Facts.refused[r] = true
 	return !before
 }
 

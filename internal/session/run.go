@@ -98,19 +98,19 @@ func (s *Session) give() {
 // Exec sends one statement, when it is its turn. It returns at most Grace and abandonAfter past
 // the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
 // After an error that is not the server's, the session may be given up only.
-func (s *Session) Exec(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	return s.exec(ctx, bound, query, direct)
+func (s *Session) Exec(ctx context.Context, bound time.Duration, query string, args ...int64) (rows int64, err error) {
+	return s.exec(ctx, bound, query, args, direct)
 }
 
 // ExecQuiet is Exec past the wrappers that trace statements: nobody has asked for this one.
 func (s *Session) ExecQuiet(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	return s.exec(ctx, bound, query, unwrap)
+	return s.exec(ctx, bound, query, nil, unwrap)
 }
 
-func (s *Session) exec(ctx context.Context, bound time.Duration, query string, to path) (rows int64, err error) {
+func (s *Session) exec(ctx context.Context, bound time.Duration, query string, args []int64, to path) (rows int64, err error) {
 	var n int64 // the statement's until it has returned: it may outlive this call
 	err = s.Run(ctx, bound, len(query), func(ctx context.Context) (err error) {
-		n, err = s.send(ctx, query, to)
+		n, err = s.send(ctx, query, args, to)
 		return err
 	})
 	if err != nil {
@@ -278,14 +278,19 @@ func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query s
 	if deadline, ok := ctx.Deadline(); ok {
 		inner, stop = context.WithDeadlineCause(inner, deadline, pgsql.NoAnswer{After: Grace})
 	}
-	var rows int64 // the statement's until it has returned
+	var rows int64
 	done := spawn(func() error {
 		defer s.give()
 		defer stop()
-		return s.run(inner, bound, len(query), func(ctx context.Context) (err error) {
-			rows, err = s.send(ctx, query, unwrap)
+		var n int64 // the statement's until it has returned: it may outlive run
+		err := s.run(inner, bound, len(query), func(ctx context.Context) (err error) {
+			n, err = s.send(ctx, query, nil, unwrap)
 			return err
 		})
+		if err == nil {
+			rows = n
+		}
+		return err
 	})
 	select {
 	case o := <-done:

@@ -38,11 +38,11 @@ const (
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 type Session struct {
 	Shared bool // the lock is shared
-	// Comment begins a statement that waits; nil: the key does. Stuck is called when a wait begins, and
-	// its error ends the wait; Between is called between two slices. Both may be nil.
+
+	// Comment begins a statement that waits; nil: the key does. Waiting is called when a wait begins, and
+	// again and again while it lasts; it may be nil, or end the wait's ctx.
 	Comment func() string
-	Stuck   func() error
-	Between func()
+	Waiting func()
 
 	Yield   func() bool // tells whether a wait yields to others; nil: it does not
 	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
@@ -55,6 +55,7 @@ type Session struct {
 	cond    atomic.Int32  // a condition
 	guard   guard
 	breaker breaker
+	caches  bool // the driver keeps statements that have arguments prepared
 
 	settingsMu sync.Mutex // guards settings and made: Discard may come while another still sends
 	settings   pgsql.Settings
@@ -86,6 +87,7 @@ func newSession(conn *sql.Conn, pool *Pool, log *slog.Logger, use Use) *Session 
 			if use == ForLocks {
 				s.dc = unwrap(dc)
 				s.breaker = breakerOf(s.dc)
+				s.caches = pool.caches(s.dc)
 			}
 			return nil
 		})
@@ -101,6 +103,9 @@ func (s *Session) Conn() *sql.Conn { return s.conn }
 
 // Nonce returns what tells the session from every other.
 func (s *Session) Nonce() string { return s.settings.Nonce }
+
+// Caches tells whether the driver keeps statements that have arguments prepared.
+func (s *Session) Caches() bool { return s.caches }
 
 // SetSilence has the server end the session once it has heard nothing for d, when the next lock is
 // granted. 0 is never.
@@ -154,12 +159,12 @@ func (s *Session) WasReset() {
 // send sends over the driver's connection itself. When that is found dead, Conn.ExecContext closes
 // the Conn, and first waits, for ever, for its transactions and rows to be closed, which may be the
 // caller's, or fn's to have left open.
-func (s *Session) send(ctx context.Context, query string, to path) (rows int64, err error) {
+func (s *Session) send(ctx context.Context, query string, args []int64, to path) (rows int64, err error) {
 	rawErr := raw(s.conn, func(dc any) error {
 		if s.cond.Load() == abandoned { // while database/sql's own lock was waited for
 			return abandonedError{}
 		}
-		rows, err = execOn(ctx, to(dc), query)
+		rows, err = execOn(ctx, to(dc), query, args...)
 		return nil
 	})
 	return rows, cmp.Or(rawErr, err)
@@ -191,6 +196,7 @@ func (s *Session) HandBack() {
 }
 
 func (s *Session) end() {
+	s.guard.stop()
 	if s.OnEnd != nil {
 		s.OnEnd()
 	}

@@ -114,11 +114,7 @@ func timedOut(ctx context.Context) bool { return errors.Is(context.Cause(ctx), E
 // waitOrTry waits for the lock of k, which a try has just refused.
 func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) error {
 	s.refused = true
-	if s.Stuck != nil {
-		if err := s.Stuck(); err != nil {
-			return err
-		}
-	}
+	s.waiting()
 	if s.pool == nil || !s.pool.refuses(waits) {
 		if err := s.Wait(ctx, k, since); !errors.Is(err, ErrWaitRefused) {
 			return err
@@ -183,9 +179,7 @@ func (s *Session) Wait(ctx context.Context, k pgsql.Key, since time.Time) error 
 		if err := s.poolClosed(); err != nil {
 			return err
 		}
-		if s.Between != nil {
-			s.Between()
-		}
+		s.waiting()
 		if s.Yield != nil && s.Yield() {
 			return ErrYield
 		}
@@ -194,6 +188,12 @@ func (s *Session) Wait(ctx context.Context, k pgsql.Key, since time.Time) error 
 		if d := sliceMin - time.Since(s.sent); d > 0 {
 			Sleep(ctx, d)
 		}
+	}
+}
+
+func (s *Session) waiting() {
+	if s.Waiting != nil {
+		s.Waiting()
 	}
 }
 
@@ -290,6 +290,7 @@ func (s *Session) refuse(r refusal, message string, err error) {
 // waitByTrying is Wait where the server refuses that.
 func (s *Session) waitByTrying(ctx context.Context, k pgsql.Key) error {
 	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
+		s.waiting()
 		Sleep(ctx, pause/2+rand.N(pause))
 		if err := cmp.Or(ended(ctx), s.poolClosed()); err != nil {
 			return err

@@ -140,6 +140,26 @@ func TestAWaitIsLeftAtTheEndOfCtx(t *testing.T) {
 	}
 }
 
+// A driver that does not return from a wait is left behind, and what it answers later is nobody's.
+func TestADriverThatDoesNotReturnFromAWaitIsAbandoned(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		pool, srv := newPool(t)
+		s := open(t, pool, session.ForConn)
+		srv.answer = contended(after(time.Hour))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		err := s.Wait(ctx, key, time.Now())
+		if !pgsql.IsNoAnswer(err) {
+			t.Errorf("error %v, want that there was no answer", err)
+		}
+		s.GiveUp(ctx, err)
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		wantSent(t, srv, "wait", "close")
+	})
+}
+
 // The driver's panic in a wait is that of who waits, and leaves the turn and the connection as they
 // are to be.
 func TestADriverThatPanicsInAWait(t *testing.T) {

@@ -29,9 +29,29 @@ func (w Wait) younger(v Wait) bool {
 	return cmp.Or(cmp.Compare(w.Since, v.Since), cmp.Compare(w.ID, v.ID)) > 0
 }
 
+// A Graph has, for each key, the waits of those who hold it.
+type Graph map[string][]Wait
+
+// New returns the graph of waits, of which several may have the same ID: then it is the first. The
+// same waits make the same graph, in whatever order they come.
+func New(waits []Wait) Graph {
+	waits = slices.Clone(waits)
+	slices.SortStableFunc(waits, func(v, w Wait) int {
+		return cmp.Or(cmp.Compare(v.Since, w.Since), cmp.Compare(v.ID, w.ID))
+	})
+	waits = slices.CompactFunc(waits, func(v, w Wait) bool { return v.ID == w.ID })
+	g := make(Graph)
+	for _, w := range waits {
+		for _, k := range w.Held {
+			g[k] = append(g[k], w)
+		}
+	}
+	return g
+}
+
 // Cycle returns the waits of the shortest cycle through w, w first, or nil if there is none. Each
-// wait of it wants a key that the next one holds. Other waits with w's ID are no waits of their own.
-func Cycle(w Wait, others []Wait) []Wait {
+// wait of it wants a key that the next one holds.
+func (g Graph) Cycle(w Wait) []Wait {
 	type step struct {
 		wait Wait
 		from *step
@@ -47,8 +67,8 @@ func Cycle(w Wait, others []Wait) []Wait {
 			slices.Reverse(cycle)
 			return cycle
 		}
-		for _, o := range others {
-			if !seen[o.ID] && slices.Contains(o.Held, s.wait.Wanted) {
+		for _, o := range g[s.wait.Wanted] {
+			if !seen[o.ID] {
 				seen[o.ID] = true
 				steps = append(steps, &step{o, s})
 			}
@@ -125,17 +145,20 @@ func Parse(statement string) []Wait {
 	return waits
 }
 
-// Behind returns w, and those of waits that are stuck behind it: they want a key that w holds, or one
-// that another of them holds.
+// mostBehind is how many waits Behind returns at most: a comment has no room for more.
+const mostBehind = 16
+
+// Behind returns those of waits that are stuck behind w: they want a key that w holds, or one that
+// another of them holds.
 func Behind(w Wait, waits []Wait) []Wait {
 	stuck, seen := []Wait{w}, map[string]bool{w.ID: true}
 	for i := 0; i < len(stuck); i++ {
 		for _, o := range waits {
-			if !seen[o.ID] && slices.Contains(stuck[i].Held, o.Wanted) {
+			if len(stuck) <= mostBehind && !seen[o.ID] && slices.Contains(stuck[i].Held, o.Wanted) {
 				seen[o.ID] = true
 				stuck = append(stuck, o)
 			}
 		}
 	}
-	return stuck
+	return stuck[1:]
 }

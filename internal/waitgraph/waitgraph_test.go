@@ -49,7 +49,7 @@ func TestCycle(t *testing.T) {
 				others = append(others, wait(int64(i+2), o))
 			}
 			w := wait(1, test.wait)
-			got := waitgraph.Cycle(w, append(others, w))
+			got := waitgraph.New(append(others, w)).Cycle(w)
 			if diff := cmp.Diff(test.want, ids(got)); diff != "" {
 				t.Errorf("cycle (-want +got):\n%s", diff)
 			}
@@ -67,14 +67,14 @@ func TestOneOfACycleIsTheYoungest(t *testing.T) {
 			waits[i].ID = fmt.Sprint("w", i)
 		}
 		for _, w := range waits {
-			cycle := waitgraph.Cycle(w, waits)
+			cycle := waitgraph.New(waits).Cycle(w)
 			if len(cycle) != 3 {
 				t.Fatalf("cycle: %v", cycle)
 			}
 			if waitgraph.Youngest(cycle) {
 				youngest++
 			}
-			if !waitgraph.Same(cycle, waitgraph.Cycle(w, waits)) || waitgraph.Same(cycle, cycle[:2]) {
+			if !waitgraph.Same(cycle, waitgraph.New(waits).Cycle(w)) || waitgraph.Same(cycle, cycle[:2]) {
 				t.Error("Same")
 			}
 		}
@@ -104,7 +104,7 @@ func TestBehind(t *testing.T) {
 	t.Parallel()
 	waits := []waitgraph.Wait{wait(2, "b>a"), wait(3, "c>b"), wait(4, "x>y"), wait(5, "d>a"), wait(6, "a>c")}
 	got := waitgraph.Behind(wait(1, "a>z"), waits)
-	if diff := cmp.Diff([]string{"w1", "w2", "w5", "w3", "w6"}, ids(got)); diff != "" {
+	if diff := cmp.Diff([]string{"w2", "w5", "w3", "w6"}, ids(got)); diff != "" {
 		t.Errorf("behind (-want +got):\n%s", diff)
 	}
 }
