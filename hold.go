@@ -140,8 +140,8 @@ func (h *hold) release() error {
 	return h.err
 }
 
-// stay leaves the locks held until they have been for AtLeast. It returns false if they have been, or
-// are lost. A timer, and no goroutine, waits for that.
+// stay leaves the locks held until they have been for AtLeast. It returns false if they have
+// been, or are lost. A timer, and no goroutine, waits for that.
 func (h *hold) stay() bool {
 	rest := time.Until(h.until)
 	if rest <= 0 || h.locks.Ping() != nil {
