@@ -102,7 +102,7 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 // starved returns an error if fn's may be that of a wait for a connection that the lock has.
 func (h *hold) starved(err error) error {
 	ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
-	if !ended || errors.As(err, new(*Error)) || h.session != nil || !manager.Starved(h.db) {
+	if !ended || errors.As(err, new(*Error)) || h.locks == nil || !h.locks.Starved(h.db) {
 		return nil
 	}
 	return &Error{Op: "hold", Keys: h.keys, msg: "fn cannot get a connection while the lock is held, because the pool is limited to one (SetMaxOpenConns)"}

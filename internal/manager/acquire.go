@@ -85,7 +85,7 @@ func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*
 		got, err := a.all()
 		if err == nil {
 			if err = a.prove(got); err == nil {
-				return &Locks{m: a.m, holder: h, shared: r.Shared, held: got}, nil
+				return &Locks{m: a.m, holder: h, shared: r.Shared, held: got, waits: a.m.waits(db)}, nil
 			}
 			a.giveBack(got)
 		}

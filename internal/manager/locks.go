@@ -17,6 +17,7 @@ type Locks struct {
 	holder *lockconn.Holder
 	shared bool
 	held   []held
+	waits  int64 // for the only connection of the pool, until the locks were acquired
 }
 
 // A held is one lock that a holder has.

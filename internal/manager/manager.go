@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 	"weak"
 
@@ -31,6 +32,7 @@ type Manager struct {
 
 	refused session.Refusals
 	seed    uint64
+	only    atomic.Bool // the pool was limited to one connection when that was last taken for locks
 
 	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
 	mu       sync.Mutex
@@ -43,7 +45,6 @@ type Manager struct {
 	outage   *outage              // that waits are in; nil: none are
 	stuck    map[*stuck]struct{}  // waits whose callers hold keys
 	asked    time.Time            // when others were last asked for their waits
-	waits    int64                // for a connection of the pool, when its only one was taken for locks
 	warned   bool                 // a Logger has been, that the pool has only one
 }
 

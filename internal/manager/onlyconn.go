@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"log/slog"
+	"math"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
@@ -16,11 +17,11 @@ import (
 // once for each *sql.DB.
 func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
 	stats := pool.DB.Stats()
+	m.only.Store(stats.MaxOpenConnections == 1)
 	if stats.MaxOpenConnections != 1 {
 		return
 	}
 	m.mu.Lock()
-	m.waits = stats.WaitCount
 	warn := !m.warned && log.Enabled(context.Background(), slog.LevelWarn)
 	m.warned = m.warned || warn
 	m.mu.Unlock()
@@ -29,17 +30,18 @@ func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
 	}
 }
 
-// Starved tells whether somebody has waited for the only connection of db's pool while it carried locks.
-func Starved(db *sql.DB) bool {
-	stats := db.Stats()
-	if stats.MaxOpenConnections != 1 {
-		return false
+// waits returns how often somebody has waited for the only connection of db's pool; if it may have
+// more, more often than can be.
+func (m *Manager) waits(db *sql.DB) int64 {
+	if !m.only.Load() {
+		return math.MaxInt64
 	}
-	m := For(db)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.shared != nil && stats.WaitCount > m.waits
+	return db.Stats().WaitCount
 }
+
+// Starved tells whether somebody has waited for the only connection of db's pool since it has had the
+// locks.
+func (l *Locks) Starved(db *sql.DB) bool { return db.Stats().WaitCount > l.waits }
 
 // busy says that all connections of a limited pool are in use.
 func (m *Manager) busy(pool *session.Pool) string {
