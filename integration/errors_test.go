@@ -20,7 +20,7 @@ func TestHeldAndShuttingDownDiffer(t *testing.T) {
 		eachWay(t, ways, func(t *testing.T, w way) {
 			db, key := d.open(t, server.DSN()), testKey(t)
 			release := hold(t, adminDB(t), key)
-			for name, opt := range map[string]advisory.Option{"NoWait": advisory.NoWait(), "Timeout": advisory.Timeout(200 * time.Millisecond)} {
+			for name, opt := range map[string]advisory.Option{"NoWait": advisory.NoWait(), "Timeout": advisory.Timeout(time.Second)} {
 				err := w.with(t.Context(), db, key, noWork, opt)
 				var e *advisory.Error
 				switch {

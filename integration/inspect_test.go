@@ -281,22 +281,25 @@ func TestTimeoutNamesTheHolder(t *testing.T) {
 			t.Fatal(err)
 		}
 		holder, another := newSession(t, d, server.DSN(), "billing"), newSession(t, d, server.DSN(), "another")
-		held := fmt.Sprintf(`held by pid %d (app "billing", %s)`, holder.pid, holder.addr)
+		held := fmt.Sprintf(`pid %d (app "billing", %s)`, holder.pid, holder.addr)
+		wantHolder := func(t *testing.T, err error, want string) {
+			t.Helper()
+			var e *advisory.Error
+			if !errors.As(err, &e) || e.Holder != want || !strings.Contains(err.Error(), ": held by "+want+" [") {
+				t.Errorf("error is %v, want it to name %q", err, want)
+			}
+		}
 		// Not on a conn or a transaction of the caller's, which the question could cost.
 		eachWay(t, openers, func(t *testing.T, w way) {
 			key := testKey(t)
 			holder.take(t, key, "")
 			err := w.with(t.Context(), db, key, noWork, advisory.Timeout(100*time.Millisecond))
-			if !errors.Is(err, advisory.ErrNotAcquired) || !strings.Contains(fmt.Sprint(err), ": "+held+" [") {
-				t.Errorf("error is %v, want %q before the numbers", err, held)
-			}
+			wantHolder(t, err, held)
 			shared := advisory.Name("shared " + t.Name())
 			holder.take(t, shared, "_shared")
 			another.take(t, shared, "_shared")
 			err = w.with(t.Context(), db, shared, noWork, advisory.Timeout(100*time.Millisecond))
-			if !strings.Contains(fmt.Sprint(err), held+" and 1 other [") {
-				t.Errorf("error is %v, want %q before the numbers", err, held+" and 1 other")
-			}
+			wantHolder(t, err, held+" and 1 other")
 		})
 		wantClean(t, db)
 	})
