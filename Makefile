@@ -5,7 +5,7 @@ GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOCOGNIT    ?= github.com/uudashr/gocognit/cmd/gocognit@v1.3.0
 GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
-MODULES     := . otel integration
+MODULES     := . otel gocron migrate integration
 
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
@@ -13,7 +13,8 @@ RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
 .PHONY: demo test test-matrix bench unit stress cover lint vuln fmt tidy
 
 demo: ## the main job, live
-	cd integration && $(GO) run ./demo
+	@echo "Compiling the demo …"
+	@cd integration && $(GO) run ./demo
 
 test: unit ## everything
 	cd integration && $(GO) test $(RACE) -p 1 -timeout 30m $(TESTFLAGS) ./... # one package at a time: they measure
@@ -26,11 +27,12 @@ VERSIONS ?= 14 15 16 17 18
 bench: ## what a lock costs, against others: BENCHFLAGS="-run OneKey" for less
 	cd integration && $(GO) run ./bench $(BENCHFLAGS)
 
-BENCHFLAGS ?= -out bench
+BENCHFLAGS ?= -out bench -docs ..
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...
-	cd otel && $(GO) test $(RACE) $(TESTFLAGS) ./... && $(GO) test $(TESTFLAGS) -run Allocates ./...
+	for m in $(filter-out . integration,$(MODULES)); do (cd $$m && $(GO) test $(RACE) $(TESTFLAGS) ./...) || exit 1; done
+	cd otel && $(GO) test $(TESTFLAGS) -run Allocates ./...
 
 stress: ## the concurrency tests, again and again
 	$(GO) test -race -count=20 ./...
@@ -51,6 +53,7 @@ lint: ## what the field's linters say; nothing is changed
 	find . \( -path ./otel -o -path ./integration \) -prune -o -name '*.go' ! -name '*_test.go' \
 		-exec awk 'FNR == 401 { print FILENAME " has more than 400 lines" }' {} +); \
 	test -z "$$long" || { echo "too long:"; echo "$$long"; exit 1; }
+	@.ci/documents
 	for m in $(MODULES); do (cd $$m && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...) || exit 1; done
 	$(GO) run $(GOCOGNIT) $(COGNITFLAGS) -over 20 .
 	for m in $(filter-out .,$(MODULES)); do (cd $$m && $(GO) run $(GOCOGNIT) $(COGNITFLAGS) -over 25 .) || exit 1; done

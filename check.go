@@ -27,13 +27,14 @@ const (
 	checkPatience = time.Second
 )
 
-// Check tells whether mutual exclusion really works through db, by locking: it
-// returns nil if a session-level lock that is taken on one connection excludes another, and a wait for
-// it waits. It is meant for program start, and for tests of a deployment.
+// Check tells whether mutual exclusion works through db, by locking. It returns nil if a
+// session-level lock on one connection excludes another, and a wait for it waits. Call it at
+// program start, and in tests of a deployment.
 //
-// It uses two connections at a time, of four that it makes and closes again, and sends about a dozen
-// statements. It leaves nothing behind. Several at a time, in one process or in many, do not wait for each other's
-// connections for ever: one that does not get its second gives back its first, and begins anew.
+// Check uses two connections at a time, of four that it makes and closes again, and sends
+// about a dozen statements. It leaves nothing behind. Several at a time, in one process or in
+// many, do not wait for each other's connections for ever: one that does not get its second
+// gives back its first, and begins anew.
 //
 // It finds, and its error explains,
 //
@@ -44,7 +45,7 @@ const (
 //   - a server whose advisory lock functions do nothing,
 //   - a role that may not execute them, or may not use PL/pgSQL, in which the waits are written.
 //
-// What works behind a transaction pooler is [WithTxLock], at READ COMMITTED.
+// Behind a transaction pooler, [WithTxLock] at READ COMMITTED works.
 func Check(ctx context.Context, db *sql.DB) error {
 	c := call{function: "Check", db: db, missing: missing("db", db == nil, "", false)}
 	cfg, err := c.check(ctx, "check", nil, nil)
@@ -123,8 +124,8 @@ func openHolder(ctx context.Context, pool *session.Pool, cfg *config) (*session.
 	})
 }
 
-// openOther opens the session of the other number i, for as long as patience. The first one is marked. The
-// lock of k, which the holder has, is tried on the others.
+// openOther opens the session of the other number i, within patience. It marks the first one.
+// On the others, it tries the lock of k, which the holder has.
 func openOther(ctx context.Context, pool *session.Pool, cfg *config, patience time.Duration, k pgsql.Key, i int) (*session.Session, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
 	defer cancel()
@@ -200,7 +201,8 @@ func checkWait(ctx context.Context, s *session.Session, k pgsql.Key) error {
 	return err
 }
 
-// checkRelease checks that a lock that is released is another's to have. What that gets goes with its session.
+// checkRelease checks that a lock that is released is another's to have. What that gets goes
+// with its session.
 func checkRelease(ctx context.Context, holder, other *session.Session, keys []pgsql.Key) error {
 	if err := step(ctx, holder, pgsql.Unlock(keys, false), 1, gone); err != nil {
 		return err

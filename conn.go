@@ -9,24 +9,24 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// WithConnLock is [WithLock] for work that has to run on the very session that
-// holds the lock, like migrations: fn is given the connection. What fn does on conn
-// cannot happen after the lock is lost, because the lock is lost with the session.
-// Therefore there is no heartbeat. [HolderTimeout] has no default here, because
-// the server counts as silence whatever fn does between two statements; if the
-// option is given, the server ends the session, and with it the lock, after such a
-// silence, in a transaction or not. If the process dies while a statement runs, the server
-// notices within about a second (client_connection_check_interval), and ends both.
+// WithConnLock is [WithLock] for work that has to run on the session that holds the lock, such
+// as migrations. fn is given the connection. What fn does on it cannot happen after the lock
+// is lost, because the lock ends with the session. So there is no heartbeat.
 //
-// conn is handed back to the pool after fn, without any advisory lock on it. fn must
-// not close it, nor leave rows or a transaction open or a setting changed on it. If it does one of the
-// first three, the session is ended, and that is an error.
+// [HolderTimeout] has no default here, because the server takes for silence whatever fn does
+// between two statements. If the option is given, the server ends the session, and with it the
+// lock, after such a silence, in a transaction or not. If the process dies while a statement
+// runs, the server ends both within about a second (client_connection_check_interval).
 //
-// It uses one connection, which it takes when no other caller in this process holds key
-// through db, or asks for it: until then it waits without one.
+// After fn, the connection goes back to the pool without any advisory lock on it. fn must not
+// close it, and must not leave rows, a transaction or a changed setting on it. Each of the
+// first three ends the session, and is an error.
 //
-// It takes the options Shared, NoWait, Timeout, HolderTimeout, Logger and Observe.
-// Errors and panics are as with WithLock.
+// WithConnLock takes one connection, as soon as no other caller in this process holds key
+// through db, or asks for it. Until then it waits without one.
+//
+// It takes the options Shared, NoWait, Timeout, HolderTimeout, Logger and Observe. Errors and
+// panics are as with WithLock.
 func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "WithConnLock", options: withConnOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
@@ -50,23 +50,26 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 	return h.run(func(ctx context.Context) error { return fn(ctx, s.Conn()) })
 }
 
-// AcquireConn takes the session-level lock of key on the caller's conn, where it
-// stays until [ReleaseConn], or until the session ends; the end of ctx does not end it.
-// Nothing watches the session: a lost lock is noticed by the next statement on it.
-// conn must not be used by others until AcquireConn returns. It waits in the server's queue.
+// AcquireConn takes the session-level lock of key on the caller's conn. The lock stays there
+// until [ReleaseConn], or until the session ends; the end of ctx does not end it, nor does
+// conn.Close, which hands the connection back to the pool with the lock on it. Nothing watches
+// the session: the next statement on it finds a loss. Others must not use conn until
+// AcquireConn returns.
 //
-// In a transaction, AcquireConn refuses: take the lock before BEGIN, or use [AcquireTx]. If conn's session
-// holds a lock of key already, shared or not, the error matches [ErrReentrant]: the server would count the two,
-// and one ReleaseConn would leave one behind. To see that, it reads pg_locks, as ReleaseConn does.
+// In a transaction, AcquireConn refuses: take the lock before BEGIN, or use [AcquireTx]. If
+// conn's session already holds a lock of key, shared or not, the error matches [ErrReentrant]:
+// the server would count the two, and one ReleaseConn would leave one behind. To find that
+// out, AcquireConn reads pg_locks, as ReleaseConn does.
 //
-// It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that matches
-// [ErrReentrant] or [ErrNotAcquired], or a deadlock that this package has found, or in a transaction, conn is as it was before. If ctx ends
-// during the wait, AcquireConn returns when the statement under way has ended, within 400 ms; if
-// the server does not answer then, conn is closed. After any other error, the state of the session
-// would be in doubt, and conn has been closed for good.
+// It takes the options Shared, NoWait, Timeout, Logger and Observe. After an error that
+// matches [ErrReentrant] or [ErrNotAcquired], after a deadlock that this package has found,
+// and in a transaction, conn is as it was before. If ctx ends during the wait, AcquireConn
+// returns when the statement under way has ended, within 400 ms. If the server does not answer
+// then, and after any other error, conn has been closed for good, because the state of its
+// session is in doubt.
 //
-// If ctx carries key already, the result is ErrReentrant even if that was acquired
-// on another database: conn does not tell.
+// If ctx already carries key, the result is ErrReentrant, even if that lock is in another
+// database: conn does not tell.
 func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "AcquireConn", options: acquireOptions, missing: missing("conn", conn == nil, "", false)}
@@ -92,20 +95,20 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 	return err
 }
 
-// callersWait returns a wait on a session or in a transaction of the caller's, whose database is taken
-// for that of the locks that ctx carries.
+// callersWait returns a wait on a session or in a transaction of the caller's. Its database is
+// taken for that of the locks that ctx carries.
 func callersWait(ctx context.Context, cfg *config, keys []Key) *manager.Callers {
 	db, _ := held(ctx, nil)
 	return manager.NewCallers(ctx, db, cfg.request(ctx, nil, keys))
 }
 
-// ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same
-// [Shared] option, and takes Logger. It is not bounded by ctx, which may have ended,
-// but takes no more than a few seconds.
+// ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same [Shared]
+// option, and takes Logger. ctx, which may have ended, does not bound it; it takes a few
+// seconds at most.
 //
-// If the session does not hold the lock, the error matches [ErrLost], and conn is as it was. If the
-// server does not answer, or with an error, it matches ErrLost, too, and conn has been closed for good: whatever it
-// still held is free.
+// If the session does not hold the lock, the error matches [ErrLost], and conn is as it was.
+// If the server does not answer, or answers with an error, the error matches ErrLost, too, and
+// conn has been closed for good: whatever it still held is free.
 func ReleaseConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
 	return releaseConn(ctx, conn, key, releaseConnOptions, opts)
 }

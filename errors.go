@@ -11,52 +11,56 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// Every error of this package is an [*Error], which says the operation and the key, and matches, with
-// errors.Is, one of these where it applies, and the error of the driver or the context beneath it.
+// Every error that this package makes is an [*Error], which names the operation and the keys. It
+// matches, with errors.Is, one of these where it applies, and the error of the driver or the
+// context beneath it.
 var (
-	// ErrNotAcquired: the lock was not taken and is not held. Another holds it (then the error
-	// matches ErrHeld, too), the context ended while waiting (then errors.Is finds the context's
-	// error), or Timeout was over (then errors.As finds an error whose Timeout method says so).
+	// ErrNotAcquired means that the lock was not taken and is not held. Either another holds it,
+	// and the error also matches ErrHeld; or ctx ended, and the error also matches ctx's error; or
+	// Timeout was over before the server had said whether another holds it. After a Timeout,
+	// errors.As finds an error whose Timeout method returns true.
 	ErrNotAcquired = errors.New("advisory: lock not acquired")
 
-	// ErrHeld: another holds the lock, and NoWait was refused, or Timeout was over. It is a kind of
-	// ErrNotAcquired. The end of a context is never ErrHeld, so that "another does the work" and
-	// "this process shuts down" differ. Neither is a Timeout that was over before the server had
-	// answered, or while it was out of reach.
+	// ErrHeld means that another holds the lock: NoWait was refused, or Timeout was over. It is a
+	// kind of ErrNotAcquired. The end of ctx is never ErrHeld, so that "another does the work" and
+	// "this process shuts down" cannot be mixed up. Nor is a Timeout that was over before the
+	// server had answered, or while it could not be reached.
 	ErrHeld = fmt.Errorf("%w: another holds it", ErrNotAcquired)
 
-	// ErrLost: the lock was acquired, and it cannot be shown that it was held to
-	// the end. The session died, did not answer, or is no longer the one that
-	// took the lock. Another process may have held the lock in the meantime.
+	// ErrLost means that the lock was acquired, and cannot be shown to have been held to the end.
+	// Its session died, did not answer, or is no longer the one that took the lock. Another
+	// process may have held the lock in the meantime.
 	ErrLost = errors.New("advisory: lock lost")
 
-	// ErrReentrant: the context says that its own caller holds the lock already.
-	// Waiting for it would last for ever.
+	// ErrReentrant means that ctx says that its own caller already holds the lock. To wait for it
+	// would last for ever.
 	ErrReentrant = errors.New("advisory: lock already held by this caller")
 
-	// ErrDeadlock: the wait was part of a deadlock, and has ended. The lock is not held.
+	// ErrDeadlock means that the wait was part of a deadlock, and has ended. The lock is not held.
 	//
-	// A wait is part of the search if its ctx is the one that a function or a [Lock] of this package has
-	// given out: such a ctx carries the locks that its caller holds. A deadlock of waits in one process,
-	// through one *sql.DB, is found when the last of them begins, or within two seconds if one of them
-	// is for a shared lock. A deadlock between processes is found within some three seconds, and ends
-	// the wait that began last. Waits tell of each other in the comments of their statements, and read
-	// these once a second in pg_stat_activity. A wait whose caller holds nothing costs nothing.
+	// A wait takes part in the search if its ctx is one that a function or a [Lock] of this
+	// package has given out: such a ctx carries the locks that its caller holds. A deadlock in one
+	// process, through one *sql.DB, is found when the last of its waits begins, or within two
+	// seconds if one of them is for a shared lock. A deadlock between processes is found within
+	// some three seconds, and ends the wait that began last. Waits tell of each other in the
+	// comments of their statements, and read these once a second in pg_stat_activity. A wait whose
+	// caller holds nothing costs nothing.
 	//
-	// Not found is a deadlock
+	// These deadlocks are not found:
 	//   - of processes that connect as different roles, unless these are members of pg_read_all_stats;
 	//   - of callers that do not pass on the ctx that they were given, or that hold a lock by
 	//     [AcquireConn] or [AcquireTx], which give out none;
 	//   - with locks of other programs, or that are taken by SQL;
-	//   - between processes, if two of the waits try with pauses: those of AcquireTx, of a
-	//     pool that has no connection to spare, and on a server without PL/pgSQL;
+	//   - between processes, if two of the waits try with pauses: those of AcquireTx, of a pool that
+	//     has no connection to spare, and on a server without PL/pgSQL;
 	//   - between processes, while other holders in its own process keep a wait in the queue there.
 	//
-	// A function that waits on another goroutine with its ctx, and itself goes on to return, is the
-	// exception: a wait may be ended though that return would have freed the lock. AcquireConn and
-	// AcquireTx take it that conn and tx are of the database of the locks that ctx carries.
+	// A function that waits on another goroutine with its ctx, and itself goes on to return, is
+	// the exception: the wait may be ended although that return would have freed the lock.
+	// AcquireConn and AcquireTx assume that conn and tx are of the database of the locks that ctx
+	// carries.
 	//
-	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too, and so is the end of an AcquireTx
+	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too. So is the end of an AcquireTx
 	// whose transaction the holder is found to wait for.
 	ErrDeadlock = errors.New("advisory: deadlock detected")
 )

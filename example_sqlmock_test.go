@@ -34,7 +34,7 @@ func ExampleWithLock_sqlmock() {
 
 	// Another holds the lock.
 	mock.ExpectExec(`pg_try_advisory_lock\(`).WillReturnResult(sqlmock.NewResult(0, 0))
-	fmt.Println("refused:", errors.Is(sweep(ctx, db), advisory.ErrNotAcquired))
+	fmt.Println("refused:", errors.Is(sweep(ctx, db), advisory.ErrHeld))
 
 	fmt.Println(mock.ExpectationsWereMet())
 	// Output:

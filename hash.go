@@ -7,13 +7,11 @@ import (
 	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
-// A Key names a lock. PostgreSQL has two key spaces that never collide: one
-// bigint ([ID], [Name], [HashText]) and two ints ([Pair]). Locks of one key exclude each
-// other within one database of one server (PostgreSQL manual, section
-// "Advisory Locks").
+// A Key names a lock. PostgreSQL has two key spaces that never collide: one bigint ([ID],
+// [Name], [HashText]) and two ints ([Pair]). Locks of one key exclude each other within one
+// database of one server (PostgreSQL manual, section "Advisory Locks").
 //
-// Keys are comparable. The zero Key is invalid: every function refuses it
-// rather than lock 0.
+// Keys are comparable. The zero Key is invalid: every function refuses it rather than lock 0.
 type Key struct{ key pgsql.Key }
 
 // ID is the key id of the bigint key space: pg_advisory_lock(id).
@@ -48,13 +46,14 @@ func Name(name string) Key {
 //
 //	SELECT pg_advisory_lock(hashtext('nightly-report'));
 //
-// It is for work beside such programs. Everywhere else, [Name] is better. PostgreSQL does not document
-// hashtext, nor promise that it stays as it is; it has been the same from version 14 to 18. And it has
-// 32 bits: among a thousand names, two share a key with a chance of 1 in 8,600.
+// It is for work beside such programs. Everywhere else, [Name] is better. PostgreSQL does not
+// document hashtext, nor promise that it stays as it is; it has been the same from version 14
+// to 18. And it has 32 bits: among a thousand names, two share a key with a chance of 1 in
+// 8,600.
 //
-// It is computed here, as a little-endian server does for the bytes of name in UTF-8. A database of
-// another encoding has the same key for ASCII names alone. On a big-endian server (s390x), all keys
-// differ: there, ask the server, and use [ID].
+// HashText is computed here, for the bytes of name in UTF-8, as a little-endian server does. A
+// database with another encoding has the same key for ASCII names only. On a big-endian server
+// (s390x), all keys differ: ask the server there, and use [ID].
 //
 // HashText("") is invalid, like the zero Key.
 func HashText(name string) Key {

@@ -63,8 +63,8 @@ func checkReentrant(ctx context.Context, db *sql.DB, keys []Key) error {
 	return nil
 }
 
-// held returns the keys that the caller of ctx holds in db's database, and, if db is not known (nil), the
-// db of the innermost.
+// held returns the keys that the caller of ctx holds in db's database. If db is nil, it is
+// that of the innermost one, which held also returns.
 func held(ctx context.Context, db *sql.DB) (*sql.DB, []pgsql.Key) {
 	var keys []pgsql.Key
 	for m := innermost(ctx); m != nil; m = m.outer {

@@ -31,12 +31,14 @@ type Holder struct {
 }
 
 // Holders returns who holds the lock of key in q's database, and then who waits for it,
-// longest first. One session may hold many locks: see the package documentation. Waits of
-// this package begin anew every 100 to 400 ms, so that their WaitStart is recent; those who wait
-// behind another caller of their own process, or try with pauses, are not in the server's
-// queue, and not seen.
+// longest first. One session may hold many locks: see "Connections" in the package
+// documentation.
 //
-// An operator sees the same in psql, for the key of, say, Name("nightly-report"), with
+// Waits of this package begin anew every 100 to 400 ms, so their WaitStart is recent. Callers
+// who wait behind another caller of their own process, or who try with pauses, are not in the
+// server's queue, and are not seen.
+//
+// An operator sees the same in psql, for the key of Name("nightly-report"), with
 //
 //	SELECT l.pid, l.granted, l.mode, l.waitstart, a.usename, a.application_name, a.client_addr, a.state, a.query
 //	FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
@@ -45,9 +47,9 @@ type Holder struct {
 //	  AND (classid::bigint << 32 | objid::bigint) = ('x' || left(encode(sha256(convert_to('nightly-report', 'UTF8')), 'hex'), 16))::bit(64)::bigint
 //	ORDER BY granted DESC, waitstart;
 //
-// (objsubid is 2 for a [Pair], whose ints are classid and objid), and breaks the lock
-// by ending the session that holds it: SELECT pg_terminate_backend(pid). That ends all the
-// locks on the session. Their holders find out within two heartbeats.
+// For a [Pair], objsubid is 2, and its ints are classid and objid. To break the lock, the
+// operator ends the session that holds it: SELECT pg_terminate_backend(pid). That ends all the
+// locks on the session, and their holders find out within two heartbeats.
 func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 	c := call{function: "Holders", missing: missing("q", isNil(q), "", false)}
 	if _, err := c.check(ctx, "look up", []Key{key}, nil); err != nil {
@@ -66,24 +68,25 @@ func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 
 // A LockState is a lock, and the sessions that hold it or wait for it.
 type LockState struct {
-	// Key has its name where that is known: see [Locks]. It equals the Key that [Name] makes then, and
-	// otherwise the one of [ID] or [Pair].
+	// Key has its name where that is known: see [Locks]. It equals the Key that [Name] or
+	// [HashText] makes then, and otherwise the one of [ID] or [Pair].
 	Key     Key
 	Holders []Holder // none if it has just become free, and goes to the first of the Waiters
 	Waiters []Holder // longest first
 }
 
-// Locks returns every advisory lock that is held or waited for in q's database, by this package or
-// by any other program, in the order of their keys.
+// Locks returns every advisory lock that is held or waited for in q's database, by this
+// package or by any other program, in the order of their keys.
 //
-// The server knows a lock by its number. Statements of this package that wait, and heartbeats, begin
-// with a comment that has the names of the keys; Locks takes a name from there if it makes
-// that number. So the name of a held lock is known after its first heartbeat, or while another waits for
-// it. It is not known if it is long (over 64 bytes, percent-encoded), if more than four locks are on the
-// session, or if this role may not see the statements of others: that needs pg_read_all_stats.
+// The server knows a lock by its number. Statements of this package that wait, and heartbeats,
+// begin with a comment that has the names of the keys. Locks takes a name from there if the
+// name makes that number. So the name of a held lock is known after its first heartbeat, or
+// while another waits for it. It is not known if it is long (over 64 bytes, percent-encoded),
+// if more than four locks are on the session, or if this role may not see the statements of
+// others: that needs pg_read_all_stats.
 //
-// As with [Holders], those who wait behind another caller of their own process, or try with pauses, are not
-// in the server's queue, and not seen.
+// As with [Holders], callers who wait behind another caller of their own process, or who try
+// with pauses, are not in the server's queue, and are not seen.
 func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 	c := call{function: "Locks", missing: missing("q", isNil(q), "", false)}
 	if _, err := c.check(ctx, "look up locks", nil, nil); err != nil {
@@ -96,8 +99,9 @@ func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 	names := make(map[pgsql.Key]Key)
 	for _, l := range found {
 		for _, name := range pgsql.NamesIn(l.Query) {
-			k := Name(name)
-			names[k.key.Lock()] = k
+			for _, k := range []Key{Name(name), HashText(name)} {
+				names[k.key.Lock()] = k
+			}
 		}
 	}
 	slices.SortStableFunc(found, func(a, b session.Lock) int { return pgsql.Compare(a.Key, b.Key) })

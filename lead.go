@@ -22,44 +22,45 @@ const (
 	leadTellAgain = time.Minute
 )
 
-// Lead runs fn on one of all processes that call Lead with the same key: the leader.
-// The others stand by in the server's queue; when the leader's lock is free, one of them
-// leads within a hand-off, not a poll.
+// Lead runs fn on one of all processes that call Lead with the same key: the leader. The
+// others stand by in the server's queue. When the leader's lock is free, one of them leads at
+// once.
 //
 // # fn's return ends Lead
 //
-// A fn that leads for as long as its process lives loops until its ctx ends: see the example. When fn
-// returns by itself, Lead releases the lock and returns fn's error, or nil: a planned step-down. So fn
-// should try again by itself what fails because the database is away for a moment.
+// When fn returns by itself, Lead releases the lock and returns fn's error, or nil. That is a
+// planned step-down. So a fn that leads for as long as its process lives is a loop that ends
+// with its ctx, and tries again what fails because the database is away for a moment. See the
+// examples.
 //
 // # What ends the ctx of fn
 //
-// Lead campaigns until ctx ends. If the lock is lost, the ctx that fn was given ends,
-// with a cause that matches [ErrLost], and after fn has returned, Lead campaigns again:
-// in one process, fn never runs twice at a time. If fn goes on after a loss, Lead waits for it
-// and warns the Logger once every HolderTimeout. An outage of the server is reported to the Logger at its
-// beginning and its end, and lasts as long as it lasts. Other errors of the database are reported when they are new, and
-// once a minute, and retried after pauses that grow to 5 s; so is a lock that was lost within 5 s.
+// If the lock is lost, the ctx of fn ends, with a cause that matches [ErrLost]. After fn has
+// returned, Lead campaigns again: in one process, fn never runs twice at a time. If fn goes on
+// after a loss, Lead waits for it, and warns the Logger once every HolderTimeout.
 //
-// If ctx ends while fn runs, Lead returns fn's error. If it ends before fn has run, the error of Lead
-// matches ctx's, and the last of the database, if that is why fn has not run. So in either case, a program
-// that shuts down looks at ctx, and not at the error. Lead also returns if the db is closed; with
-// [ErrReentrant], if ctx carries the key already; and with [ErrDeadlock], if others who have the lock wait
-// for one that ctx carries.
+// Lead campaigns until its ctx ends. If that is while fn runs, the ctx of fn ends, too, and
+// Lead returns fn's error. If it is before fn has run, the error matches ctx's, and also the
+// last error of the database if that is why fn has not run. In either case, a program that
+// shuts down looks at ctx, and not at the error. Lead also returns if db is closed, and, with
+// [ErrReentrant], if ctx already carries the key.
+//
+// An outage of the server lasts as long as it lasts; the Logger is told at its beginning and
+// its end. Other errors of the database are reported when they are new, and once a minute, and
+// retried after pauses that grow to 5 s. So is a lock that was lost within 5 s.
 //
 // # Who leads
 //
-// An [Observer] tells: HoldStart is called before fn begins, and HoldEnd after it has returned and the
-// lock is released.
+// An [Observer] tells: HoldStart is called before fn begins, and HoldEnd after fn has returned
+// and the lock is released. Before fn begins, Lead asks whether the server is a primary: a
+// leader on a standby would lead beside that of the primary.
 //
-// Before fn runs, the server is asked whether it is a primary. A leader on a standby would lead
-// beside that of the primary.
+// A process that stands by holds one connection of the pool. If the pool has none to spare for
+// that (see "Connections" in the package documentation), it holds none, and tries every 250 ms
+// at most instead.
 //
-// A process that stands by holds one connection of the pool, and sends between two and three statements a
-// second. If its pool has none to spare for that (see the package documentation, "How large
-// a pool"), it holds none, and tries up to every 250 ms instead.
-//
-// It takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is [slog.Default].
+// Lead takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is
+// [slog.Default].
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "Lead", options: leadOptions, db: db, leads: true, missing: missing("db", db == nil, "fn", fn == nil)}

@@ -5,21 +5,21 @@ import (
 	"time"
 )
 
-// An Observer is told what happens to locks: how long acquisitions wait and how they
-// end, how long locks are held, and when one is lost. It is a set of functions, each of
-// which may be nil. But for Lost, they are called synchronously, possibly from several goroutines
-// at a time, and should be quick. HoldEnd must not release the lock that it is about.
+// An Observer is told what happens to locks: how long acquisitions wait and how they end, how
+// long locks are held, and when one is lost. It is a set of functions, each of which may be
+// nil. They are called synchronously, except Lost, possibly from several goroutines at a time,
+// and should be quick. HoldEnd must not release the lock that it is about.
 //
-// What a Start function returns is the context of what follows: AcquireStart's that of
-// the acquisition and of HoldStart, and HoldStart's that of fn. So a span that HoldStart
-// starts becomes the parent of fn's own, and one that AcquireStart starts would, too: a
-// HoldStart that does not want that puts the span before it back.
+// What a Start function returns is the context of what follows. That of AcquireStart is the
+// context of the acquisition and of HoldStart, and that of HoldStart is the context of fn. So
+// a span that HoldStart starts becomes the parent of fn's spans. One that AcquireStart starts
+// would, too: a HoldStart that does not want that puts the span before it back.
 type Observer struct {
 	// AcquireStart is called before anything is sent. A nil result changes nothing.
 	AcquireStart func(context.Context, LockInfo) context.Context
 
-	// AcquireEnd is called with how long the acquisition took, and its error: one that
-	// matches ErrHeld where another holds the lock, and ErrNotAcquired where ctx has ended.
+	// AcquireEnd is called with how long the acquisition took, and its error: it matches ErrHeld
+	// where another holds the lock, and ErrNotAcquired where ctx has ended.
 	AcquireEnd func(ctx context.Context, info LockInfo, took time.Duration, err error)
 
 	// HoldStart is called when the lock is held, except by AcquireConn and AcquireTx,
@@ -32,10 +32,9 @@ type Observer struct {
 	// the session, is HoldEnd's alone.
 	Lost func(ctx context.Context, info LockInfo, err error)
 
-	// HoldEnd is called after the release, with how long that is since the grant; with AtLeast, that may
-	// be after the function has returned. err is that
-	// of the release, or the commit: it matches ErrLost if it cannot be shown that the
-	// lock was held to the end.
+	// HoldEnd is called after the release, with how long that is since the grant; with AtLeast,
+	// that may be after the function has returned. err is that of the release, or the commit: it
+	// matches ErrLost if the lock cannot be shown to have been held to the end.
 	HoldEnd func(ctx context.Context, info LockInfo, held time.Duration, err error)
 }
 
@@ -46,7 +45,8 @@ type LockInfo struct {
 	Shared   bool
 }
 
-// Observe has o told of what happens to the lock. The default, and nil, is nobody.
+// Observe reports the lock's events to o. The default, and nil, is no Observer. Observe
+// applies to all functions but [ReleaseConn].
 func Observe(o *Observer) Option {
 	return func(c *config) { c.given |= optObserve; c.observer = o }
 }

@@ -17,58 +17,70 @@ const (
 	defaultHolderTimeout = 15 * time.Second
 )
 
-// An Option changes how a lock is acquired or held. Where an option is given
-// twice, the last one counts. An option that makes no sense for the function it
-// is given to, or beside another one, is an error before anything is sent.
+// An Option changes how a lock is acquired or held. If an option is given twice, the last one
+// counts. An option that makes no sense for a function, or beside another option, is an error
+// before anything is sent. The package documentation has a table of functions and options.
 type Option func(*config)
 
-// Shared takes a shared lock: it excludes exclusive locks of the key, and not
-// other shared ones. The default is an exclusive lock.
+// Shared takes a shared lock: it excludes exclusive locks of the key, and not other shared
+// ones.
 //
-// Within a process, the shared locks of a key are one lock of the server, and one who waits
-// for an exclusive lock is not overtaken by shared ones that come later. Between processes,
-// an exclusive waiter leaves the server's queue for a moment every 100 to 400 ms, and shared ones may
-// pass then. Where shared locks of several processes overlap for longer than that, all the time, it may
-// wait long.
+// The default is an exclusive lock. Shared applies to all functions but [Lead]. [ReleaseConn]
+// needs it for a lock that was taken with it.
+//
+// Within a process, the shared locks of a key are one lock of the server, and later shared
+// callers do not overtake one who waits for an exclusive lock. Between processes, an exclusive
+// waiter leaves the server's queue for a moment every 100 to 400 ms, and shared ones may pass
+// then. Where shared locks of several processes overlap for longer than that, all the time, it
+// may wait long.
 func Shared() Option {
 	return func(c *config) { c.given |= optShared; c.shared = true }
 }
 
-// NoWait gives up at once, with [ErrHeld], if another holds the lock. The
-// default is to wait until ctx ends. NoWait and [Timeout] exclude each other.
+// NoWait gives up at once, with [ErrHeld], if another holds the lock.
+//
+// The default is to wait until ctx ends. NoWait applies to all functions but [Lead] and
+// [ReleaseConn]. It excludes [Timeout].
 //
 // If another caller in this process holds the lock through the same *sql.DB, or asks for it,
-// the answer comes without a round trip; but a shared lock may ask whether others wait for
+// the answer comes without a round trip. A shared lock may still ask whether others wait for
 // the one that it would share.
 //
-// It is about the lock alone: if a connection is needed, and the pool is at its limit, the
-// wait for that is bounded by ctx.
+// NoWait is about the lock alone. If the pool is at its limit, the wait for a connection is
+// bounded by ctx.
 func NoWait() Option {
 	return func(c *config) { c.given |= optNoWait; c.noWait = true }
 }
 
-// Timeout gives up after d, with [ErrHeld], or with [ErrNotAcquired] if it is not known whether
-// another holds the lock. Everything counts: the wait for a pooled
-// connection, BEGIN, an outage. d must be positive. The default is to wait until ctx ends.
+// Timeout gives up after d, with [ErrHeld], or with [ErrNotAcquired] if it is not known
+// whether another holds the lock.
 //
-// It is at most a second late, if the server does not answer, say. The error names who holds the lock, if one
-// more query can tell in that time; with AcquireConn and AcquireTx it does not, because a query that takes
-// long would cost the caller's session.
+// The default is to wait until ctx ends. d must be positive. Timeout applies to all functions
+// but [Lead] and [ReleaseConn]. It excludes [NoWait].
+//
+// Everything counts: the wait for a pooled connection, BEGIN, an outage. If the server does
+// not answer, Timeout is at most a second late. The error names who holds the lock, if one
+// more query can tell in that time. With [AcquireConn] and [AcquireTx] it does not, because a
+// query that takes long would cost the caller's session.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }
 
-// AtLeast keeps the lock for at least d after its grant, even if fn ends sooner or Release is called
-// sooner. The default is 0. d must not be negative.
+// AtLeast keeps the lock for at least d after its grant, even if fn ends, or Release is
+// called, before that.
 //
-// It is for a job that several processes start, each by its own clock, with [NoWait]. A job that takes
-// 50 ms must keep its lock until the last clock has struck, or it runs again in the same tick. d should
-// be longer than the clocks differ, and shorter than the time between two ticks by as much.
+// The default is 0. d must not be negative. AtLeast applies to [WithLock], [WithLocks] and
+// [Acquire].
 //
-// The call returns when fn has returned, and its error means what it always means. The lock stays even
-// if fn fails or panics, because its work may have been done. Until d is over, nobody else gets the lock,
-// in this process or another. The lock keeps its connection, takes no goroutine, and survives
-// [sql.DB.Close]. It ends with the process at the latest.
+// It is for a job that several processes start, each by its own clock, with [NoWait]. A job
+// that takes 50 ms must keep its lock until the last clock has struck, or another process runs
+// it again. d should be longer than the clocks differ, and shorter by as much than the time
+// between two runs of the job.
+//
+// The call returns when fn has returned, and its error means what it always means. The lock
+// stays even if fn fails or panics, because its work may have been done. Until d is over,
+// nobody else gets the lock, in this process or another. The lock keeps its connection, takes
+// no goroutine, and survives [sql.DB.Close]. It ends with the process at the latest.
 //
 // Heartbeats go on. A loss after the call has returned is reported to the [Logger] and to the
 // [Observer], whose HoldEnd is called when the lock is released.
@@ -76,49 +88,58 @@ func AtLeast(d time.Duration) Option {
 	return func(c *config) { c.given |= optAtLeast; c.atLeast = d }
 }
 
-// Heartbeat sets how often the session of a held lock is checked. A check must be
-// answered within another d, so a lost lock is noticed after 2d at the latest.
-// The default is 1 s. A lock that is released before its first heartbeat costs
-// none. One heartbeat is for all the locks on a session, at the shortest of their intervals.
+// Heartbeat sets how often the session of a held lock is checked. A check must be answered
+// within another d, so that a lost lock is noticed after 2d at the latest.
+//
+// The default is 1 s. d must be positive, and at most a third of [HolderTimeout]. Heartbeat
+// applies to [WithLock], [WithLocks], [Acquire] and [Lead].
+//
+// A lock that is released before its first heartbeat costs none. One heartbeat is for all the
+// locks on a session, at the shortest of their intervals.
 func Heartbeat(d time.Duration) Option {
 	return func(c *config) { c.given |= optHeartbeat; c.heartbeat = d }
 }
 
-// HolderTimeout sets how long a lock outlives a holder that went silent (power loss, partition,
-// SIGSTOP): the server itself ends a session that has waited for its next statement for d. The
-// default is 15 s. d must be at least three heartbeats, so that the old holder's context has ended
-// before the server lets a new holder begin; the server counts in milliseconds, up to 24 days.
+// HolderTimeout sets how long a lock outlives a holder that falls silent (power loss,
+// partition, SIGSTOP). The server itself ends a session that has waited for its next statement
+// for d.
 //
-// The server learns d with the first heartbeat, or with the grant of a lock that was
-// waited for in the server's queue, as idle_session_timeout, and forgets it with the last
-// release (RESET: a value that the program itself had SET on the session before is not
-// restored). The first heartbeat of [Lead] is before fn runs. A holder that got its lock in another
-// way, and goes silent before its first heartbeat, is bounded by the server's tcp_keepalives settings, and a process that is
-// frozen then, whose kernel answers them, by nothing. A server whose own
-// idle_session_timeout is shorter than a heartbeat frees locks too early.
+// The default is 15 s for [WithLock], [WithLocks], [Acquire] and [Lead]. d must be at least
+// three heartbeats, so that the old holder's context has ended before the server lets a new
+// holder begin. The server counts in milliseconds, up to 24 days. Where several locks are on
+// one session, the shortest d counts for all of them.
 //
-// Where several locks are on one session, the shortest d counts for all of them.
+// The server learns d, as idle_session_timeout, with the grant of a lock that was waited for
+// in its queue, before fn of [Lead], and otherwise with the first heartbeat. It forgets d with
+// the last release, by RESET: a value that the program itself had SET on the session is not
+// restored. A holder that falls silent before its first heartbeat is bounded by the server's
+// tcp_keepalives settings; a process that is frozen then, whose kernel answers them, is
+// bounded by nothing. A server whose own idle_session_timeout is shorter than a heartbeat
+// frees locks too early.
 //
-// On [WithTxLock] and [WithConnLock], where the caller drives the session, there
-// is no heartbeat and no default: if the option is given, the server ends the
-// session once it has waited for fn's next statement for d, whether fn is at work or not. While a statement
-// runs, the server does not count. Then it looks every second whether the process is still there
-// (client_connection_check_interval), which finds one that has died, and not a network that is cut: that
-// is for the server's tcp_keepalives settings.
+// For [WithTxLock] and [WithConnLock], where the caller drives the session, there is no
+// heartbeat and no default. If the option is given, the server ends the session once it has
+// waited for fn's next statement for d, whether fn is at work or not. While a statement runs,
+// the server does not count. It then looks every second whether the process is still there
+// (client_connection_check_interval). That finds a process that has died, and not a network
+// that is cut: the server's tcp_keepalives settings are for that.
 func HolderTimeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optHolderTimeout; c.holderTimeout = d }
 }
 
-// TxOptions sets the isolation level and access mode of the transaction of
-// [WithTxLock]. The default, and nil, is the server's default.
+// TxOptions sets the isolation level and access mode of the transaction of [WithTxLock], the
+// only function that it applies to. The default, and nil, is the server's default.
 func TxOptions(o *sql.TxOptions) Option {
 	return func(c *config) { c.given |= optTxOptions; c.txOptions = o }
 }
 
-// Logger sets where to report what cannot be returned as an error: a server that waits cannot reach, and
-// that it is back; a session lost while waiting and replaced; a pool that
-// is too small for fn; a release that failed while fn panicked; a [Lock]
-// that was never released. The default, and nil, is silent, but for [Lead], where it is [slog.Default].
+// Logger sets where the package reports what it cannot return as an error: a server that waits
+// cannot reach, and that it is back; a session that was lost while waiting and replaced; a
+// pool that is too small for fn; a release that failed while fn panicked; a [Lock] that was
+// never released.
+//
+// The default, and nil, is silent, except for [Lead], where it is [slog.Default]. Logger
+// applies to all functions.
 func Logger(l *slog.Logger) Option {
 	return func(c *config) { c.given |= optLogger; c.logger = l }
 }

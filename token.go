@@ -11,29 +11,28 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// Token returns the fencing token of the innermost lock that ctx carries: a number
-// that is larger than the token of every earlier holder of the lock on this server.
+// Token returns the fencing token of the innermost lock that ctx carries: a number that is
+// larger than the token of every earlier holder of the lock on this server.
 //
-// It is for what no lock can promise. A process that is frozen together with its
-// clock, and thawed after the server has let another take the lock, does not know
-// it yet, and neither does a write of its that is still under way in a network. Let
-// the protected resource remember the largest token that it has seen, and refuse a
-// smaller one:
+// A token is for what no lock can promise. A process that was frozen together with its clock,
+// while the server let another take the lock, does not know it yet when it goes on. One of its
+// writes may also still be under way in a network. Let the protected resource remember the
+// largest token that it has seen, and refuse a smaller one:
 //
 //	UPDATE report SET body = $1, token = $2 WHERE id = $3 AND token <= $2
 //
-// The token is asked for once, in one round trip on the session that holds the lock
+// Token asks the server once, in one round trip on the session that holds the lock
 // (pg_current_xact_id, PostgreSQL manual, section "System Information Functions and
-// Operators"), and stays the same for as long as that lock is held. It uses up one
-// transaction ID, and waits for the disk as a commit does, so that numbers grow over a
-// crash, too; in [WithTxLock], with its COMMIT. A standby that is promoted without having
+// Operators"), and returns the same number for as long as that lock is held. The question uses
+// up one transaction ID, and waits for the disk as a commit does, so that numbers grow over a
+// crash, too; in [WithTxLock], its COMMIT waits. A standby that is promoted without having
 // received the last transactions may give out some numbers again.
 //
-// Where that takes longer than two heartbeats, because a synchronous standby is away, say, the
+// If that takes longer than two heartbeats, because a synchronous standby is away, say, the
 // session cannot be shown to live meanwhile, and its locks are lost.
 //
-// ctx must be the one that fn was given, or made from it; otherwise Token returns an
-// error, which matches [ErrLost] if the lock is not held any more.
+// ctx must be the one that fn was given, or be made from it. Otherwise Token returns an error,
+// which matches [ErrLost] if the lock is not held any more.
 func Token(ctx context.Context) (int64, error) {
 	m := innermost(ctx)
 	if m == nil {

@@ -10,28 +10,29 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// WithTxLock runs fn in a transaction that holds the lock of key: BEGIN, lock, fn,
-// COMMIT. The work and the lock end together, on one session, so that nothing
-// fn does in tx can happen without the lock: use it where all of the work is in
-// this database. If fn returns an error, or panics, the transaction is rolled back.
+// WithTxLock runs fn in a transaction that holds the lock of key: BEGIN, lock, fn, COMMIT. The
+// work and the lock end together, on one session, so that nothing that fn does in tx can
+// happen without the lock. Use it where all of the work is in this database. If fn returns an
+// error, or panics, the transaction is rolled back.
 //
-// At READ COMMITTED it takes a transaction-scoped lock, the only kind that works
-// behind a transaction pooler. At REPEATABLE READ and above it takes a session-level
-// lock on the same connection before BEGIN and releases it after COMMIT: the lock
-// statement would otherwise fix the snapshot before the lock is granted, and fn
-// would read what was there before the last holder's work (PostgreSQL manual,
-// section "Transaction Isolation").
+// At READ COMMITTED, the default, it takes a transaction-scoped lock, the only kind that works
+// behind a transaction pooler. At REPEATABLE READ and above, it takes a session-level lock on
+// the same connection before BEGIN and releases it after COMMIT. Otherwise the lock statement
+// would fix the snapshot before the lock is granted, and fn would read what was there before
+// the last holder's work (PostgreSQL manual, section "Transaction Isolation").
 //
-// It uses one connection, which it takes when no other caller in this process holds key
-// through db, or asks for it: until then it waits without one.
+// WithTxLock takes one connection, as soon as no other caller in this process holds key
+// through db, or asks for it. Until then it waits without one.
 //
-// A nil error means: fn returned nil, and the transaction was committed, under the
-// lock. fn must not commit or roll back tx. It takes the options Shared, NoWait,
-// Timeout, TxOptions, HolderTimeout, Logger and Observe; errors are as with [WithLock], and
-// the driver's for BEGIN and COMMIT. There is no heartbeat. HolderTimeout has no
-// default here; if it is given, the server ends the transaction once it has waited
-// for a statement for that long (idle_in_transaction_session_timeout). If the process dies while a statement runs, the
-// server notices within about a second (client_connection_check_interval).
+// A nil error means that fn returned nil, and that the transaction was committed under the
+// lock. fn must not commit or roll back tx. Errors are as with [WithLock], and the driver's
+// for BEGIN and COMMIT.
+//
+// It takes the options Shared, NoWait, Timeout, TxOptions, HolderTimeout, Logger and Observe.
+// There is no heartbeat. HolderTimeout has no default here. If it is given, the server ends
+// the transaction once it has waited that long for a statement
+// (idle_in_transaction_session_timeout). If the process dies while a statement runs, the
+// server ends the transaction within about a second (client_connection_check_interval).
 func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Tx) error, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "WithTxLock", options: txOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
@@ -120,27 +121,27 @@ func endTx(t *session.Tx, keys []Key, cfg *config) error {
 	return nil
 }
 
-// AcquireTx takes the transaction-scoped lock of key in the caller's transaction,
-// which holds it until COMMIT or ROLLBACK (or until it is rolled back to a savepoint
-// that is older than the lock). It works behind a transaction pooler.
+// AcquireTx takes the transaction-scoped lock of key in the caller's transaction, which holds
+// it until COMMIT or ROLLBACK, or until it is rolled back to a savepoint that is older than
+// the lock. It works behind a transaction pooler.
 //
-// It takes the options Shared, NoWait, Timeout, Logger and Observe. tx stays usable after any
-// error that ends a wait: NoWait, Timeout, the end of ctx, a deadlock; but for one under which the server does not
-// answer. Its settings stay as they are.
+// It takes the options Shared, NoWait, Timeout, Logger and Observe. tx stays usable after an
+// error that ends a wait (NoWait, Timeout, the end of ctx, a deadlock), unless the server does
+// not answer. Its settings stay as they are.
 //
-// It does not wait in the server's queue, but tries again after pauses that grow to 100 ms.
-// CREATE INDEX CONCURRENTLY, having met a transaction in the middle of a statement, waits
-// for all of the transaction, which would wait for the lock: if the lock's holder builds the index,
-// for ever. So those who do wait in the queue go first; where many compete for a key, use [WithTxLock].
-// If the holder is found to wait for tx, for a row that it has locked, say, the error
-// matches [ErrDeadlock], after some two seconds.
+// AcquireTx does not wait in the server's queue. It tries again, after pauses that grow to 100
+// ms. The reason is CREATE INDEX CONCURRENTLY: if it meets a transaction in the middle of a
+// statement, it waits for the whole transaction. If the lock's holder builds the index, the
+// two would wait for each other. So those who do wait in the queue go first: where many
+// compete for a key, use [WithTxLock]. If the holder is found to wait for tx, because of a row
+// that tx has locked, say, the error matches [ErrDeadlock], after some two seconds.
 //
-// At REPEATABLE READ and above, tx reads what there was before its first statement,
-// and this may be its first: take the lock with [WithTxLock], or a session-level lock
-// before BEGIN, to read what the last holder wrote.
+// At REPEATABLE READ and above, tx reads what there was before its first statement, and this
+// may be its first. To read what the last holder wrote, take the lock with [WithTxLock], or
+// take a session-level lock before BEGIN.
 //
-// If ctx carries key already, the result is [ErrReentrant] even if that was acquired
-// on another database: tx does not tell.
+// If ctx already carries key, the result is [ErrReentrant], even if that lock is in another
+// database: tx does not tell.
 func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	keys := []Key{key}
 	c := call{function: "AcquireTx", options: acquireOptions, missing: missing("tx", tx == nil, "", false)}

@@ -46,7 +46,7 @@
 // its acquisition.
 //
 // A loss is an event advisory.lost of advisory.hold, and sets its status to Error, at the
-// moment at which it is noticed. The error or panic of fn is no concern of advisory.hold.
+// moment at which it is noticed. advisory.hold does not record the error or panic of fn.
 //
 // The status of a failed acquisition is Error, except where error.type is not_acquired:
 // to be refused is one of the two answers that NoWait asks for.

@@ -3,13 +3,14 @@
 // contestants take turns, in many short rounds, and what is compared is the medians of
 // their rounds: so that whatever else the machine does meets all of them alike.
 //
-//	go run ./bench -out bench        # everything, and write it down
-//	go run ./bench -run OneKey       # some workloads, and only print
+//	go run ./bench -out bench -docs ..   # everything, and write it down
+//	go run ./bench -run OneKey           # some workloads, and only print
 //	go run ./bench -run OneKey -impl advisory -cpuprofile cpu.out
 //
 // It prints a table of ratios, and with -out writes it as Markdown (results.md), draws
 // it (results.svg) and leaves the samples in the format of Go's benchmarks, for
-// benchstat (results.txt).
+// benchstat (results.txt). With -docs it brings the tables in README.md and docs/performance.md up
+// to date.
 //
 // PostgreSQL is found as by the tests; Redis and etcd are started where their servers
 // are installed ("apt-get install redis-server etcd-server"), and left out elsewhere.
@@ -41,6 +42,7 @@ type options struct {
 	quick  bool
 	check  bool
 	out    string // directory, "" for none
+	docs   string // directory, "" for none
 
 	cpuProfile string // file, "" for none
 
@@ -76,6 +78,7 @@ func parseFlags(args []string) (options, error) {
 	fs.BoolVar(&o.quick, "quick", false, "short and rough: to see whether it works")
 	fs.BoolVar(&o.check, "check", false, "exit with status 1 if a target is not reached")
 	fs.StringVar(&o.out, "out", "", "write results.md, results.svg and results.txt to this `directory`")
+	fs.StringVar(&o.docs, "docs", "", "update the rows of README.md and docs/performance.md in this `directory`")
 	fs.StringVar(&o.cpuProfile, "cpuprofile", "", "write a CPU profile of this process to this `file`")
 	fs.Usage = func() {
 		fmt.Fprintln(fs.Output(), "Usage: bench [flags]\n\nFlags:")
@@ -162,6 +165,11 @@ func run(o options) (err error) {
 	r.print(os.Stdout)
 	if o.out != "" {
 		if err := r.write(o.out); err != nil {
+			return err
+		}
+	}
+	if o.docs != "" {
+		if err := r.updateDocuments(o.docs); err != nil {
 			return err
 		}
 	}

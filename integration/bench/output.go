@@ -135,9 +135,13 @@ func (r *report) markdown(w io.Writer) {
 	}
 }
 
+func markdownRow(w io.Writer, line []string) {
+	fmt.Fprintln(w, "|", strings.ReplaceAll(strings.Join(line, " | "), "|  |", "| |"), "|")
+}
+
 func markdownTable(w io.Writer, table [][]string) {
 	for i, line := range table {
-		fmt.Fprintln(w, "|", strings.ReplaceAll(strings.Join(line, " | "), "|  |", "| |"), "|")
+		markdownRow(w, line)
 		if i == 0 {
 			fmt.Fprintln(w, "|"+strings.Repeat("---|", len(line)))
 		}

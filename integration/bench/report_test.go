@@ -191,3 +191,19 @@ func TestWithAddress(t *testing.T) {
 		}
 	}
 }
+
+func TestUpdateRows(t *testing.T) {
+	const old = "| 1 goroutine | locks/s | redislock | 1 | 2 |\n" +
+		"<!-- bench:begin -->\n" +
+		"| workload | measure | against | pgx | lib/pq |\n" +
+		"| 1 goroutine | locks/s | redislock | 1 | 2 |\n" +
+		"| 1 goroutine | locks/s | recipe | 1 | 2 |\n" +
+		"<!-- bench:end -->\n" +
+		"| 1 goroutine | locks/s | redislock | 1 | 2 |\n"
+	ratios, _ := sampleReport().tables()
+	want := strings.Replace(old, "n -->\n| workload | measure | against | pgx | lib/pq |\n| 1 goroutine | locks/s | redislock | 1 | 2 |",
+		"n -->\n| workload | measure | against | pgx | lib/pq |\n| 1 goroutine | locks/s | redislock | 0.90 | 2.00 |", 1)
+	if got := updateRows(old, ratios); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}

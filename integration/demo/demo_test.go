@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/pgadvisory/advisory/integration/internal/pgtest"
 )
@@ -148,26 +149,32 @@ func (d *demo) testKeepsPromises(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	wantOutput(t, out,
-		"WithLock: no update is lost                            kept    0 of 300 lost, ",
-		"WithConnLock: one migrates, the others find it done    kept    process ",
+		"kept    WithLock: no update is lost\n          0 of 300 lost, ",
+		"kept    WithConnLock: one migrates, the others find it done\n          process ",
 		" applied 4, in ",
 		"found applied by ",
 		"(lib/pq)",
-		"WithConnLock: no deadlock with the index build         kept    0 deadlocks\n",
-		"CREATE INDEX CONCURRENTLY leaves a valid index         kept    50,000 rows\n",
-		"Lead: a job has one leader at a time                   kept    ",
+		"kept    WithConnLock: no deadlock with the index build\n          0 deadlocks\n",
+		"kept    CREATE INDEX CONCURRENTLY leaves a valid index\n          50,000 rows\n",
+		"kept    Lead: a job has one leader at a time\n",
 		" 0 beside another\n",
-		"Lead: a killed leader is followed at once              kept    ",
+		"kept    Lead: a killed leader is followed at once\n",
 		"webhooks after ",
-		"Lead: a frozen leader is followed after HolderTimeout  kept    ",
-		"told so ",
-		"Lead: every job is done, each piece once               kept    400 tokens, 400 webhooks, 200 stock, 300 search\n",
-		"no webhook is taken twice                              kept    400 of 400 taken\n",
+		"kept    Lead: a frozen leader is followed after HolderTimeout\n",
+		"HolderTimeout (2.0 s) counts from its last heartbeat before that\n",
+		"the frozen one knows ",
+		"kept    Lead: every job is done, each piece once\n          400 tokens, 400 webhooks, 200 stock, 300 search\n",
+		"kept    no webhook is taken twice\n          400 of 400 taken\n",
 		" sent again, and known by the idempotency key\n",
 		"9 of 9 promises kept, in ",
 	)
 	if bytes.ContainsAny(out, "\r\x1b") {
 		t.Error("control characters in output that is not for a terminal")
+	}
+	for line := range strings.Lines(string(out)) {
+		if utf8.RuneCountInString(line) > 81 { // with its end
+			t.Errorf("more than 80 columns: %s", line)
+		}
 	}
 	if t.Failed() {
 		t.Logf("the output:\n%s", out)
@@ -193,10 +200,10 @@ func (d *demo) testNoticesBrokenLocks(t *testing.T) {
 		t.Errorf("exit status %d (%v), want 1", status, err)
 	}
 	wantOutput(t, out,
-		"WithLock: no update is lost                          BROKEN  ",
-		"WithConnLock: one migrates, the others find it done  BROKEN  ",
-		"Lead: a job has one leader at a time                 BROKEN  ",
-		"no webhook is taken twice                            BROKEN  ",
+		"BROKEN  WithLock: no update is lost\n",
+		"BROKEN  WithConnLock: one migrates, the others find it done\n",
+		"BROKEN  Lead: a job has one leader at a time\n",
+		"BROKEN  no webhook is taken twice\n",
 		errBroken.Error(),
 	)
 	if t.Failed() {
@@ -303,8 +310,9 @@ func TestDemoWithoutServer(t *testing.T) {
 	d := &demo{exe: build(t), dsn: "postgres://postgres@127.0.0.1:1/postgres?sslmode=disable"}
 	cmd := d.command()
 	out, err := cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(string(out), "demo: pgtest: ") || bytes.Count(out, []byte("\n")) != 1 {
-		t.Errorf("%v, want exit status 1 and one line; the output:\n%s", err, out)
+	_, failure, _ := strings.Cut(string(out), "\n") // the first line says what it waits for
+	if cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(failure, "demo: "+pgtest.EnvDSN+": ") || strings.Count(failure, "\n") != 3 {
+		t.Errorf("%v, want exit status 1 and three lines, the failure first; the output:\n%s", err, out)
 	}
 }
 

@@ -46,7 +46,7 @@ func (a increments) play(ctx context.Context, s *stage) ([]promise, error) {
 	return []promise{{
 		text: "WithLock: no update is lost",
 		kept: lost == 0,
-		numbers: fmt.Sprintf("%s of %s lost, %s\nwithout it %s lost, %s",
+		numbers: fmt.Sprintf("%s of %s lost, %s\nwithout the lock: %s lost, %s",
 			thousands(lost), thousands(s.updates), rate, thousands(lostWithout), rateWithout),
 	}}, nil
 }

@@ -118,8 +118,10 @@ func (a leaders) play(ctx context.Context, s *stage) (promises []promise, err er
 			return nil, err
 		}
 	}
-	s.view.say(plural(n, "process") + " are ready to sweep tokens, deliver webhooks, apply changes of a stock,")
-	s.view.say(fmt.Sprintf("and rebuild a search index, each under Lead, with a HolderTimeout of %s.", seconds(s.holderTimeout)))
+	s.view.say(plural(n, "process") + " are ready to sweep tokens, deliver webhooks, apply changes")
+	s.view.say("of a stock, and rebuild a search index, each under Lead.")
+	s.view.say(fmt.Sprintf("HolderTimeout is %s, and counts from a leader's last heartbeat,", seconds(s.holderTimeout)))
+	s.view.say(fmt.Sprintf("of which there is one every %s.", seconds(leadersBrief{HolderTimeout: s.holderTimeout}.heartbeat())))
 
 	in, err := openInbox(demoJobs[killed].pieces / 4)
 	if err != nil {

@@ -73,13 +73,14 @@ func (b *board) freezeLeader(ctx context.Context) ([]promise, error) {
 	if follow.numbers, follow.kept, err = b.succession(ctx, led, at, b.s.holderTimeout+time.Second); err != nil {
 		return []promise{follow}, err
 	}
+	follow.numbers += fmt.Sprintf("\nHolderTimeout (%s) counts from its last heartbeat before that", seconds(b.s.holderTimeout))
 	thawed := time.Now()
 	thaw(p)
 	knows, err := b.awaitLosses(ctx, victim, led)
 	if err == nil {
 		took := milliseconds(knows.Sub(thawed))
 		b.say(fmt.Sprintf("%s goes on (SIGCONT), and knows after %s that it has lost", called(victim), took))
-		follow.numbers += "\ntold so " + took + " after it went on"
+		follow.numbers += "\nthe frozen one knows " + took + " after it went on"
 	}
 	follow.kept = follow.kept && err == nil
 	return []promise{follow}, err
@@ -125,9 +126,9 @@ func (b *board) succession(ctx context.Context, led []int, at time.Time, bound t
 		took := t.begun.Sub(at)
 		inTime = inTime && took <= bound
 		b.say(fmt.Sprintf("%s leads %s %s later", called(t.process), demoJobs[i].short, milliseconds(took)))
-		numbers += fmt.Sprintf("%s after %s\n", demoJobs[i].short, milliseconds(took))
+		numbers += fmt.Sprintf("%s after %s, ", demoJobs[i].short, milliseconds(took))
 	}
-	return strings.TrimSuffix(numbers, "\n"), inTime, nil
+	return strings.TrimSuffix(numbers, ", "), inTime, nil
 }
 
 // awaitLosses waits until a process knows that it leads none of the jobs any more, and

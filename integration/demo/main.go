@@ -55,7 +55,10 @@ func main() {
 	}
 	o := parseFlags()
 	if err := run(o); err != nil {
-		fmt.Fprintln(os.Stderr, "demo:", err)
+		fmt.Fprintln(os.Stderr, "demo:", strings.ReplaceAll(err.Error(), "pgtest: ", ""))
+		if errors.As(err, new(noServerError)) && !errors.Is(err, pgtest.ErrNoServer) {
+			fmt.Fprintln(os.Stderr, pgtest.Help)
+		}
 		os.Exit(1)
 	}
 }
@@ -103,6 +106,11 @@ var (
 	errBroken      = errors.New("not every promise was kept")
 )
 
+// A noServerError is why there is no server to play on.
+type noServerError struct{ error }
+
+func (e noServerError) Unwrap() error { return e.error }
+
 func run(o options) (err error) {
 	// A reader that has seen enough (demo | head) must not end us before we have
 	// cleaned up: with this, writing to it is just an error.
@@ -126,7 +134,7 @@ func run(o options) (err error) {
 	playCtx, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("not done within %v", o.timeout))
 	defer cancel()
 
-	s.view.title(fmt.Sprintf("PostgreSQL advisory locks, %s of one program, PostgreSQL %s",
+	s.view.title(fmt.Sprintf("Advisory locks, %s of one program, PostgreSQL %s",
 		plural(o.processes, "process"), s.version))
 	var promises []promise
 	for i, a := range acts {
@@ -164,11 +172,16 @@ type stage struct {
 // openStage finds or starts a server and makes a schema on it.
 func openStage(ctx context.Context, o options) (*stage, func() error, error) {
 	s := &stage{options: o, view: newView(os.Stdout), schema: "advisory_demo_" + strings.ToLower(rand.Text())}
+	if os.Getenv(pgtest.EnvDSN) != "" {
+		s.view.title("Connecting to the PostgreSQL that " + pgtest.EnvDSN + " names …")
+	} else {
+		s.view.title("Starting a PostgreSQL of its own (without one installed, a download) …")
+	}
 
 	connections := max(o.processes, minProcesses)*max(o.goroutines+1, leaderConnections) + 20
 	server, err := pgtest.Start(ctx, pgtest.Setting("max_connections", strconv.Itoa(connections)))
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, noServerError{err}
 	}
 	closeStage := server.Stop
 

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 )
 
 // A view prints for a person to read: on a terminal with bars that move, elsewhere
@@ -100,24 +99,18 @@ func (b *bar) finish(note string) {
 	fmt.Fprintf(b.v.w, "  %-*s %s\n", labelWidth, b.label, note)
 }
 
-// summary prints the table of promises and returns how many were kept.
+// summary prints the promises, each with its numbers below it, and returns how many were kept.
 func (v *view) summary(promises []promise, took time.Duration) (kept int) {
-	const header = "Promise"
-	width := len(header)
-	for _, p := range promises {
-		width = max(width, utf8.RuneCountInString(p.text))
-	}
-	fmt.Fprintf(v.w, "\n%s\n", v.paint(bold, fmt.Sprintf("%-*s  Result  Numbers", width, header)))
+	fmt.Fprintf(v.w, "\n%s\n", v.paint(bold, "Promises"))
 	for _, p := range promises {
 		result := v.paint(boldRed, "BROKEN")
 		if p.kept {
 			kept++
 			result = v.paint(green, "kept  ")
 		}
-		lines := strings.Split(p.numbers, "\n")
-		fmt.Fprintf(v.w, "%-*s  %s  %s\n", width, p.text, result, lines[0])
-		for _, line := range lines[1:] {
-			fmt.Fprintf(v.w, "%*s%s\n", width+len("  Result  "), "", line)
+		fmt.Fprintf(v.w, "  %s  %s\n", result, p.text)
+		for line := range strings.SplitSeq(p.numbers, "\n") {
+			fmt.Fprintf(v.w, "          %s\n", line)
 		}
 	}
 	fmt.Fprintf(v.w, "\n%d of %d promises kept, in %s\n", kept, len(promises), seconds(took))

@@ -66,10 +66,7 @@ func findBinaries(ctx context.Context, box *sandbox, m machine) (string, error) 
 		err = usable(box, dir)
 	}
 	if err != nil {
-		return "", fmt.Errorf("%w: (1) set %s to the connection string of a running one, which serves all tests but those that need a server of their own; "+
-			"(2) install the server's programs, for example by \"apt-get install postgresql\", or set %s to the directory that holds initdb and postgres; "+
-			"or (3) let this program download them: %w",
-			ErrNoServer, EnvDSN, EnvBinDir, err)
+		return "", fmt.Errorf("%w: download: %w\n%s", ErrNoServer, err, Help)
 	}
 	return dir, nil
 }

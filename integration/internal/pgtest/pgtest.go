@@ -38,6 +38,10 @@ const (
 	EnvBinDir = "ADVISORY_TEST_BINDIR"
 )
 
+// Help says how to have a server found, in two lines.
+const Help = "Set " + EnvDSN + " to the URL of a running server, or install one\n" +
+	"(apt-get install postgresql), or set " + EnvBinDir + " to its programs."
+
 var (
 	// ErrNoServer is returned by [Start] when there is no PostgreSQL to be
 	// had on this machine.

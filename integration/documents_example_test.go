@@ -9,7 +9,7 @@ import (
 	"github.com/pgadvisory/advisory"
 )
 
-// The README's test with a real server.
+// The test with a real server in docs/testing.md.
 func TestTwoPoolsAreTwoProcesses(t *testing.T) {
 	ctx, dsn := t.Context(), inDatabase(t)
 	bothDrivers(t, func(t *testing.T, d driver) {
@@ -27,7 +27,7 @@ func TestTwoPoolsAreTwoProcesses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := sweep(ctx, there); !errors.Is(err, advisory.ErrNotAcquired) {
+		if err := sweep(ctx, there); !errors.Is(err, advisory.ErrHeld) {
 			t.Errorf("another holds the lock, and sweep returned %v", err)
 		}
 		if err := lock.Release(); err != nil {
