@@ -31,7 +31,7 @@ func output(t testing.TB, dsn string, args ...string) string {
 
 func TestCommandListsLocks(t *testing.T) {
 	dsn := watchLog(t, inDatabase(t))
-	holder := startAdvisory(t, dsn, "run", "--heartbeat", "100ms", "list-one", "list-two", "--", "sh", "-c", "echo ready; cat")
+	holder := startAdvisory(t, dsn, "run", "--heartbeat", "500ms", "list-one", "list-two", "--", "sh", "-c", "echo ready; cat")
 	holder.wantLine("ready")
 	waiter := startAdvisory(t, dsn, "run", "list-one", "--", "true")
 	type row struct {
@@ -39,9 +39,10 @@ func TestCommandListsLocks(t *testing.T) {
 		PID                                int
 	}
 	var rows []row
-	waitFor(t, "three rows", func() (bool, error) {
-		err := json.Unmarshal([]byte(output(t, dsn, "ls", "--json")), &rows)
-		return len(rows) == 3, err
+	waitFor(t, "three rows, with the names that a heartbeat tells", func() (bool, error) {
+		listed := output(t, dsn, "ls", "--json")
+		err := json.Unmarshal([]byte(listed), &rows)
+		return len(rows) == 3 && !strings.Contains(listed, `"bigint`), err
 	})
 	states := map[string]int{}
 	for _, r := range rows {

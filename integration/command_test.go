@@ -196,7 +196,7 @@ func TestCommandExitStatus(t *testing.T) {
 		{args: "run --no-wait HELD -- true", status: 75, says: "another holds the lock"},
 		{args: "run --no-wait --quiet HELD -- true", status: 75},
 		{args: "run --no-wait --conflict-exit-code 0 --quiet HELD -- true", status: 0},
-		{args: "run --wait 50ms --conflict-exit-code 9 HELD -- true", status: 9, says: "held by pid"},
+		{args: "run --wait 500ms --conflict-exit-code 9 HELD -- true", status: 9, says: "held by pid"},
 		{args: "run free -- " + plain, status: 126, says: "permission denied"},
 		{args: "run free -- no-such-command", status: 127, says: "command not found"},
 		{args: "run free -- ./no/such/command", status: 127, says: "no such file"},
@@ -381,12 +381,12 @@ func TestCommandIsKilledWhenItsLockIsLost(t *testing.T) {
 		lose func(t *testing.T, r *relay, key advisory.Key)
 	}{
 		{"ended", func(t *testing.T, _ *relay, key advisory.Key) { endHolders(t, key) }},
-		{"silent", func(_ *testing.T, r *relay, _ advisory.Key) { r.silence() }},
+		{"silent", func(_ *testing.T, r *relay, _ advisory.Key) { r.part() }},
 	} {
 		t.Run(c.end, func(t *testing.T) {
 			allowLog(t, silent, terminated)
 			r := newRelay(t, server)
-			args := []string{"run", "--heartbeat", "200ms", "--holder-timeout", "1200ms", "--grace", grace.String(), t.Name(), "--", "sh", "-c"}
+			args := []string{"run", "--heartbeat", "400ms", "--holder-timeout", "2s", "--grace", grace.String(), t.Name(), "--", "sh", "-c"}
 			stubbornOne := startAdvisory(t, watchLog(t, r.dsn), append(args, stubborn)...)
 			stubbornOne.wantLine("ready")
 			key := advisory.Name(t.Name())
@@ -445,7 +445,7 @@ func TestCommandIsDeadBeforeItsSuccessorBegins(t *testing.T) {
 	name := func(i int) string { return fmt.Sprintf("%s-%d", t.Name(), i) }
 	var holders, successors []*advisoryRun
 	for i := range events {
-		holders = append(holders, startAdvisory(t, cutOff, "run", "--heartbeat", "300ms", "--holder-timeout", "2s", "--grace", "1s",
+		holders = append(holders, startAdvisory(t, cutOff, "run", "--heartbeat", "1s", "--holder-timeout", "4s", "--grace", "1900ms",
 			name(i), "--", "sh", "-c", "trap '' TERM; echo $$ >"+filepath.Join(dir, name(i))+"; echo ready; exec sleep 60"))
 	}
 	for i, h := range holders {
@@ -457,7 +457,7 @@ func TestCommandIsDeadBeforeItsSuccessorBegins(t *testing.T) {
 		waitForWaiters(t, adminDB(t), advisory.Name(name(i)), 1)
 		waitForArmed(t, advisory.Name(name(i)))
 	}
-	r.silence()
+	r.part()
 	for i, s := range successors {
 		s.wantLine("alone")
 		s.wantStatus(0)
