@@ -32,6 +32,7 @@ type relay struct {
 	answer   func(text string) []byte // what a client gets instead of the server's answer, before its connection ends
 	swallow  func(text string) bool   // begins the silence
 	silentAt time.Time                // the moment from which nothing passes; zero: everything does
+	parted   bool                     // the end of a connection does not pass either
 	seen     []string                 // what the clients have sent
 }
 
@@ -114,6 +115,14 @@ func (r *relay) silence() {
 	r.silentAt = time.Now()
 }
 
+// part is silence in which the server does not even hear that a client closes its connection: what a
+// partition is.
+func (r *relay) part() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.silentAt, r.parted = time.Now(), true
+}
+
 // silent returns whether the silence has begun.
 func (r *relay) silent() bool {
 	r.mu.Lock()
@@ -190,6 +199,12 @@ func (r *relay) serve(client net.Conn) {
 			}
 		}
 		if message, err = readMessage(client, head[:]); err != nil {
+			r.mu.Lock()
+			parted := r.parted
+			r.mu.Unlock()
+			if parted {
+				<-r.closed
+			}
 			return
 		}
 		if last := r.look(message, prepared); last != nil {

@@ -11,8 +11,13 @@ import (
 	"time"
 )
 
-// groupPoll is how often a process group is looked at whose leader has ended.
-const groupPoll = 10 * time.Millisecond
+const (
+	// groupPoll is how often a process group is looked at whose leader has ended.
+	groupPoll = 10 * time.Millisecond
+
+	// terminalPoll is how often a command that waits for the terminal is offered it.
+	terminalPoll = 100 * time.Millisecond
+)
 
 // A child is a running command, and its process group.
 type child struct {
@@ -24,6 +29,7 @@ type child struct {
 
 	mu     sync.Mutex
 	dead   bool               // the group is
+	asks   bool               // it is stopped until it has the terminal
 	status syscall.WaitStatus // of the command; to be read when it is dead
 }
 
@@ -55,13 +61,11 @@ func (c *child) live(path string, argv, env []string, started chan<- error) {
 	}
 	c.pid = p.Pid
 	_ = p.Release() // wait waits for it
-	if c.tty = openTerminal(); c.tty != nil {
-		defer c.tty.close()
-		if interactive() {
-			c.tty.give(c.pid)
-		}
+	if c.tty = openTerminal(); c.tty != nil && interactive() {
+		c.tty.give(c.pid)
 	}
 	stopGuard := startGuard(c.pid, c.log)
+	c.log.Info("started", "pid", c.pid)
 	started <- nil
 
 	c.wait()
@@ -126,23 +130,44 @@ func (c *child) suspended(by syscall.Signal) {
 		c.log.Warn("the command goes on, because it would keep its lock while suspended")
 		_ = c.send(syscall.SIGCONT)
 	case syscall.SIGTTIN, syscall.SIGTTOU:
-		if c.tty == nil {
-			return
+		if c.tty != nil {
+			go c.waitForTerminal()
 		}
-		if c.tty.give(c.pid) {
-			_ = c.send(syscall.SIGCONT)
-			return
-		}
+	}
+}
+
+// waitForTerminal has the command go on when it has the terminal. A shell that brings this job to the
+// foreground need not say so.
+func (c *child) waitForTerminal() {
+	if !c.tty.give(c.pid) {
 		c.log.Warn("the command waits for the terminal, and keeps its lock", "pid", c.pid)
 	}
+	c.setAsks(true)
+	for !c.tty.give(c.pid) && c.setAsks(true) {
+		time.Sleep(terminalPoll)
+	}
+	c.setAsks(false)
+	_ = c.send(syscall.SIGCONT)
+}
+
+// setAsks notes whether the command is stopped until it has the terminal. It returns whether it lives.
+func (c *child) setAsks(asks bool) (lives bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.asks = asks
+	return !c.dead
 }
 
 // forward sends a signal that this process has got.
 func (c *child) forward(s os.Signal) error {
-	if s == syscall.SIGCONT && c.tty != nil && interactive() {
-		c.tty.give(c.pid) // the shell has brought this job to the foreground
+	err := c.send(s.(syscall.Signal))
+	c.mu.Lock()
+	asks := c.asks
+	c.mu.Unlock()
+	if asks && ends(s) { // which it is to notice
+		return c.send(syscall.SIGCONT)
 	}
-	return c.send(s.(syscall.Signal))
+	return err
 }
 
 // send sends a signal to the group.

@@ -5,6 +5,7 @@ package main
 import (
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -16,6 +17,7 @@ import (
 type terminal struct {
 	fd    int
 	group int // of this process
+	mu    sync.Mutex
 }
 
 // interactive returns whether a command would talk to a user.
@@ -23,16 +25,15 @@ func interactive() bool {
 	return term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd()))
 }
 
-// openTerminal returns the controlling terminal, or nil if there is none.
-func openTerminal() *terminal {
+// openTerminal returns the controlling terminal, or nil if there is none. It is open for as long as this
+// process lives.
+var openTerminal = sync.OnceValue(func() *terminal {
 	fd, err := unix.Open("/dev/tty", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil
 	}
 	return &terminal{fd: fd, group: unix.Getpgrp()}
-}
-
-func (t *terminal) close() { _ = unix.Close(t.fd) }
+})
 
 // give puts the group of a child into the foreground, if this process's own is there. It returns
 // whether the child's is there now.
@@ -44,6 +45,8 @@ func (t *terminal) give(child int) bool {
 func (t *terminal) takeBack(child int) { t.pass(child, t.group) }
 
 func (t *terminal) pass(from, to int) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	front, err := unix.IoctlGetInt(t.fd, unix.TIOCGPGRP)
 	switch {
 	case err != nil:
