@@ -5,7 +5,7 @@ GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOCOGNIT    ?= github.com/uudashr/gocognit/cmd/gocognit@v1.3.0
 GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
-MODULES     := . otel integration
+MODULES     := . otel gocron migrate integration
 
 # The race detector needs cgo, and that a C compiler.
 RACE ?= $(if $(shell command -v $$($(GO) env CC) 2>/dev/null),-race)
@@ -31,7 +31,8 @@ BENCHFLAGS ?= -out bench -docs ..
 
 unit: ## what needs no PostgreSQL
 	$(GO) test $(RACE) $(TESTFLAGS) ./...
-	cd otel && $(GO) test $(RACE) $(TESTFLAGS) ./... && $(GO) test $(TESTFLAGS) -run Allocates ./...
+	for m in $(filter-out . integration,$(MODULES)); do (cd $$m && $(GO) test $(RACE) $(TESTFLAGS) ./...) || exit 1; done
+	cd otel && $(GO) test $(TESTFLAGS) -run Allocates ./...
 
 stress: ## the concurrency tests, again and again
 	$(GO) test -race -count=20 ./...

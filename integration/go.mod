@@ -11,7 +11,9 @@ require (
 	github.com/jackc/pgx/v5 v5.12.0
 	github.com/jonboulle/clockwork v0.5.0
 	github.com/lib/pq v1.12.3
-	github.com/pgadvisory/advisory v0.0.0
+	github.com/pgadvisory/advisory v0.1.0
+	github.com/pgadvisory/advisory/gocron v0.0.0
+	github.com/pgadvisory/advisory/migrate v0.0.0
 	github.com/pressly/goose/v3 v3.29.0
 	github.com/redis/go-redis/v9 v9.23.0
 	go.etcd.io/etcd/client/v3 v3.7.3
@@ -64,4 +66,8 @@ require (
 	google.golang.org/protobuf v1.36.12 // indirect
 )
 
-replace github.com/pgadvisory/advisory => ../
+replace (
+	github.com/pgadvisory/advisory => ../
+	github.com/pgadvisory/advisory/gocron => ../gocron
+	github.com/pgadvisory/advisory/migrate => ../migrate
+)

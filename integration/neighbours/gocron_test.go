@@ -2,6 +2,7 @@ package neighbours_test
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"sync"
 	"sync/atomic"
@@ -12,7 +13,7 @@ import (
 	"github.com/jonboulle/clockwork"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/neighbours"
+	advisorygocron "github.com/pgadvisory/advisory/gocron"
 )
 
 const interval = time.Minute // between two ticks, on the fake clocks
@@ -122,21 +123,33 @@ func (l countingLock) Unlock(ctx context.Context) error {
 // jobKey is the key of the test's job.
 func jobKey(t *testing.T) advisory.Key { return advisory.Name(t.Name() + "/job") }
 
-// withLocker returns a replica with a pool and a Locker of its own.
-func withLocker(t *testing.T, d driver, atLeast time.Duration, task func(context.Context) error) (*replica, *neighbours.Locker) {
+func newLocker(t *testing.T, db *sql.DB, atLeast time.Duration, opts ...advisory.Option) *advisorygocron.Locker {
 	t.Helper()
-	locker := neighbours.NewLocker(d.open(t, server.DSN()), t.Name(), atLeast)
-	t.Cleanup(locker.Close)
-	return newReplica(t, task, func(r *replica) gocron.SchedulerOption {
-		return gocron.WithDistributedLocker(countingLocker{locker, r})
-	}), locker
+	locker, err := advisorygocron.NewLocker(db, t.Name(), atLeast, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return locker
 }
 
+func newElector(t *testing.T, db *sql.DB) *advisorygocron.Elector {
+	t.Helper()
+	elector, err := advisorygocron.NewElector(db, leaderKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { elector.Close() })
+	return elector
+}
+
+// threeWithLockers returns replicas with a pool and a Locker each.
 func threeWithLockers(t *testing.T, d driver, atLeast time.Duration, task func(context.Context) error) (replicas []*replica) {
 	t.Helper()
 	for range 3 {
-		r, _ := withLocker(t, d, atLeast, task)
-		replicas = append(replicas, r)
+		locker := newLocker(t, d.open(t, server.DSN()), atLeast)
+		replicas = append(replicas, newReplica(t, task, func(r *replica) gocron.SchedulerOption {
+			return gocron.WithDistributedLocker(countingLocker{locker, r})
+		}))
 	}
 	return replicas
 }
@@ -227,24 +240,6 @@ func TestLockerSameMoment(t *testing.T) {
 	})
 }
 
-// Close waits for the lock of the last tick, which outlives the job.
-func TestLockerClose(t *testing.T) {
-	const atLeast = 300 * time.Millisecond
-	bothDrivers(t, func(t *testing.T, d driver) {
-		r, locker := withLocker(t, d, atLeast, noTask)
-		start := time.Now()
-		r.tick(t)
-		r.waitUnlocked(t)
-		locker.Close()
-		if took := time.Since(start); took < atLeast {
-			t.Errorf("Close returned after %v, want %v", took, atLeast)
-		}
-		if pids, err := sessions(t.Context(), d.open(t, server.DSN()), jobKey(t), true); err != nil || len(pids) > 0 {
-			t.Errorf("after Close, sessions %v hold the lock; %v", pids, err)
-		}
-	})
-}
-
 // Who does not get a connection in time does not run the tick.
 func TestLockerLate(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
@@ -255,7 +250,7 @@ func TestLockerLate(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		locker := neighbours.NewLocker(db, t.Name(), 100*time.Millisecond)
+		locker := newLocker(t, db, 100*time.Millisecond)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		if _, err := locker.Lock(ctx, "job"); !errors.Is(err, advisory.ErrNotAcquired) || ctx.Err() != nil {
@@ -268,7 +263,7 @@ func TestLockerLate(t *testing.T) {
 func TestLockerSessionDies(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		lost := make(chan error, 1)
-		locker := neighbours.NewLocker(d.open(t, server.DSN()), t.Name(), 0, advisory.Observe(&advisory.Observer{
+		locker := newLocker(t, d.open(t, server.DSN()), 0, advisory.Observe(&advisory.Observer{
 			Lost: func(_ context.Context, _ advisory.LockInfo, err error) { lost <- err },
 		}))
 		lock, err := locker.Lock(t.Context(), "job")
@@ -295,7 +290,7 @@ func TestLockerSessionDies(t *testing.T) {
 
 // countingElector stands between gocron and the Elector.
 type countingElector struct {
-	*neighbours.Elector
+	*advisorygocron.Elector
 	r *replica
 }
 
@@ -308,14 +303,13 @@ func (e countingElector) IsLeader(ctx context.Context) error {
 // candidates are replicas with a pool and an Elector each.
 type candidates struct {
 	replicas []*replica
-	electors []*neighbours.Elector
+	electors []*advisorygocron.Elector
 }
 
 func newCandidates(t *testing.T, d driver, task func(context.Context) error) (c candidates) {
 	t.Helper()
 	for range 3 {
-		elector := neighbours.NewElector(d.open(t, server.DSN()), leaderKey(t))
-		t.Cleanup(func() { elector.Close() })
+		elector := newElector(t, d.open(t, server.DSN()))
 		c.electors = append(c.electors, elector)
 		c.replicas = append(c.replicas, newReplica(t, elector.Task(task), func(r *replica) gocron.SchedulerOption {
 			return gocron.WithDistributedElector(countingElector{elector, r})
@@ -333,7 +327,7 @@ func (c candidates) leaders(t *testing.T) (leaders []int) {
 		err := e.IsLeader(t.Context())
 		if err == nil {
 			leaders = append(leaders, i)
-		} else if !errors.Is(err, neighbours.ErrNotLeader) {
+		} else if !errors.Is(err, advisorygocron.ErrNotLeader) {
 			t.Errorf("want ErrNotLeader, got %v", err)
 		}
 	}
@@ -365,6 +359,28 @@ func (c candidates) wantRunsOn(t *testing.T, leader int) {
 			waitFor(t, "the job runs", func() (bool, error) { return r.runs.Load() == before+1, nil })
 		}
 	}
+}
+
+// The first tick runs on one of the replicas, though it strikes as soon as there are Electors.
+func TestElectorFirstRun(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		for range 5 {
+			c := newCandidates(t, d, noTask)
+			for _, r := range c.replicas {
+				r.tick(t)
+			}
+			waitFor(t, "the tick has run", func() (bool, error) { return runs(c.replicas) > 0, nil })
+			if n := runs(c.replicas); n != 1 {
+				t.Errorf("the tick ran %d times", n)
+			}
+			for _, e := range c.electors {
+				if err := e.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			waitUntilFree(t, d.open(t, server.DSN()), leaderKey(t))
+		}
+	})
 }
 
 // The leader runs each tick, and after a loss the next leader does.
@@ -446,35 +462,28 @@ func TestElectorTask(t *testing.T) {
 	})
 }
 
-// Close frees the leadership, and a candidacy. A database that is closed, or wrong options,
-// are known from IsLeader.
+// Close frees the leadership, and a candidacy.
 func TestElectorClose(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		db := d.open(t, server.DSN())
 		release := hold(t, db, leaderKey(t))
-		standby := neighbours.NewElector(d.open(t, server.DSN()), leaderKey(t))
+		standby := newElector(t, d.open(t, server.DSN()))
 		waitForWaiters(t, db, leaderKey(t), 1)
 		if err := standby.Close(); err != nil {
 			t.Error(err)
 		}
 		release()
 
-		leader := neighbours.NewElector(d.open(t, server.DSN()), leaderKey(t))
-		waitFor(t, "it leads", func() (bool, error) { return leader.IsLeader(t.Context()) == nil, nil })
+		leader := newElector(t, d.open(t, server.DSN()))
+		if err := leader.IsLeader(t.Context()); err != nil { // the lock was free
+			t.Error(err)
+		}
 		if err := leader.Close(); err != nil {
 			t.Error(err)
 		}
 		waitUntilFree(t, db, leaderKey(t))
-		if err := leader.IsLeader(t.Context()); !errors.Is(err, neighbours.ErrNotLeader) {
+		if err := leader.IsLeader(t.Context()); !errors.Is(err, advisorygocron.ErrNotLeader) {
 			t.Errorf("want ErrNotLeader, got %v", err)
-		}
-
-		wrong := neighbours.NewElector(db, advisory.Key{})
-		waitFor(t, "IsLeader says what is wrong", func() (bool, error) {
-			return wrong.IsLeader(t.Context()).Error() != neighbours.ErrNotLeader.Error(), nil
-		})
-		if err := wrong.Close(); err == nil {
-			t.Error("want an error for the zero Key")
 		}
 	})
 }

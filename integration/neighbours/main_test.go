@@ -1,3 +1,5 @@
+// Package neighbours_test has the package run with the libraries next to it, on a real PostgreSQL:
+// goose, golang-migrate (module migrate) and gocron (module gocron).
 package neighbours_test
 
 import (

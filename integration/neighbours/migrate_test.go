@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"io/fs"
 	"net/url"
 	"os"
 	"strings"
@@ -16,10 +17,10 @@ import (
 	"github.com/golang-migrate/migrate/v4/source/iofs"
 
 	"github.com/pgadvisory/advisory"
-	"github.com/pgadvisory/advisory/integration/neighbours"
+	advisorymigrate "github.com/pgadvisory/advisory/migrate"
 )
 
-var migrateKey = advisory.Name("migrations") // that of Migrate
+var migrateKey = advisory.Name("migrations")
 
 // migrateURL is dsn as migrate takes it.
 func (d driver) migrateURL(t *testing.T, dsn string) string {
@@ -39,8 +40,21 @@ func init() {
 			return err
 		}
 		defer db.Close()
-		return neighbours.Migrate(context.Background(), db, os.Getenv("TEST_URL"), sub("testdata/migrate"))
+		return up(context.Background(), db, os.Getenv("TEST_URL"), sub("testdata/migrate"))
 	}
+}
+
+// up applies migrations as a program does.
+func up(ctx context.Context, db *sql.DB, dbURL string, migrations fs.FS) error {
+	return advisorymigrate.Up(ctx, db, migrateKey, func() (*migrate.Migrate, error) { return openMigrate(dbURL, migrations) })
+}
+
+func openMigrate(dbURL string, migrations fs.FS) (*migrate.Migrate, error) {
+	files, err := iofs.New(migrations, ".")
+	if err != nil {
+		return nil, err
+	}
+	return migrate.NewWithSourceInstance("iofs", files, dbURL)
 }
 
 // Four processes migrate at a time, with CREATE INDEX CONCURRENTLY among the migrations.
@@ -60,7 +74,7 @@ func TestMigrateProcesses(t *testing.T) {
 	})
 }
 
-// The situation that Migrate is for, without it: while one process creates the index, one
+// The situation that Up is for, without it: while one process creates the index, one
 // other waits in migrate's own lock, and the server finds a deadlock. This shows that the
 // test above would see one.
 func TestMigrateAloneDeadlocks(t *testing.T) {
@@ -98,11 +112,7 @@ func TestMigrateAloneDeadlocks(t *testing.T) {
 }
 
 func migrateAlone(dbURL string, migrations fstest.MapFS) error {
-	files, err := iofs.New(migrations, ".")
-	if err != nil {
-		return err
-	}
-	m, err := migrate.NewWithSourceInstance("iofs", files, dbURL)
+	m, err := openMigrate(dbURL, migrations)
 	if err != nil {
 		return err
 	}
@@ -117,14 +127,53 @@ func TestMigrateErrors(t *testing.T) {
 		dbURL := d.migrateURL(t, dsn)
 		db := d.open(t, dsn)
 		for range 2 {
-			if err := neighbours.Migrate(t.Context(), db, dbURL, sub("testdata/migrate")); err != nil {
+			if err := up(t.Context(), db, dbURL, sub("testdata/migrate")); err != nil {
 				t.Fatal(err)
 			}
 		}
 		wantMigrated(t, db)
-		err := neighbours.Migrate(t.Context(), db, dbURL, fstest.MapFS{"1_other.up.sql": {}})
+		err := up(t.Context(), db, dbURL, fstest.MapFS{"1_other.up.sql": {}})
 		if !errors.Is(err, os.ErrNotExist) { // version 3 is applied, and not among these
 			t.Errorf("want migrate's error, got %v", err)
+		}
+		waitUntilFree(t, db, migrateKey)
+	})
+}
+
+// The end of ctx stops migrate between two migrations, and is the error.
+func TestMigrateStopsAtTheEndOfCtx(t *testing.T) {
+	bothDrivers(t, func(t *testing.T, d driver) {
+		dsn := database(t)
+		dbURL := d.migrateURL(t, dsn)
+		db := d.open(t, dsn)
+		openGate := shutGate(t, db)
+		migrations := fstest.MapFS{
+			"1_gate.up.sql":  {Data: []byte("INSERT INTO gate VALUES (1);")},
+			"2_after.up.sql": {Data: []byte("INSERT INTO gate VALUES (2);")},
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- up(ctx, db, dbURL, migrations) }()
+		waitFor(t, "the first migration is under way", func() (ok bool, err error) {
+			err = db.QueryRow("SELECT exists (SELECT FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted)").Scan(&ok)
+			return ok, err
+		})
+		cancel()
+		openGate()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("want context.Canceled, got %v", err)
+		}
+		rows := func() (n int) {
+			if err := db.QueryRow("SELECT count(*) FROM gate").Scan(&n); err != nil {
+				t.Error(err)
+			}
+			return n
+		}
+		if n := rows(); n != 1 {
+			t.Errorf("%d migrations are applied, want one", n)
+		}
+		if err := up(t.Context(), db, dbURL, migrations); err != nil || rows() != 2 {
+			t.Errorf("%d migrations are applied; %v", rows(), err)
 		}
 		waitUntilFree(t, db, migrateKey)
 	})
