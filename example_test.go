@@ -309,7 +309,6 @@ func ExampleTimeout() {
 	// Output: advisory: acquire import: not acquired within 20ms: held by pid 4711 (app "billing", 10.0.0.7) [bigint -2791398027664323193]
 }
 
-// A loss is noticed after 400 ms at the latest.
 // Each replica calls tick every five minutes, by its own clock. The job is over in no time, and runs
 // once.
 func ExampleAtLeast() {
@@ -320,13 +319,14 @@ func ExampleAtLeast() {
 		}, advisory.NoWait(), advisory.AtLeast(time.Minute)) // the clocks differ by less
 	}
 	fmt.Println(tick(firstDB))
-	fmt.Println(errors.Is(tick(lateDB), advisory.ErrNotAcquired))
+	fmt.Println(errors.Is(tick(lateDB), advisory.ErrHeld))
 	// Output:
 	// sweeping
 	// <nil>
 	// true
 }
 
+// A loss is noticed after 400 ms at the latest.
 func ExampleHeartbeat() {
 	err := advisory.WithLock(ctx, db, advisory.Name("webhooks"), func(ctx context.Context) error {
 		fmt.Println("delivering")

@@ -23,6 +23,7 @@ type hold struct {
 	locks   *manager.Locks   // nil: the lock is on session
 	holder  *lockconn.Holder // of locks
 	until   time.Time        // AtLeast: locks stay until then
+	waits   int64            // for connections of the pool, before
 	session *session.Session // that of WithConnLock, which its caller drives
 
 	observed *observation
@@ -61,7 +62,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	if err != nil {
 		return err
 	}
-	h.locks = locks
+	h.locks, h.waits = locks, c.db.Stats().WaitCount
 	h.begin(ctx, c.db, keys, locks.Session())
 	h.holder.Begin(h.lost)
 	return nil
@@ -106,7 +107,7 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 // starved returns an error if fn's may be that of a wait for a connection that the lock has.
 func (h *hold) starved(err error) error {
 	ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
-	if !ended || errors.As(err, new(*Error)) || h.session != nil || !manager.Starved(h.db) {
+	if !ended || errors.As(err, new(*Error)) || h.session != nil || !manager.Starved(h.db, h.waits) {
 		return nil
 	}
 	return &Error{Op: "hold", Keys: h.keys, msg: "fn cannot get a connection while the lock is held, because the pool is limited to one (SetMaxOpenConns)"}

@@ -68,8 +68,8 @@ func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
 
 // A LockState is a lock, and the sessions that hold it or wait for it.
 type LockState struct {
-	// Key has its name where that is known: see [Locks]. It equals the Key that [Name] makes then, and
-	// otherwise the one of [ID] or [Pair].
+	// Key has its name where that is known: see [Locks]. It equals the Key that [Name] or
+	// [HashText] makes then, and otherwise the one of [ID] or [Pair].
 	Key     Key
 	Holders []Holder // none if it has just become free, and goes to the first of the Waiters
 	Waiters []Holder // longest first
@@ -99,8 +99,9 @@ func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 	names := make(map[pgsql.Key]Key)
 	for _, l := range found {
 		for _, name := range pgsql.NamesIn(l.Query) {
-			k := Name(name)
-			names[k.key.Lock()] = k
+			for _, k := range []Key{Name(name), HashText(name)} {
+				names[k.key.Lock()] = k
+			}
 		}
 	}
 	slices.SortStableFunc(found, func(a, b session.Lock) int { return pgsql.Compare(a.Key, b.Key) })

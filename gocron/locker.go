@@ -16,7 +16,7 @@ import (
 //
 // A job that runs past its next tick keeps its lock, and that tick is left out everywhere. So is one
 // for which the database is out of reach. gocron's event listener AfterLockError has the error, which
-// matches [advisory.ErrNotAcquired] where another scheduler runs the tick.
+// matches [advisory.ErrHeld] where another scheduler runs the tick.
 //
 // gocron drops the error of a lock that was lost during a job. [advisory.Observe] has it.
 type Locker struct {

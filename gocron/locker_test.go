@@ -35,7 +35,7 @@ func TestALockerKeepsItsLockForAtLeast(t *testing.T) {
 			}
 			for range 2 {
 				for i, l := range lockers {
-					if _, err := l.Lock(t.Context(), "sweep"); !errors.Is(err, advisory.ErrNotAcquired) {
+					if _, err := l.Lock(t.Context(), "sweep"); !errors.Is(err, advisory.ErrHeld) {
 						t.Errorf("replica %d runs the tick, too: %v", i, err)
 					}
 				}

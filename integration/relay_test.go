@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -181,6 +182,7 @@ func (r *relay) serve(client net.Conn) {
 	default:
 	}
 	go r.bringAnswers(l)
+	prepared := make(map[string]string) // statements, by their names
 	for message := startup; ; {
 		if !r.silent() {
 			if _, err := server.Write(message); err != nil {
@@ -190,7 +192,7 @@ func (r *relay) serve(client net.Conn) {
 		if message, err = readMessage(client, head[:]); err != nil {
 			return
 		}
-		if last := r.look(message); last != nil {
+		if last := r.look(message, prepared); last != nil {
 			l.end(last)
 			return
 		}
@@ -209,13 +211,20 @@ func readMessage(from net.Conn, head []byte) ([]byte, error) {
 }
 
 // look notes a message, and returns what is the answer to it, if that is not the server's.
-func (r *relay) look(message []byte) []byte {
+func (r *relay) look(message []byte, prepared map[string]string) []byte {
+	text := string(message[5:])
 	switch message[0] {
-	case 'Q', 'P', 'B':
+	case 'Q':
+	case 'P':
+		name, query, _ := strings.Cut(text, "\x00")
+		prepared[name] = query
+	case 'B':
+		_, name, _ := strings.Cut(text, "\x00")
+		name, _, _ = strings.Cut(name, "\x00")
+		text += prepared[name]
 	default:
 		return nil
 	}
-	text := string(message[5:])
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.seen = append(r.seen, text)

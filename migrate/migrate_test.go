@@ -130,7 +130,7 @@ func TestUpMigratesUnderTheLock(t *testing.T) {
 func TestUpDoesNothingWithoutTheLock(t *testing.T) {
 	s := server{taken: true}
 	_, open := s.opens(nil)
-	if err := advisorymigrate.Up(t.Context(), s.pool(t), key, open, advisory.NoWait()); !errors.Is(err, advisory.ErrNotAcquired) || len(s.log) > 0 {
+	if err := advisorymigrate.Up(t.Context(), s.pool(t), key, open, advisory.NoWait()); !errors.Is(err, advisory.ErrHeld) || len(s.log) > 0 {
 		t.Errorf("%q; error %v, want ErrNotAcquired", s.log, err)
 	}
 }

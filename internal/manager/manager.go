@@ -44,7 +44,6 @@ type Manager struct {
 	stuck     map[*stuck]struct{}  // waits whose callers hold keys
 	detecting bool                 // somebody asks others for their waits
 	detected  time.Time            // when they had last answered
-	waits     int64                // for a connection of the pool, when its only one was taken for locks
 	warned    bool                 // a Logger has been, that the pool has only one
 }
 

@@ -20,7 +20,6 @@ func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
 		return
 	}
 	m.mu.Lock()
-	m.waits = stats.WaitCount
 	warn := !m.warned && log.Enabled(context.Background(), slog.LevelWarn)
 	m.warned = m.warned || warn
 	m.mu.Unlock()
@@ -29,8 +28,9 @@ func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
 	}
 }
 
-// Starved tells whether somebody has waited for the only connection of db's pool while it carried locks.
-func Starved(db *sql.DB) bool {
+// Starved tells whether somebody has waited for the only connection of db's pool, which carries locks, since the
+// pool's WaitCount was that.
+func Starved(db *sql.DB, waits int64) bool {
 	stats := db.Stats()
 	if stats.MaxOpenConnections != 1 {
 		return false
@@ -38,7 +38,7 @@ func Starved(db *sql.DB) bool {
 	m := For(db)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.shared != nil && stats.WaitCount > m.waits
+	return m.shared != nil && stats.WaitCount > waits
 }
 
 // busy says that all connections of a limited pool are in use.
