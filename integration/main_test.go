@@ -32,9 +32,13 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(testkit.Main(func(s *pgtest.Server) (int, error) {
 		server = s
+		defer func() { removeCommand() }()
 		return m.Run(), nil
 	}))
 }
+
+// removeCommand removes the command advisory, if a test has built it.
+var removeCommand = func() {}
 
 // childEnv names, in the environment of a child process, the function that it runs.
 const childEnv = "ADVISORY_TEST_CHILD"

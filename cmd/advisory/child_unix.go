@@ -62,6 +62,7 @@ func (c *child) live(path string, argv, env []string, started chan<- error) {
 		}
 	}
 	stopGuard := startGuard(c.pid, c.log)
+	c.log.Info("started", "pid", c.pid)
 	started <- nil
 
 	c.wait()

@@ -17,13 +17,13 @@ func newLog(w io.Writer, level slog.Level, json bool) *slog.Logger {
 	return slog.New(&textHandler{w: w, level: level, mu: new(sync.Mutex)})
 }
 
-// forJSON writes durations in seconds.
+// forJSON writes durations in seconds, and messages in one line.
 func forJSON(_ []string, a slog.Attr) slog.Attr {
 	switch {
 	case a.Value.Kind() == slog.KindDuration:
 		a.Value = slog.Float64Value(a.Value.Duration().Seconds())
 	case a.Key == slog.MessageKey:
-		a.Value = slog.StringValue(strings.TrimPrefix(a.Value.String(), "advisory: "))
+		a.Value = slog.StringValue(oneLine(a.Value.String()))
 	}
 	return a
 }

@@ -20,7 +20,7 @@ import (
 
 // A row is one session that holds a lock, or waits for one.
 type row struct {
-	Key         string    `json:"key"` // the name, if it is known
+	Key         string    `json:"key"` // its name, if that is known
 	SQL         string    `json:"sql"` // the arguments of pg_advisory_lock
 	Mode        string    `json:"mode"`
 	State       string    `json:"state"` // "holds" or "waits"
@@ -37,7 +37,7 @@ type row struct {
 
 func newRow(key advisory.Key, h advisory.Holder) row {
 	r := row{
-		Key: key.String(), SQL: key.SQL(), Mode: "exclusive", State: "waits", PID: h.PID, User: h.User,
+		Key: display(key), SQL: key.SQL(), Mode: "exclusive", State: "waits", PID: h.PID, User: h.User,
 		Application: h.ApplicationName, Address: h.ClientAddr, Session: h.SessionStart, Wait: h.WaitStart, Query: h.Query,
 		sessionStart: h.SessionStart,
 	}
@@ -153,10 +153,18 @@ func completeNames(c *connection) cobra.CompletionFunc {
 	}
 }
 
-// nameOf returns the name of key, if it has one.
+// display returns the name of key, if that is known, and otherwise what it is.
+func display(key advisory.Key) string {
+	if name, ok := nameOf(key); ok {
+		return name
+	}
+	return key.String()
+}
+
+// nameOf returns the name that key was made from by advisory.Name, if it was.
 func nameOf(key advisory.Key) (name string, ok bool) {
-	name, _, ok = strings.Cut(key.String(), " (bigint ")
-	return name, ok && advisory.Name(name) == key
+	name, _, _ = strings.Cut(key.String(), " (bigint ")
+	return name, advisory.Name(name) == key
 }
 
 // allRows returns the sessions of all locks.

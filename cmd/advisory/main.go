@@ -82,13 +82,21 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 }
 
 // message returns text as one line that begins with the name of the program.
-func message(text string) string {
-	text = strings.TrimPrefix(text, "advisory: ")
-	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })
-	for i := range lines {
-		lines[i] = strings.TrimSpace(lines[i])
+func message(text string) string { return "advisory: " + oneLine(text) }
+
+// oneLine returns text without the name of the program, as one line. pgx repeats itself where it has
+// tried to connect with and without TLS.
+func oneLine(text string) string {
+	var lines []string
+	for line := range strings.Lines(strings.TrimPrefix(text, "advisory: ")) {
+		line = strings.TrimSpace(line)
+		if last := len(lines) - 1; last >= 0 && strings.HasPrefix(line, lines[last]) {
+			lines[last] = line
+		} else if line != "" {
+			lines = append(lines, line)
+		}
 	}
-	return "advisory: " + strings.Join(lines, " ")
+	return strings.Join(lines, " ")
 }
 
 // newRoot returns the command line: every help text, man page and completion is made from it.
@@ -118,6 +126,7 @@ A session-level lock needs a session: behind PgBouncer in transaction mode there
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&c.dsnFile, "dsn-file", "", "read the connection string from `FILE`")
 	root.PersistentFlags().StringVar(&c.dsn, "dsn", "", "connection `STRING`; others see it in ps, so prefer --dsn-file or DATABASE_URL")

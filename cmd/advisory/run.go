@@ -193,8 +193,7 @@ func (f *runFlags) run(cmd *cobra.Command, c *connection, keys []namedKey, argv 
 	}
 	path, err := lookPath(argv[0])
 	if err != nil {
-		log.Error(err.Error())
-		return &exitError{code: startCode(err)}
+		return err
 	}
 	env := append(os.Environ(), "ADVISORY_KEY="+list(keys)) // as it was before open
 	db, err := c.open("advisory run "+list(keys), func(text string) { log.Warn(text) })
@@ -224,31 +223,26 @@ func (f *runFlags) run(cmd *cobra.Command, c *connection, keys []namedKey, argv 
 // lookPath finds a command as a shell does.
 func lookPath(name string) (string, error) {
 	path, err := exec.LookPath(name)
-	switch {
-	case err == nil:
-		return path, nil
-	case errors.Is(err, exec.ErrNotFound):
-		return "", fmt.Errorf("%s: command not found: %w", name, fs.ErrNotExist)
-	default:
-		return "", fmt.Errorf("%s: %w", name, bareError(err))
+	if err != nil {
+		return "", startError(name, err)
 	}
+	return path, nil
 }
 
-// bareError is err without the names of operation and file.
-func bareError(err error) error {
+// startError is the error of a command that cannot be started.
+func startError(name string, err error) error {
 	if e := (*exec.Error)(nil); errors.As(err, &e) {
 		err = e.Err
 	}
 	if e := (*fs.PathError)(nil); errors.As(err, &e) {
 		err = e.Err
 	}
-	return err
-}
-
-// startCode is the exit status for a command that cannot be started.
-func startCode(err error) int {
-	if errors.Is(err, fs.ErrNotExist) {
-		return exitNotFound
+	switch {
+	case errors.Is(err, exec.ErrNotFound):
+		return &exitError{exitNotFound, fmt.Errorf("%s: command not found", name)}
+	case errors.Is(err, fs.ErrNotExist):
+		return &exitError{exitNotFound, fmt.Errorf("%s: %w", name, err)}
+	default:
+		return &exitError{exitCannotStart, fmt.Errorf("%s: %w", name, err)}
 	}
-	return exitCannotStart
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"database/sql"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -40,7 +39,8 @@ type runner struct {
 	child   *child    // nil: there is none
 	stopped os.Signal // the last one that is to end the command; nil: none
 
-	code int // exit status of the last child
+	code int   // exit status of the last child
+	lost error // the loss that has ended the last child, and has been reported; nil: none
 }
 
 // A stopError is a signal that ends the wait.
@@ -101,6 +101,8 @@ func (r *runner) result(ctx context.Context, err error) (int, error) {
 	switch {
 	case errors.As(err, &exit):
 		return exit.code, exit.err
+	case r.lost != nil:
+		return exitLost, nil
 	case errors.Is(err, advisory.ErrLost):
 		return exitLost, err
 	case errors.As(context.Cause(ctx), &stop):
@@ -194,7 +196,6 @@ func (r *runner) hold(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.log.Info("started", "pid", c.pid)
 	select {
 	case <-c.done:
 	case <-ctx.Done():
@@ -217,14 +218,15 @@ func (r *runner) start(ctx context.Context, env []string) (*child, error) {
 	}
 	c, err := startChild(r.path, r.argv, env, r.log)
 	if err != nil {
-		return nil, &exitError{startCode(err), fmt.Errorf("%s: %w", r.argv[0], bareError(err))}
+		return nil, startError(r.argv[0], err)
 	}
-	r.child = c
+	r.child, r.lost = c, nil
 	return c, nil
 }
 
 // end ends the command, whose lock is lost, and returns when it is dead.
 func (r *runner) end(c *child, cause error) {
+	r.lost = cause
 	r.log.Error(cause.Error(), "grace", r.flags.grace)
 	c.terminate()
 	if c.endsWithin(r.flags.grace) {
