@@ -42,8 +42,9 @@ const (
 // Lead campaigns until its ctx ends. If that is while fn runs, the ctx of fn ends, too, and
 // Lead returns fn's error. If it is before fn has run, the error matches ctx's, and also the
 // last error of the database if that is why fn has not run. In either case, a program that
-// shuts down looks at ctx, and not at the error. Lead also returns if db is closed, and, with
-// [ErrReentrant], if ctx already carries the key.
+// shuts down looks at ctx, and not at the error. Lead also returns if db is closed; with
+// [ErrReentrant], if ctx already carries the key; and with [ErrDeadlock], if others who have
+// the lock wait for one that ctx carries.
 //
 // An outage of the server lasts as long as it lasts; the Logger is told at its beginning and
 // its end. Other errors of the database are reported when they are new, and once a minute, and

@@ -21,7 +21,7 @@ type document struct {
 // documents returns all of them.
 func documents(t *testing.T) (docs []document) {
 	t.Helper()
-	for _, pattern := range []string{"*.md", "docs/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "*/README.md", "cmd/*/README.md"} {
 		paths, err := filepath.Glob(filepath.Join("..", pattern))
 		if err != nil {
 			t.Fatal(err)
