@@ -23,8 +23,8 @@ func newBreak(c *connection) *cobra.Command {
 		Use:   "break NAME",
 		Short: "End the session that holds a lock",
 		Long: `break ends the server's session that holds a lock, or the sessions that share it, after asking.
-That ends every lock on the session, and the transaction that is open on it. Holders of this package are
-told at once; those of "advisory run" end their command.
+That ends every lock on the session, and the transaction that is open on it. Holders of this package
+know within two heartbeats, 2 s by default; those of "advisory run" then end their command.
 
 It takes the right to end the session: one has it for those of one's own roles, and else as a
 member of pg_signal_backend.`,
