@@ -116,8 +116,11 @@ func (h *hold) starved(err error) error {
 // release ends the hold, once.
 func (h *hold) release() error {
 	h.once.Do(func() {
-		err, stays := session.ErrPanicked, false
+		err, stays, begun := session.ErrPanicked, false, false
 		defer func() {
+			if !begun && h.locks != nil { // the driver has panicked before the release
+				go func() { _ = h.locks.Release() }()
+			}
 			if !stays {
 				h.err = h.releaseError(err)
 				h.observed.holdEnd(h.err)
@@ -129,7 +132,9 @@ func (h *hold) release() error {
 		// Work that goes by the context ends before another holder's begins.
 		h.ended.Store(true)
 		h.cancel(nil)
-		switch stays = h.stay(); {
+		stays = h.stay()
+		begun = true
+		switch {
 		case stays:
 		case h.session != nil:
 			err = h.session.Release()
@@ -143,21 +148,21 @@ func (h *hold) release() error {
 // stay leaves the locks held until they have been for AtLeast. It returns false if they have
 // been, or are lost. A timer, and no goroutine, waits for that.
 func (h *hold) stay() bool {
-	rest := time.Until(h.until)
-	if rest <= 0 || h.locks.Ping() != nil {
+	if time.Until(h.until) <= 0 || h.locks.Ping() != nil {
 		return false
 	}
-	// The caller has its result: a loss is for others to be told.
+	// The caller has its result: a loss is for others to be told, and not on the goroutine that tells
+	// other holders of theirs.
 	var told sync.Once
 	warn := func(err error) { h.cfg.logger.Warn("advisory: lock lost before AtLeast was over", "error", err) }
 	h.holder.Begin(func(cause error) {
-		told.Do(func() {
+		go told.Do(func() {
 			err := lostError("hold", h.keys, cause)
 			warn(err)
 			h.observed.lost(err)
 		})
 	})
-	time.AfterFunc(rest, func() {
+	time.AfterFunc(time.Until(h.until), func() {
 		err := h.releaseError(h.locks.Release())
 		if err != nil {
 			told.Do(func() { warn(err) })

@@ -12,7 +12,7 @@ import (
 func check(acquire func(ctx context.Context, unobserved advisory.Option) error) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := acquire(ctx, advisory.Observe(nil)); !errors.Is(err, context.Canceled) {
+	if err := acquire(ctx, advisory.Observe(nil)); !errors.Is(err, advisory.ErrNotAcquired) {
 		return err
 	}
 	return nil

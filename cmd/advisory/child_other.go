@@ -29,6 +29,7 @@ func (c *child) exitCode() int                 { return exitCannotStart }
 
 func notify(chan<- os.Signal)    {}
 func ends(os.Signal) bool        { return true }
+func stops(os.Signal) bool       { return true }
 func obey(os.Signal)             {}
 func signalNumber(os.Signal) int { return 0 }
 func isGuard() bool              { return false }

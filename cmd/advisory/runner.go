@@ -84,7 +84,10 @@ func (r *runner) run(ctx context.Context) (code int, err error) {
 	} else {
 		err = advisory.WithLocks(ctx, r.db, bare(r.keys), r.hold, opts...)
 	}
-	if err == nil {
+	r.mu.Lock()
+	stopped := r.stopped != nil
+	r.mu.Unlock()
+	if err == nil && !stopped {
 		select {
 		case <-free:
 		case <-ctx.Done(): // a signal, while the lock stays (--at-least)
@@ -167,7 +170,7 @@ func describe(h advisory.Holder) string {
 func (r *runner) signal(s os.Signal) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if ends(s) {
+	if stops(s) {
 		r.stopped = s
 	}
 	switch {
@@ -220,21 +223,35 @@ func (r *runner) start(ctx context.Context, env []string) (*child, error) {
 	if err != nil {
 		return nil, startError(r.argv[0], err)
 	}
-	r.child, r.lost = c, nil
+	r.child, r.lost, r.stopped = c, nil, nil
 	return c, nil
 }
 
 // end ends the command, whose lock is lost, and returns when it is dead.
 func (r *runner) end(c *child, cause error) {
 	r.lost = cause
-	r.log.Error(cause.Error(), "grace", r.flags.grace)
 	c.terminate()
+	soon(func() { r.log.Error(cause.Error(), "grace", r.flags.grace) })
 	if c.endsWithin(r.flags.grace) {
 		return
 	}
-	r.log.Warn("the command goes on after SIGTERM, and is killed", "pid", c.pid)
+	go r.log.Warn("the command goes on after SIGTERM, and is killed", "pid", c.pid)
 	for err := c.kill(); !c.endsWithin(immortal); err = c.kill() {
-		r.log.Error("the command does not die", "pid", c.pid, "error", err)
+		go r.log.Error("the command does not die", "pid", c.pid, "error", err)
+	}
+}
+
+// soon runs f, which writes a line, and waits a moment for it: standard error may be a pipe that nobody
+// reads, and the command is to end in time all the same.
+func soon(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	select {
+	case <-done:
+	case <-time.After(50 * time.Millisecond):
 	}
 }
 
@@ -243,7 +260,7 @@ func (r *runner) lead(ctx context.Context) error {
 	err := r.hold(ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stopped != nil { // not to campaign again, if the lock was lost meanwhile
+	if r.stopped != nil && r.lost != nil { // not to campaign again
 		r.cancel(stopError{r.stopped})
 	}
 	return err

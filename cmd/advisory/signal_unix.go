@@ -22,6 +22,8 @@ var kept = []syscall.Signal{
 // notify has the signals that can be forwarded sent to signals. One that is ignored, as SIGHUP is after
 // nohup, stays so for the command, too.
 func notify(signals chan<- os.Signal) {
+	// A write to a standard error that has been closed is an error, and does not end this process.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	for s := syscall.Signal(1); s < 32; s++ {
 		if !slices.Contains(kept, s) && !signal.Ignored(s) {
 			signal.Notify(signals, s)
@@ -37,6 +39,11 @@ func ends(s os.Signal) bool {
 	default:
 		return true
 	}
+}
+
+// stops returns whether a signal asks a process to stop, and not for something else, such as a reload.
+func stops(s os.Signal) bool {
+	return s == syscall.SIGINT || s == syscall.SIGTERM || s == syscall.SIGQUIT
 }
 
 // obey does what a signal that ends nothing does to a process.

@@ -258,6 +258,9 @@ func (q *Queue[S]) Cancel(w *Waiter[S], now time.Time) bool {
 // Held tells whether there is a grant, or a dedicated holder. Who has no grant yet does not count.
 func (q *Queue[S]) Held() bool { return q.granted || q.owners > 0 }
 
+// Taken tells whether the lock is known to be held, by this process or by another.
+func (q *Queue[S]) Taken() bool { return q.Held() || q.refused }
+
 // Idle tells whether there is nothing left to know.
 func (q *Queue[S]) Idle() bool {
 	return len(q.waiters) == 0 && !q.granted && q.requester == nil && q.dedicated == 0

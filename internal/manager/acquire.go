@@ -125,7 +125,7 @@ func (a *acquisition) prove(got []held) error {
 func (a *acquisition) failure(err error) error {
 	f := &Failure{Cause: err, Hint: a.hint}
 	refused, timeout := errors.Is(err, session.ErrRefused), errors.Is(err, session.ErrTimeout)
-	f.Held = refused || timeout && a.waited && a.away == nil
+	f.Held = refused || timeout && a.taken() && a.away == nil
 	switch {
 	case a.away != nil:
 		f.Hint = ""
@@ -160,6 +160,14 @@ func (a *acquisition) who() string {
 		})
 	}
 	return cmp.Or(who, ours)
+}
+
+// taken tells whether another is known to hold the lock.
+func (a *acquisition) taken() bool {
+	a.m.mu.Lock()
+	defer a.m.mu.Unlock()
+	q := a.m.queues[a.at.Lock()]
+	return a.refused || q != nil && q.Taken()
 }
 
 // ours returns "this process" if that is known to hold the lock.

@@ -20,6 +20,7 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 	for {
 		c, sent, err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
+			a.refused = true
 			a.stick()
 			c, sent, err = a.wait(q)
 		}

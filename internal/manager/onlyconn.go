@@ -19,8 +19,9 @@ func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
 	if stats.MaxOpenConnections != 1 {
 		return
 	}
+	enabled := log.Enabled(context.Background(), slog.LevelWarn)
 	m.mu.Lock()
-	warn := !m.warned && log.Enabled(context.Background(), slog.LevelWarn)
+	warn := enabled && !m.warned
 	m.warned = m.warned || warn
 	m.mu.Unlock()
 	if warn {

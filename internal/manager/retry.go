@@ -25,12 +25,13 @@ type attempts struct {
 	pool  *session.Pool
 	began time.Time
 
-	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives  int       // times to lose a session to others, or a lock as soon as it is granted
-	waited bool      // the server has answered, and the lock was taken
-	missed time.Time // when the server was first missed, while waiting
-	away   error     // why it cannot be reached; nil: it can, as far as is known
-	hint   string    // why the acquisition failed, beside its error
+	stale   int       // connections in the pool that may be dead; -1: none has been taken yet
+	lives   int       // times to lose a session to others, or a lock as soon as it is granted
+	waited  bool      // the server has answered, and the lock was taken
+	missed  time.Time // when the server was first missed, while waiting
+	away    error     // why it cannot be reached; nil: it can, as far as is known
+	refused bool      // the server has said that another has the lock
+	hint    string    // why the acquisition failed, beside its error
 }
 
 func newAttempts(ctx context.Context, db *sql.DB, r *Request) attempts {
@@ -69,7 +70,7 @@ func (a *attempts) keepTrying(open func(context.Context) (*session.Session, erro
 			}
 			s.GiveUp(a.ctx, err)
 			if s.Refused() && !errors.Is(err, session.ErrStandby) {
-				a.waited, a.missed = true, time.Time{}
+				a.waited, a.refused, a.missed = true, true, time.Time{}
 			}
 		}
 		if err = a.again(err, at); err != nil {
