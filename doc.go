@@ -78,9 +78,10 @@
 //
 // In the other direction, the server ends the session of a holder that falls silent (power loss,
 // partition, SIGSTOP) after [HolderTimeout], which is at least three heartbeats. So the holder's
-// context has ended before another process can have the lock. HolderTimeout tells from which
-// moment on that is so. If the server ends the session by itself, as on pg_terminate_backend, a
-// restart or a failover, the lock is free at once, and its holder is told within two heartbeats.
+// context has ended before another process can have the lock, unless the process itself was
+// frozen: it learns of its loss when it goes on. HolderTimeout tells from which moment on that is
+// so. If the server ends the session by itself, as on pg_terminate_backend, a restart or a
+// failover, the lock is free at once, and its holder is told within two heartbeats.
 //
 // A process that is frozen together with its clock does not know, when it goes on, that it has
 // lost its lock; and one of its writes may still be under way. [Token] is for that.
