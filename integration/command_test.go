@@ -256,6 +256,9 @@ func TestCommandSignalsWhileWaitingEndTheWait(t *testing.T) {
 	hold(t, adminDB(t), key)
 	dsn := advisoryDSN(t)
 	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1} {
+		if signal.Ignored(s) { // as SIGHUP is under nohup, which the command leaves so
+			continue
+		}
 		a := startAdvisory(t, dsn, "run", t.Name(), "--", "true")
 		waitForWaiters(t, adminDB(t), key, 1)
 		began := time.Now()
@@ -305,6 +308,9 @@ func TestCommandForwardsSignals(t *testing.T) {
 	for _, s := range []syscall.Signal{
 		syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH, syscall.SIGTERM,
 	} {
+		if signal.Ignored(s) {
+			continue
+		}
 		a.signal(s)
 		a.wantLine(s.String())
 	}
