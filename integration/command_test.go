@@ -441,7 +441,8 @@ func waitForArmed(t testing.TB, key advisory.Key) {
 	})
 }
 
-// A machine that is cut off has killed its command before another machine's begins.
+// A machine that is cut off has killed its command before another machine's begins. The times are long
+// because 80 processes start at once.
 func TestCommandIsDeadBeforeItsSuccessorBegins(t *testing.T) {
 	const events = 20
 	allowLog(t, silent, clientGone)
@@ -451,12 +452,12 @@ func TestCommandIsDeadBeforeItsSuccessorBegins(t *testing.T) {
 	name := func(i int) string { return fmt.Sprintf("%s-%d", t.Name(), i) }
 	var holders, successors []*advisoryRun
 	for i := range events {
-		holders = append(holders, startAdvisory(t, cutOff, "run", "--heartbeat", "1500ms", "--holder-timeout", "6s", "--grace", "2900ms",
+		holders = append(holders, startAdvisory(t, cutOff, "run", "--heartbeat", "3s", "--holder-timeout", "12s", "--grace", "5900ms",
 			name(i), "--", "sh", "-c", "trap '' TERM; echo $$ >"+filepath.Join(dir, name(i))+"; echo ready; exec sleep 60"))
 	}
 	for i, h := range holders {
 		h.wantLine("ready")
-		successors = append(successors, startAdvisory(t, direct, "run",
+		successors = append(successors, startAdvisory(t, direct, "run", "--heartbeat", "10s", "--holder-timeout", "60s", "--grace", "30s",
 			name(i), "--", "sh", "-c", "kill -0 $(cat "+filepath.Join(dir, name(i))+") 2>/dev/null && echo two run || echo alone"))
 	}
 	for i := range events {
