@@ -125,7 +125,7 @@ func (a *acquisition) prove(got []held) error {
 func (a *acquisition) failure(err error) error {
 	f := &Failure{Cause: err, Hint: a.hint}
 	refused, timeout := errors.Is(err, session.ErrRefused), errors.Is(err, session.ErrTimeout)
-	f.Held = refused || timeout && a.taken() && a.away == nil
+	f.Held = refused || timeout && a.waited && a.taken() && a.away == nil
 	switch {
 	case a.away != nil:
 		f.Hint = ""
