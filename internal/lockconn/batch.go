@@ -191,7 +191,7 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 // afterFailure answers requests one by one whose common statement has failed with err: session-level
 // locks do not go with it, and how far it got is not known.
 func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) error {
-	if !serverSaid(err) {
+	if !pgsql.Answered(err) {
 		return err
 	}
 	for _, r := range reqs {
@@ -242,7 +242,7 @@ func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 		c.alive(r.Sent)
 	}
 	switch {
-	case err != nil && (r.Op == beat || !serverSaid(err) || r.Op != Ping && !c.carriesOthers(r)):
+	case err != nil && (r.Op == beat || !pgsql.Answered(err) || r.Op != Ping && !c.carriesOthers(r)):
 		r.err = err
 		return err
 	case err != nil:
@@ -282,9 +282,6 @@ func (c *Conn) execKeys(r *Request, literal func([]pgsql.Key, bool) string, cach
 		return c.s.Exec(ctx, bound, literal(r.Keys, r.Shared))
 	}
 }
-
-// serverSaid tells whether err is the server's, on a session that goes on.
-func serverSaid(err error) bool { return pgsql.State(err) != "" && !pgsql.Gone(err) }
 
 // afterError answers r after an error of the server's. What it may have got, or still has, is
 // unlocked. Other locks that the session holds are not touched.

@@ -71,13 +71,6 @@ func newAcquisition(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Hol
 	return acquisition{attempts: newAttempts(ctx, db, r), holder: h, holds: r.Held, end: end}
 }
 
-func ended(ctx context.Context) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return nil
-}
-
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
 func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*Locks, error) {
 	a := newAcquisition(ctx, db, r, h)
@@ -111,14 +104,14 @@ func (a *acquisition) prove(got []held) error {
 	if c := got[0].grant.On; a.Lead && !c.Watched() {
 		err = errors.Join(err, c.Prove(a.ctx))
 	}
-	if err != nil && ended(a.ctx) == nil {
+	if err != nil && session.Ended(a.ctx) == nil {
 		_ = a.holder.TakeLoss()
 		return lockconn.LostError{Cause: err}
 	}
 	if cause := a.holder.TakeLoss(); cause != nil {
 		return lockconn.LostError{Cause: cause}
 	}
-	return ended(a.ctx)
+	return session.Ended(a.ctx)
 }
 
 // failure returns the error of the acquisition, with the name of the holder where that can be told.
@@ -135,7 +128,7 @@ func (a *acquisition) failure(err error) error {
 	case f.Hint != "" || a.at.Space == pgsql.NoSpace:
 	case timeout:
 		f.Holder = a.who()
-	case refused || ended(a.ctx) != nil:
+	case refused || session.Ended(a.ctx) != nil:
 		f.Holder = a.ours()
 	}
 	return f
@@ -200,7 +193,7 @@ func (a *acquisition) all() (got []held, err error) {
 		a.holds = append(slices.Clip(a.holds), a.at)
 	}
 	if err == nil {
-		err = ended(a.ctx)
+		err = session.Ended(a.ctx)
 	}
 	ok = err == nil
 	return got, err

@@ -64,7 +64,7 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 // has use for. It returns when they were asked for.
 func (a *acquisition) try(keys []pgsql.Key) (*lockconn.Conn, time.Time, error) {
 	for {
-		if err := ended(a.ctx); err != nil {
+		if err := session.Ended(a.ctx); err != nil {
 			return nil, time.Time{}, err
 		}
 		if err := a.joinUnderWay(); err != nil {
@@ -119,7 +119,7 @@ func (a *acquisition) wait(q *queue) (*lockconn.Conn, time.Time, error) {
 		if err := s.Wait(a.ctx, a.at, a.began); err != nil {
 			return err
 		}
-		return ended(a.ctx)
+		return session.Ended(a.ctx)
 	})
 	if errors.Is(err, session.ErrWaitRefused) {
 		err = session.ErrYield

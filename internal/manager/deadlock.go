@@ -262,7 +262,7 @@ func (c *Callers) Equip(s *session.Session) {
 // Failure returns the error of the wait. Nobody asks who holds the lock: a question that takes long
 // would cost the caller's session or transaction.
 func (c *Callers) Failure(err error) error {
-	if cause := ended(c.ctx); cause != nil && !errors.Is(err, cause) {
+	if cause := session.Ended(c.ctx); cause != nil && !errors.Is(err, cause) {
 		err = errors.Join(cause, err)
 	}
 	held := errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrTimeout) && c.waited

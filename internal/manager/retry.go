@@ -52,7 +52,7 @@ const (
 // session would not mend. A failed one is ended here.
 func (a *attempts) keepTrying(open func(context.Context) (*session.Session, error), attempt func(*session.Session) error) (*session.Session, error) {
 	for {
-		if err := ended(a.ctx); err != nil {
+		if err := session.Ended(a.ctx); err != nil {
 			return nil, err
 		}
 		if err := a.joinUnderWay(); err != nil {

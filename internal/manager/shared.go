@@ -92,7 +92,7 @@ func (a *acquisition) openShared(o *opening) (*lockconn.Conn, stage, error) {
 	defer func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if ended(a.ctx) != nil {
+		if session.Ended(a.ctx) != nil {
 			err = nil // that is no news for others
 		}
 		m.openedLocked(o, err)

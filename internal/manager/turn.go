@@ -8,6 +8,7 @@ import (
 	"github.com/pgadvisory/advisory/internal/keyqueue"
 	"github.com/pgadvisory/advisory/internal/lockconn"
 	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
@@ -96,7 +97,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 	now := time.Now()
 	switch {
 	case err == nil:
-	case ended(a.ctx) == nil && (errors.As(err, new(lockconn.LostError)) || pgsql.Gone(err)):
+	case session.Ended(a.ctx) == nil && (errors.As(err, new(lockconn.LostError)) || pgsql.Gone(err)):
 		q.Lost(c, now) // which c may not have said yet
 	default:
 		q.GaveUp(w, now)

@@ -58,6 +58,9 @@ func Gone(err error) bool {
 		errors.Is(err, net.ErrClosed) || IsNoAnswer(err) || errors.As(err, &network)
 }
 
+// Answered tells whether err is the server's answer to a statement, on a session that goes on.
+func Answered(err error) bool { return State(err) != "" && !Gone(err) }
+
 // fatal tells whether err is the last word of a server, or of a pooler, whose SQLSTATEs are its
 // own. Both drivers' errors have the field.
 func fatal(err error) bool {

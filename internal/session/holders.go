@@ -151,15 +151,12 @@ func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
 	switch {
 	case err == nil:
 		return all, nil
-	case s.place == pgsql.InTx && serverSaid(err): // the transaction of the wait has failed
+	case s.place == pgsql.InTx && pgsql.Answered(err): // the transaction of the wait has failed
 		_, undoErr := s.Exec(ctx, AnswerBound, s.undo(pgsql.Key{}))
 		err = cmp.Or(undoErr, err)
 	}
 	return nil, err
 }
-
-// serverSaid tells whether err is the server's, on a session that goes on.
-func serverSaid(err error) bool { return pgsql.State(err) != "" && !pgsql.Gone(err) }
 
 // Waits is Session.Waits, on a connection of the pool.
 func (p *Pool) Waits(ctx context.Context) (all []Statement, err error) {

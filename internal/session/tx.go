@@ -65,7 +65,7 @@ func (t *Tx) Begin(ctx context.Context, k pgsql.Key, noWait bool, since time.Tim
 			}
 		}
 	}
-	return ended(ctx) // a grant that comes too late is not used
+	return Ended(ctx) // a grant that comes too late is not used
 }
 
 // beginThenLock takes the transaction-scoped lock. If it finds that the transaction has one
@@ -75,7 +75,7 @@ func (t *Tx) beginThenLock(ctx context.Context, k pgsql.Key, noWait bool, since 
 	if err := t.begin(ctx); err != nil {
 		return err
 	}
-	if err := ended(ctx); err != nil {
+	if err := Ended(ctx); err != nil {
 		return err
 	}
 	try := pgsql.TryTx
@@ -149,7 +149,7 @@ func (t *Tx) Commit(ctx context.Context) error {
 	err := t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
 	t.abort()
 	// The server's own error means that it has rolled back, and is ready for more.
-	if err != nil && (pgsql.State(err) == "" || pgsql.Gone(err)) {
+	if err != nil && !pgsql.Answered(err) {
 		t.s.worsen(doubtful)
 	}
 	return err

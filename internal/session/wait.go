@@ -97,11 +97,11 @@ func (s *Session) Lock(ctx context.Context, k pgsql.Key, noWait bool, since time
 	if s.use == Callers {
 		return nil
 	}
-	return ended(ctx) // a grant that comes too late is not used
+	return Ended(ctx) // a grant that comes too late is not used
 }
 
-// ended returns why ctx has ended, if it has.
-func ended(ctx context.Context) error {
+// Ended returns why ctx has ended, if it has.
+func Ended(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -125,7 +125,7 @@ func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) e
 
 // try tries to take the lock of k, and makes the settings with the grant.
 func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error) {
-	if err := ended(ctx); err != nil {
+	if err := Ended(ctx); err != nil {
 		return false, err
 	}
 	var query string
@@ -210,7 +210,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 	if deadline, ok := ctx.Deadline(); ok {
 		bound = min(bound, time.Until(deadline))
 	}
-	if err := ended(ctx); err != nil {
+	if err := Ended(ctx); err != nil {
 		return false, err
 	}
 	if bound <= 0 {
@@ -292,7 +292,7 @@ func (s *Session) waitByTrying(ctx context.Context, k pgsql.Key) error {
 	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
 		s.waiting()
 		Sleep(ctx, pause/2+rand.N(pause))
-		if err := cmp.Or(ended(ctx), s.poolClosed()); err != nil {
+		if err := cmp.Or(Ended(ctx), s.poolClosed()); err != nil {
 			return err
 		}
 		if granted, err := s.try(ctx, k); err != nil || granted {
