@@ -253,7 +253,7 @@ func TestLockerLate(t *testing.T) {
 		locker := newLocker(t, db, 100*time.Millisecond)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
-		if _, err := locker.Lock(ctx, "job"); !errors.Is(err, advisory.ErrHeld) || ctx.Err() != nil {
+		if _, err := locker.Lock(ctx, "job"); !errors.Is(err, advisory.ErrNotAcquired) || ctx.Err() != nil {
 			t.Errorf("want ErrNotAcquired in time, got %v", err)
 		}
 	})
