@@ -22,19 +22,19 @@ const HandOffFor = 20 * time.Millisecond
 //
 // The zero Queue is empty. A Queue is not safe for concurrent use: its owner has a mutex.
 type Queue[S comparable] struct {
-	grant    Grant[S] // the current one, or the last
-	granted  bool     // there is a current one
-	until    time.Time
-	holders  int  // of the grant
-	closed   bool // others wait in the server's queue: the grant is not handed on or shared any more
-	releases bool // the grant has had its last holder and goes back to the server
+	grant    Grant[S]  // the current one, or the last
+	granted  bool      // there is a current one
+	until    time.Time // until then it is handed on and shared
+	holders  int       // of the grant
+	closed   bool      // others wait in the server's queue: it is not handed on or shared any more
+	releases bool      // its last holder has released it: it goes back to the server
 
 	requester *Waiter[S] // asks the server for a grant, or whether others wait for it
 	refused   bool       // the server has refused, and the requester waits there
 	dedicated int        // those who hold the lock, or ask for it, on sessions of their own
 	owners    int        // of these, those who hold it
 
-	exclusive bool // what those inside, requester, holders and dedicated, ask for or hold
+	exclusive bool // those inside (holders, requester, dedicated) hold or want an exclusive lock
 	waiters   []*Waiter[S]
 }
 
@@ -79,7 +79,7 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 			return t
 		}
 	}
-	// The answer that a shared lock of this process waits for is a shared waiter's, too.
+	// A shared waiter shares the answer that a shared requester waits for.
 	sharesAnswer := w.Shared && len(q.waiters) == 0 && q.requester != nil && q.requester.Shared && !q.refused
 	if w.NoWait && !sharesAnswer {
 		return Turn[S]{To: Refuse}
@@ -98,7 +98,7 @@ func (q *Queue[S]) EnterIdle(w *Waiter[S]) bool {
 	return true
 }
 
-// start lets in w, which is the first in line, if it fits to those inside.
+// start lets in w, the first in line, if it can be there together with those inside.
 func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 	inside := q.holders > 0 || q.dedicated > 0 || q.requester != nil
 	fits := !inside || w.Shared && !q.exclusive
@@ -113,7 +113,7 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 	case !q.granted:
 		q.requester, q.exclusive = w, !w.Shared
 		return Turn[S]{To: Ask}
-	case q.closed, q.exclusive == w.Shared:
+	case q.closed, q.exclusive == w.Shared: // the grant goes back first
 	case now.Before(q.until):
 		q.holders++
 		return Turn[S]{Hold, q.grant}
@@ -251,17 +251,17 @@ func (q *Queue[S]) Cancel(w *Waiter[S], now time.Time) bool {
 		return false
 	}
 	q.waiters = slices.Delete(q.waiters, i, i+1)
-	q.advance(now) // those behind may fit to those inside
+	q.advance(now) // those behind may be let in
 	return true
 }
 
-// Held tells whether there is a grant, or a dedicated holder. Who has no grant yet does not count.
+// Held tells whether this process holds the lock. One who still asks for it does not count.
 func (q *Queue[S]) Held() bool { return q.granted || q.owners > 0 }
 
-// Taken tells whether the lock is known to be held, by this process or by another.
-func (q *Queue[S]) Taken() bool { return q.Held() || q.refused }
+// HeldAnywhere tells whether the lock is known to be held, by this process or by another.
+func (q *Queue[S]) HeldAnywhere() bool { return q.Held() || q.refused }
 
-// Idle tells whether there is nothing left to know.
+// Idle tells whether nobody holds the lock, asks for it or waits for it.
 func (q *Queue[S]) Idle() bool {
 	return len(q.waiters) == 0 && !q.granted && q.requester == nil && q.dedicated == 0
 }

@@ -25,14 +25,14 @@ type Request struct {
 	Silence   time.Duration // HolderTimeout
 	Log       *slog.Logger
 
-	// Lead: the server may be away from the start, and for ever; and it is asked whether it is a
-	// primary before the lock counts as acquired.
+	// Lead: the wait outlives any outage, even one at its start. Before the lock counts as acquired,
+	// the server is asked whether it is a primary.
 	Lead bool
 
 	Held []pgsql.Key // by the caller
 }
 
-// A Failure is the error of an acquisition, and what more is known of why.
+// A Failure is the error of an acquisition, with what more is known of its reason.
 type Failure struct {
 	Cause  error
 	Held   bool   // another holds the lock
@@ -43,15 +43,15 @@ type Failure struct {
 func (f *Failure) Error() string { return f.Cause.Error() }
 func (f *Failure) Unwrap() error { return f.Cause }
 
-// An acquisition is one caller's way to its locks.
+// An acquisition is what one caller does to get its locks.
 type acquisition struct {
 	attempts
 	holder   *lockconn.Holder // nil: the lock is on a session of the caller's own
-	at       pgsql.Key        // that it waits for
+	at       pgsql.Key        // the one that it asks for now
 	holds    []pgsql.Key      // what its caller holds, and what it has acquired
-	stuck    *stuck           // nil: it does not wait, or its caller holds nothing
-	tries    bool             // on a session of the caller's, where no statement shows that it waits
-	end      func(error)      // ends it
+	nested   *nestedWait      // nil: it does not wait, or its caller holds nothing
+	tries    bool             // it waits by trying again and again, which no statement shows
+	end      func(error)      // ends ctx, with a cause
 	unproven []*lockconn.Conn // have granted a lock, perhaps long ago
 	yielded  bool             // it has waited in the server's queue, and let others
 	slot     bool             // a session has been counted that is not open yet
@@ -87,14 +87,14 @@ func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*
 		if !errors.As(err, &lost) {
 			return nil, a.failure(err)
 		}
-		if a.lives--; a.lives < 0 || errors.Is(err, session.ErrStandby) { // as soon as it is granted, again and again
+		if a.lives--; a.lives < 0 || errors.Is(err, session.ErrStandby) {
 			return nil, a.failure(lost.Cause)
 		}
 	}
 }
 
-// prove returns an error if one of the locks has been lost meanwhile, the first of several while the
-// last were waited for, say; or if it is too late for them.
+// prove returns an error if one of the locks has been lost since its grant, or ctx has ended. The
+// first of several may have been granted long ago, while the last were waited for.
 func (a *acquisition) prove(got []held) error {
 	var err error
 	for _, c := range a.unproven {
@@ -118,7 +118,7 @@ func (a *acquisition) prove(got []held) error {
 func (a *acquisition) failure(err error) error {
 	f := &Failure{Cause: err, Hint: a.hint}
 	refused, timeout := errors.Is(err, session.ErrRefused), errors.Is(err, session.ErrTimeout)
-	f.Held = refused || timeout && a.waited && a.taken() && a.away == nil
+	f.Held = refused || timeout && a.waited && a.heldByAnother() && a.away == nil
 	switch {
 	case a.away != nil:
 		f.Hint = ""
@@ -134,8 +134,8 @@ func (a *acquisition) failure(err error) error {
 	return f
 }
 
-// who says who holds the lock, if one query can tell: on a connection that lies ready, one at a
-// time, and not on a session that holds locks, which a slow answer would cost.
+// who says who holds the lock, if one query can tell. One is sent at a time, on an idle connection: a
+// slow answer would cost a session that holds locks.
 func (a *acquisition) who() string {
 	m := a.m
 	idle := a.pool.DB.Stats().Idle > 0
@@ -155,12 +155,12 @@ func (a *acquisition) who() string {
 	return cmp.Or(who, ours)
 }
 
-// taken tells whether another is known to hold the lock.
-func (a *acquisition) taken() bool {
+// heldByAnother tells whether another is known to hold the lock.
+func (a *acquisition) heldByAnother() bool {
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
 	q := a.m.queues[a.at.Lock()]
-	return a.refused || q != nil && q.Taken()
+	return a.refused || q != nil && q.HeldAnywhere()
 }
 
 // ours returns "this process" if that is known to hold the lock.
@@ -199,8 +199,8 @@ func (a *acquisition) all() (got []held, err error) {
 	return got, err
 }
 
-// together acquires all the locks in one statement. If that cannot be, it returns nil: waiting for
-// one lock while holding another is safe only in order.
+// together tries to acquire all the locks in one statement. If another has one of them, or the session
+// is lost, it returns nil: the locks are then acquired one by one, in order.
 func (a *acquisition) together() (got []held, err error) {
 	m := a.m
 	waiters := make([]waiter, len(a.Keys))
@@ -236,7 +236,7 @@ func (a *acquisition) together() (got []held, err error) {
 // one acquires the lock of one key.
 func (a *acquisition) one(keys []pgsql.Key) ([]held, error) {
 	a.at = keys[0]
-	defer a.unstick()
+	defer a.forgetWait()
 	w := &waiter{Shared: a.Shared, NoWait: a.NoWait}
 	q, t := a.m.enter(a.at, w)
 	for {

@@ -9,7 +9,7 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// ask acquires the lock from the server: it is the caller's turn to.
+// ask acquires the lock from the server. The queue has told the caller to.
 func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, err error) {
 	defer func() {
 		if got == nil { // also if the driver panics, or the Logger
@@ -21,7 +21,7 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 		c, sent, err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
 			a.refused = true
-			a.stick()
+			a.noteWait()
 			c, sent, err = a.wait(q)
 		}
 		if err == nil {
@@ -41,8 +41,8 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 	}
 }
 
-// granted notes a grant that was asked for then, and has the session watched for the caller, who has
-// no more use for it than that.
+// granted notes the grant of keys on c, which was asked for at sent. It has c watched for the caller,
+// and ends the caller's use of c.
 func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time) ([]held, error) {
 	defer c.Leave()
 	a.unproven = append(a.unproven, c)
@@ -60,8 +60,8 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 	return got, nil
 }
 
-// try tries to acquire the locks of keys, all or none, on the shared session, which the caller then
-// has use for. It returns when they were asked for.
+// try tries to acquire the locks of keys, all or none, on the shared session. It returns the session,
+// which the caller is to Leave, and when the locks were asked for.
 func (a *acquisition) try(keys []pgsql.Key) (*lockconn.Conn, time.Time, error) {
 	for {
 		if err := session.Ended(a.ctx); err != nil {
@@ -92,9 +92,9 @@ func (a *acquisition) try(keys []pgsql.Key) (*lockconn.Conn, time.Time, error) {
 // yieldAfter is how long one waits in the server's queue while others cannot.
 const yieldAfter = time.Second
 
-// wait waits for the lock in the server's queue, on a session of its own, which then has the lock,
-// and which the caller has use for. It returns ErrYield if that cannot be, or for longer than others
-// should wait.
+// wait waits for the lock in the server's queue, on a session of its own. It returns the session,
+// which has the lock and which the caller is to Leave, and when the lock was granted. ErrYield means
+// that it cannot wait there, or has done so for long enough while others cannot.
 func (a *acquisition) wait(q *queue) (*lockconn.Conn, time.Time, error) {
 	m := a.m
 	m.mu.Lock()
@@ -134,5 +134,5 @@ func (a *acquisition) wait(q *queue) (*lockconn.Conn, time.Time, error) {
 		m.shared = c
 		m.openedLocked(m.opening, nil) // somebody may be about to open another
 	}
-	return c, time.Now(), nil // it was asked for long before it was granted
+	return c, time.Now(), nil
 }

@@ -17,9 +17,9 @@ import (
 	"github.com/pgadvisory/advisory/internal/waitgraph"
 )
 
-// detectEvery is how old a wait is when other processes are first asked whom it waits for, how often
-// they are asked, and how long a cycle lasts that is a deadlock. It is longer than a statement tells
-// of a wait that has ended: for its slice of 400 ms, and for 250 ms after that (pgsql.Waits).
+// detectEvery is how old a wait is when those of other processes are first read, how often they are
+// read, and how long a cycle lasts that is a deadlock. A wait that has ended may still be read for up
+// to 650 ms: until its slice of 400 ms is over, and for 250 ms after that (pgsql.Waits).
 const detectEvery = time.Second
 
 // A Deadlock is the error of a wait that cannot end, because it waits for others who wait for what its
@@ -29,41 +29,41 @@ type Deadlock string
 
 func (d Deadlock) Error() string { return string(d) }
 
-// A stuck is a wait whose caller holds keys.
-type stuck struct {
+// A nestedWait is a wait whose caller holds keys: only such a wait can be part of a deadlock.
+type nestedWait struct {
 	waitgraph.Wait
 	of    *acquisition
 	holds []pgsql.Key // Held: those of the caller, and then those of the acquisition
 	wants pgsql.Key
 	began time.Time
-	cycle []waitgraph.Wait // that has been seen, and when
-	seen  time.Time
+	cycle []waitgraph.Wait // that was seen last
+	seen  time.Time        // when it was first seen
 }
 
-// stick is called when the acquisition begins to wait, because another has the lock, and again and again
-// while it does. It ends the acquisition if the wait is part of a cycle in this process.
-func (a *acquisition) stick() {
+// noteWait is called when the acquisition begins to wait, and again and again while it does. It ends
+// the acquisition if the wait is part of a cycle in this process.
+func (a *acquisition) noteWait() {
 	a.waited = true
-	if len(a.holds) == 0 || a.stuck != nil && !a.Shared {
+	if len(a.holds) == 0 || a.nested != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
 	}
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if a.stuck == nil {
-		a.stuck = newStuck(a)
-		m.stuck[a.stuck] = struct{}{}
+	if a.nested == nil {
+		a.nested = newNestedWait(a)
+		m.nested[a.nested] = struct{}{}
 	}
-	if !a.stuck.counts() {
+	if !a.nested.counts() {
 		return
 	}
-	if cycle := waitgraph.New(m.waitsLocked((*stuck).counts)).Cycle(a.stuck.edges()); cycle != nil {
-		a.end(a.stuck.deadlock(cycle))
+	if cycle := waitgraph.New(m.waitsLocked((*nestedWait).counts)).Cycle(a.nested.edges()); cycle != nil {
+		a.end(a.nested.deadlock(cycle))
 	}
 }
 
-func newStuck(a *acquisition) *stuck {
-	s := &stuck{of: a, holds: a.holds, wants: a.at, began: time.Now()}
+func newNestedWait(a *acquisition) *nestedWait {
+	s := &nestedWait{of: a, holds: a.holds, wants: a.at, began: time.Now()}
 	s.Wait = waitgraph.Wait{ID: strconv.FormatUint(rand.Uint64(), 36), Since: s.began.UnixMilli(), Wanted: a.at.Text()}
 	if a.tries || a.pool.RefusesWaits() {
 		s.Since = math.MaxInt64 // no statement shows it, so that others do not see its cycles
@@ -74,24 +74,24 @@ func newStuck(a *acquisition) *stuck {
 	return s
 }
 
-// counts tells whether a cycle of waits that are known for certain is a deadlock with s in it. A
-// shared wait may be over in a moment though others hold the lock, if they share it. It is
-// counted when it has lasted, because then an exclusive waiter stands between.
-func (s *stuck) counts() bool { return !s.of.Shared || time.Since(s.began) >= detectEvery }
+// counts tells whether s counts in a cycle of this process. A shared wait may be over in a moment,
+// though others hold the lock, because it may share it. Once it has lasted, an exclusive waiter stands
+// between.
+func (s *nestedWait) counts() bool { return !s.of.Shared || time.Since(s.began) >= detectEvery }
 
-// unstick is called when the wait has ended.
-func (a *acquisition) unstick() {
-	if a.stuck != nil {
+// forgetWait is called when the wait has ended.
+func (a *acquisition) forgetWait() {
+	if a.nested != nil {
 		a.m.mu.Lock()
 		defer a.m.mu.Unlock()
-		delete(a.m.stuck, a.stuck)
-		a.stuck = nil
+		delete(a.m.nested, a.nested)
+		a.nested = nil
 	}
 }
 
-// waitsLocked returns those waits of this process that count. One that is about to end does not.
-func (m *Manager) waitsLocked(counts func(*stuck) bool) (waits []waitgraph.Wait) {
-	for s := range m.stuck {
+// waitsLocked returns those waits of this process that count, except one that is about to end.
+func (m *Manager) waitsLocked(counts func(*nestedWait) bool) (waits []waitgraph.Wait) {
+	for s := range m.nested {
 		if w := s.edges(); s.of.ctx.Err() == nil && len(w.Held) > 0 && counts(s) {
 			waits = append(waits, w)
 		}
@@ -99,8 +99,8 @@ func (m *Manager) waitsLocked(counts func(*stuck) bool) (waits []waitgraph.Wait)
 	return waits
 }
 
-// edges returns the wait as it is. What the acquisition has lost meanwhile, it does not hold.
-func (s *stuck) edges() waitgraph.Wait {
+// edges returns the wait, without what the acquisition has lost since it began.
+func (s *nestedWait) edges() waitgraph.Wait {
 	w, a := s.Wait, s.of
 	if a.holder != nil && a.holder.Lost() {
 		w.Held = w.Held[:len(a.Held)]
@@ -108,10 +108,10 @@ func (s *stuck) edges() waitgraph.Wait {
 	return w
 }
 
-func all(*stuck) bool { return true }
+func all(*nestedWait) bool { return true }
 
 // deadlock returns the error of a cycle that begins with s.
-func (s *stuck) deadlock(cycle []waitgraph.Wait) Deadlock {
+func (s *nestedWait) deadlock(cycle []waitgraph.Wait) Deadlock {
 	name := func(text string) string {
 		for _, k := range append(slices.Clip(s.holds), s.wants) {
 			if k.Text() == text && k.Name != "" {
@@ -136,29 +136,29 @@ func (s *stuck) deadlock(cycle []waitgraph.Wait) Deadlock {
 func (a *acquisition) equip(s *session.Session) {
 	s.Comment = a.comment
 	s.Waiting = func() {
-		a.stick()
+		a.noteWait()
 		a.m.detect(func() ([]session.Statement, error) { return s.Waits(a.ctx) })
 	}
 }
 
 // search is called again and again by a wait that has no session of its own.
 func (a *acquisition) search() {
-	a.stick()
+	a.noteWait()
 	if !a.pool.Exhausted() {
 		a.m.detect(func() ([]session.Statement, error) { return a.pool.Waits(a.ctx) })
 	}
 }
 
 // comment returns the comment of a statement that waits: its own edges, and those of the waits of this
-// process that are stuck behind it.
+// process that are behind it.
 func (a *acquisition) comment() string {
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var edges []waitgraph.Wait
 	w := waitgraph.Wait{Held: []string{a.at.Text()}} // others of this process may wait for that, too
-	if a.stuck != nil {
-		mine := a.stuck.edges()
+	if a.nested != nil {
+		mine := a.nested.edges()
 		w.ID, w.Held = mine.ID, append(w.Held, mine.Held...)
 		if len(mine.Held) > 0 {
 			edges = append(edges, mine)
@@ -173,7 +173,7 @@ func (m *Manager) detect(ask func() ([]session.Statement, error)) {
 	asked := time.Now()
 	m.mu.Lock()
 	due := false
-	for s := range m.stuck {
+	for s := range m.nested {
 		due = due || asked.Sub(s.began) >= detectEvery
 	}
 	due = due && !m.detecting && asked.Sub(m.detected) >= detectEvery
@@ -194,13 +194,12 @@ func (m *Manager) detect(ask func() ([]session.Statement, error)) {
 	}
 }
 
-// searchLocked looks for cycles of the waits of this process, and of those of statements, which were
-// asked for then. A cycle that is seen twice ends its youngest wait. It has not dissolved and come
-// again meanwhile, because a wait does not change, and none has the ID of another. It may have been
-// overlooked, between two statements of a wait.
+// searchLocked looks for cycles among the waits of this process and those of statements, for which the
+// server was asked at asked. A cycle that is seen a second time, detectEvery later, ends its youngest
+// wait. It has been there all the time, because a wait does not change, and none has the ID of another.
 func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) {
 	ours := make(map[string]bool)
-	for s := range m.stuck {
+	for s := range m.nested {
 		ours[s.ID] = true
 	}
 	var others []waitgraph.Wait
@@ -212,7 +211,7 @@ func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) 
 		}
 	}
 	graph := waitgraph.New(append(m.waitsLocked(all), others...))
-	for s := range m.stuck {
+	for s := range m.nested {
 		if s.of.ctx.Err() != nil {
 			continue
 		}
@@ -234,7 +233,7 @@ type Callers struct {
 	Ctx context.Context // ends with the Timeout, or a deadlock
 }
 
-// NewCallers returns the wait that r asks for. Until it has a session, it tries. db may be nil if the
+// NewCallers returns the wait that r asks for. Until Equip, it waits by trying. db may be nil if the
 // caller holds nothing.
 func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
 	c := &Callers{acquisition: newAcquisition(ctx, db, r, nil)}
@@ -244,16 +243,16 @@ func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
 
 // Waiting is called again and again by a wait that tries.
 func (c *Callers) Waiting() {
-	c.stick()
+	c.noteWait()
 	if len(c.holds) > 0 {
 		c.search()
 	}
 }
 
-// Equip has a session wait for the lock.
+// Equip has s, which waits in the server's queue, look for deadlocks.
 func (c *Callers) Equip(s *session.Session) {
 	c.tries = false
-	s.Waiting = c.stick
+	s.Waiting = c.noteWait
 	if len(c.holds) > 0 {
 		c.equip(s)
 	}
@@ -271,6 +270,6 @@ func (c *Callers) Failure(err error) error {
 
 // Done ends the wait.
 func (c *Callers) Done() {
-	c.unstick()
+	c.forgetWait()
 	c.end(nil)
 }

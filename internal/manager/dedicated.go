@@ -9,29 +9,28 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// turnBound is how long one whose turn it is waits for a connection of a limited pool: others may wait
-// for the turn who have one.
+// turnBound is how long a waiter keeps its turn while it waits for a connection of a limited pool: those
+// who have the connections may wait for the turn.
 const turnBound = 250 * time.Millisecond
 
-// A dedicated is the way of one who takes a lock on a session of its own.
+// A dedicated is an acquisition of one lock on a session of its own.
 type dedicated struct {
 	acquisition
 	q       *queue
 	w       *waiter
-	has     bool // the turn
-	granted bool // and the lock
+	has     bool // it has its turn in q
+	granted bool // it has the lock
 }
 
 // Dedicated takes the lock of r's only key on a session of its own, for use. It waits in the key's
-// queue first, without a connection; lock takes the lock on the session, for one who wants it since
-// then. done ends the caller's hold in the queue, and is called when the session has ended. The
-// error is a *Failure.
+// queue first, without a connection. lock then takes the lock on the session; since is when Dedicated
+// was called. The caller calls done when the session has ended. The error is a *Failure.
 func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, lock func(ctx context.Context, s *session.Session, since time.Time) error) (s *session.Session, done func(), err error) {
 	d := &dedicated{acquisition: newAcquisition(ctx, db, r, nil)}
 	ctx, d.at = d.ctx, r.Keys[0]
 	defer d.end(nil)
 	defer func() {
-		d.unstick()
+		d.forgetWait()
 		if s == nil { // also if the driver panics
 			d.leave()
 		}
@@ -94,7 +93,7 @@ func (d *dedicated) leave() {
 	}
 }
 
-// open opens a session. If a limited pool has no connection for it, others have their turn.
+// open opens a session. If a limited pool has no connection within turnBound, others have their turn.
 func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session, error) {
 	if d.pool.DB.Stats().MaxOpenConnections == 0 {
 		return d.pool.Open(ctx, d.Log, use) // which waits for nobody

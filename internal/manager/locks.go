@@ -30,7 +30,8 @@ type held struct {
 // Session returns the session that holds the first of the locks.
 func (l *Locks) Session() *session.Session { return l.held[0].grant.On.Session() }
 
-// Ping returns nil if each of the locks was held until now, which the server says.
+// Ping returns nil if the server answers on each session that carries the locks. It does not ask
+// whether the locks are there: they are for as long as their session lives.
 func (l *Locks) Ping() (err error) {
 	asked := make(map[*lockconn.Conn]bool, 1)
 	for _, h := range l.held {
@@ -42,8 +43,8 @@ func (l *Locks) Ping() (err error) {
 	return err
 }
 
-// Release releases the locks. It returns nil if each of them was held until then, which the server
-// says: also of a lock that is handed on.
+// Release releases the locks. It returns nil if each of them was held until then. Of a lock that is
+// unlocked the server says so; of one that is handed on, it says that the session lives.
 func (l *Locks) Release() error { return l.release(l.held) }
 
 func (l *Locks) release(rest []held) (err error) {
@@ -85,7 +86,6 @@ func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
 		return c.Lost()
 	}
 	defer c.Leave()
-	// The answer says that the locks were held until now, also those that are handed on.
 	err := c.Ask(context.Background(), r)
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -103,7 +103,7 @@ func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
 	return err
 }
 
-// giveBack releases what an acquisition got in vain. One that is late does not wait for that.
+// giveBack releases what an acquisition got in vain. After the end of ctx, it does not wait for that.
 func (a *acquisition) giveBack(got []held) {
 	l := &Locks{m: a.m, holder: a.holder, shared: a.Shared, held: got}
 	if len(got) > 0 && a.ctx.Err() != nil {

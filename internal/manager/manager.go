@@ -1,6 +1,6 @@
-// Package manager is the way of a request to its lock: through the queue of its key, to the session
-// that tries, to the server's queue, and over what goes wrong on the way. There is one Manager for
-// each *sql.DB. It decides how many sessions there are; it knows nothing of how a lock is asked for.
+// Package manager acquires and releases locks. It takes a request through the queue of its key to a
+// session that tries, and into the server's queue, and tries again what may pass. There is one Manager
+// for each *sql.DB, which decides how many sessions there are.
 package manager
 
 import (
@@ -34,21 +34,21 @@ type Manager struct {
 
 	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
 	mu        sync.Mutex
-	queues    map[pgsql.Key]*queue // by keys without names
-	shared    *lockconn.Conn       // which new locks are tried on; nil: there is none at present
-	opening   *opening             // of shared; nil: nobody opens it
-	sessions  int                  // those that hold locks, or wait in the server's queue
-	polling   int                  // those who wait, and do not have such a session
-	asking    bool                 // somebody asks who holds a lock
-	outage    *outage              // that waits are in; nil: none are
-	stuck     map[*stuck]struct{}  // waits whose callers hold keys
-	detecting bool                 // somebody asks others for their waits
-	detected  time.Time            // when they had last answered
-	warned    bool                 // a Logger has been, that the pool has only one
+	queues    map[pgsql.Key]*queue     // by keys without names
+	shared    *lockconn.Conn           // which new locks are tried on; nil: there is none at present
+	opening   *opening                 // of shared; nil: nobody opens it
+	sessions  int                      // the shared one, and those that wait in the server's queue or did
+	polling   int                      // those who wait, and do not have such a session
+	asking    bool                     // somebody asks who holds a lock
+	outage    *outage                  // that waits are in; nil: none are
+	nested    map[*nestedWait]struct{} // waits whose callers hold keys
+	detecting bool                     // somebody asks others for their waits
+	detected  time.Time                // when they had last answered
+	warned    bool                     // a Logger has been warned of a pool of one connection
 }
 
-// managers go with their *sql.DB, which they do not keep: a Manager that nobody uses knows nothing,
-// and runs nothing.
+// managers has the Manager of each *sql.DB. It does not keep the *sql.DB in memory. A Manager that
+// nobody uses has nothing to remember, and runs nothing.
 var managers struct {
 	mu sync.Mutex
 	of map[weak.Pointer[sql.DB]]*Manager
@@ -64,7 +64,7 @@ func For(db *sql.DB) *Manager {
 	defer managers.mu.Unlock()
 	m := managers.of[p]
 	if m == nil {
-		m = &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), stuck: make(map[*stuck]struct{}), Checking: make(chan struct{}, 1)}
+		m = &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), nested: make(map[*nestedWait]struct{}), Checking: make(chan struct{}, 1)}
 		if managers.of == nil {
 			managers.of = make(map[weak.Pointer[sql.DB]]*Manager)
 		}
@@ -172,8 +172,8 @@ func (m *Manager) othersPoll() bool {
 	return m.polling > 0
 }
 
-// untilTick returns a pause of up to pause and some: until the next tick of a clock that is the same
-// for all of this process, so that they try together, and another one in others.
+// untilTick returns the time until the next tick of a clock that ticks every pause, or up to an eighth
+// later. All waits of m go by the same ticks, so that they try together; other processes have others.
 func (m *Manager) untilTick(pause time.Duration) time.Duration {
 	now := time.Now()
 	tick := now.UnixNano()/int64(pause) + 1
@@ -181,13 +181,13 @@ func (m *Manager) untilTick(pause time.Duration) time.Duration {
 	return time.Unix(0, tick*int64(pause)+jitter).Sub(now)
 }
 
-// String says what the Manager has to do, or "" if nothing.
+// String describes what the Manager has to do, for tests: "" is nothing.
 func (m *Manager) String() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling == 0 && len(m.stuck) == 0 {
+	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling == 0 && len(m.nested) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling, %d stuck",
-		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling, len(m.stuck))
+	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling, %d nested waits",
+		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling, len(m.nested))
 }

@@ -29,8 +29,8 @@ func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
 	}
 }
 
-// Starved tells whether somebody has waited for the only connection of db's pool, which carries locks, since the
-// pool's WaitCount was that.
+// Starved tells whether somebody has waited for the only connection of db's pool, which carries locks,
+// since the pool's WaitCount was waits.
 func Starved(db *sql.DB, waits int64) bool {
 	stats := db.Stats()
 	if stats.MaxOpenConnections != 1 {

@@ -70,7 +70,7 @@ func (a *attempts) outlive(err error) error {
 	return a.away
 }
 
-// joinUnderWay has a wait join an outage that others are in, rather than find out by itself.
+// joinUnderWay has a wait join the outage that others are in, if there is one.
 func (a *attempts) joinUnderWay() error {
 	if !a.waited && !a.Lead {
 		return nil
@@ -124,8 +124,8 @@ func (m *Manager) leaveOutage(o *outage) {
 	}
 }
 
-// reach tries to reach the server until it answers, or ctx ends. If it does at once, one session was
-// lost and no more, which replaced tells.
+// reach tries to reach the server until it answers, or ctx ends. If it answers at once, no more than a
+// session was lost: then reach calls replaced.
 func (m *Manager) reach(ctx context.Context, o *outage, pool *session.Pool, replaced func()) {
 	defer func() {
 		if p := recover(); p != nil { // the driver's, or a Logger's

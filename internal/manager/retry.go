@@ -11,7 +11,7 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// attempts is the attempts of one acquisition, and when they end.
+// attempts decides whether an acquisition, after a failed attempt, makes another.
 //
 //   - Connections in the pool may be dead, after a restart of the server, say: as database/sql
 //     does, such a one is dropped and the next one tried.
@@ -26,12 +26,12 @@ type attempts struct {
 	began time.Time
 
 	stale   int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives   int       // times to lose a session to others, or a lock as soon as it is granted
-	waited  bool      // the server has answered, and the lock was taken
+	lives   int       // how often a shared session, or a lock just granted, may still be lost
+	waited  bool      // it has begun to wait: another has the lock, or asks for it
 	missed  time.Time // when the server was first missed, while waiting
 	away    error     // why it cannot be reached; nil: it can, as far as is known
-	refused bool      // the server has said that another has the lock
-	hint    string    // why the acquisition failed, beside its error
+	refused bool      // the server has refused the lock: another has it
+	hint    string    // what to add to the error of the acquisition
 }
 
 func newAttempts(ctx context.Context, db *sql.DB, r *Request) attempts {
@@ -49,7 +49,7 @@ const (
 )
 
 // keepTrying opens sessions until attempt succeeds on one, or fails for a reason that another
-// session would not mend. A failed one is ended here.
+// session would not mend. It ends the sessions on which attempt failed.
 func (a *attempts) keepTrying(open func(context.Context) (*session.Session, error), attempt func(*session.Session) error) (*session.Session, error) {
 	for {
 		if err := session.Ended(a.ctx); err != nil {
@@ -123,7 +123,7 @@ func (a *attempts) again(err error, at stage) error {
 	}
 }
 
-// late returns the error of an attempt that ctx has ended, and says more of it.
+// late returns the error of an attempt that has failed with err, after the end of ctx, and sets hint.
 func (a *attempts) late(err error, at stage) error {
 	cause := context.Cause(a.ctx)
 	switch {

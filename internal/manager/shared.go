@@ -35,7 +35,7 @@ func (a *acquisition) open(ctx context.Context) (*session.Session, error) {
 	return s, nil
 }
 
-// An opening is what those wait for who find another opening the shared session.
+// An opening is one caller's opening of the shared session, for which others wait.
 type opening struct {
 	done chan struct{}
 	err  error // not that of the opener's own ctx
@@ -50,8 +50,8 @@ func (m *Manager) openedLocked(o *opening, err error) {
 	}
 }
 
-// session returns the shared session, which the caller has use for until it calls Leave. If there is
-// none, it opens one, or waits for who does.
+// session returns the shared session, which the caller is to Leave, and whose it is. If there is none,
+// it opens one, or waits for another who does.
 func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 	m := a.m
 	if a.stale < 0 {

@@ -30,7 +30,7 @@ func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
 func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
-	a.stick()
+	a.noteWait()
 	var err error
 	for err == nil {
 		select {
@@ -41,7 +41,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 			err = context.Cause(a.ctx)
 		case <-glance.C:
 			err = a.pool.Closed()
-			a.stick()
+			a.noteWait()
 		}
 	}
 	m := a.m
@@ -52,7 +52,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	if q.Cancel(w, now) {
 		return turn{}, err
 	}
-	// Its turn has come nevertheless, and is the next one's.
+	// Its turn has come meanwhile, and is passed on.
 	switch t := <-w.Turns; t.To {
 	case keyqueue.Ask, keyqueue.Look:
 		q.GaveUp(w, now)
@@ -62,7 +62,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	return turn{}, err
 }
 
-// glanceEvery is how often one who waits looks whether the pool has been closed.
+// glanceEvery is how often one who waits in the queue looks whether the pool has been closed.
 const glanceEvery = 400 * time.Millisecond
 
 // join has the session of a grant that was handed on watched for the caller, too.
@@ -75,8 +75,8 @@ func (a *acquisition) join(q *queue, g keyqueue.Grant[*lockconn.Conn]) ([]held, 
 	return []held{{key: a.at, q: q, grant: g}}, nil
 }
 
-// look looks whether others wait for the lock that other shared holders of this process have, and
-// which the caller would have at once.
+// look asks whether anybody waits in the server's queue for a lock that shared holders of this process
+// have. If nobody does, the caller shares it.
 func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]) (turn, error) {
 	m, c := a.m, g.On
 	r := lockconn.Request{Op: lockconn.Look, Keys: []pgsql.Key{a.at}}

@@ -25,7 +25,7 @@ var ErrDeadlock = error(verdict{msg: "the holder of the lock waits for this tran
 // INDEX CONCURRENTLY that has met the transaction while it waited would wait for all of it. waiting is
 // called when a try is refused, and may end ctx.
 func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, waiting func()) error {
-	c := callersTx{s: &Session{turn: make(chan struct{}, 1)}, tx: tx}
+	c := callersTx{s: &Session{sending: make(chan struct{}, 1)}, tx: tx}
 	lookAt := time.Now().Add(deadlockPause)
 	suspect := false
 	for pause := PauseMin; ; pause = min(2*pause, txPauseMax) {

@@ -55,11 +55,11 @@ type abandonedError struct{}
 func (abandonedError) Error() string        { return "the driver has not returned from the statement before" }
 func (abandonedError) Is(target error) bool { return target == driver.ErrBadConn }
 
-// take waits for the turn to send a statement, which ends with give.
+// take waits for the right to send a statement, until give.
 func (s *Session) take(ctx context.Context, bound time.Duration) error {
 	select {
-	case s.turn <- struct{}{}:
-		return s.taken()
+	case s.sending <- struct{}{}:
+		return s.usable()
 	default:
 	}
 	if s.cond.Load() == abandoned {
@@ -71,17 +71,17 @@ func (s *Session) take(ctx context.Context, bound time.Duration) error {
 		defer cancel()
 	}
 	select {
-	case s.turn <- struct{}{}:
-		return s.taken()
+	case s.sending <- struct{}{}:
+		return s.usable()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 }
 
-// taken gives the turn back if the statement that had it before was abandoned.
-func (s *Session) taken() error {
+// usable gives the right to send back if the statement before was abandoned.
+func (s *Session) usable() error {
 	if s.cond.Load() == abandoned {
-		<-s.turn
+		<-s.sending
 		return abandonedError{}
 	}
 	return nil
@@ -91,7 +91,7 @@ func (s *Session) taken() error {
 // returns.
 func (s *Session) give() {
 	if s.cond.Load() != abandoned {
-		<-s.turn
+		<-s.sending
 	}
 }
 
@@ -168,7 +168,7 @@ func (s *Session) aside(ctx context.Context, bound time.Duration, f func(context
 			s.worsen(abandoned)
 			go func() {
 				<-done
-				<-s.turn
+				<-s.sending
 			}()
 			return context.Cause(inner)
 		}

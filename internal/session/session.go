@@ -51,7 +51,7 @@ type Session struct {
 	pool    *Pool       // nil: the connection is the caller's
 	use     Use
 	log     *slog.Logger
-	turn    chan struct{} // filled by who sends: a channel, because waiting for it must end with a context
+	sending chan struct{} // filled by who sends: a channel, because waiting for it must end with a context
 	cond    atomic.Int32  // a condition
 	guard   guard
 	breaker breaker
@@ -79,7 +79,7 @@ func OnConn(conn *sql.Conn, log *slog.Logger, shared bool) *Session {
 }
 
 func newSession(conn *sql.Conn, pool *Pool, log *slog.Logger, use Use) *Session {
-	s := &Session{conn: conn, pool: pool, log: log, use: use, turn: make(chan struct{}, 1)}
+	s := &Session{conn: conn, pool: pool, log: log, use: use, sending: make(chan struct{}, 1)}
 	s.settings = pgsql.Settings{Nonce: strconv.FormatUint(rand.Uint64(), 36), Exposed: use == ForConn}
 	if pool != nil {
 		_ = raw(conn, func(dc any) error {
@@ -210,7 +210,7 @@ func (s *Session) Discard() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.turn <- struct{}{} // not given back: nothing is sent any more
+		s.sending <- struct{}{} // not given back: nothing is sent any more
 		err := raw(s.conn, func(dc any) error {
 			s.clear(dc)
 			return driver.ErrBadConn // database/sql's word for "do not use it again"
