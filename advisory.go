@@ -89,8 +89,8 @@ func (l *Lock) Token(ctx context.Context) (int64, error) {
 }
 
 // Release ends the lock's Context and releases the lock. It takes ten seconds or so at most,
-// even if the server cannot be reached. Further calls return the same result. With [AtLeast],
-// the lock may stay for some time. For a nil Lock, Release returns an error.
+// even if the server cannot be reached. Further calls return the same result. [AtLeast] may
+// keep the lock for longer. For a nil Lock, Release returns an error.
 //
 // A nil error means that the lock was held until now. Any other error matches [ErrLost]. In
 // either case this process does not hold the lock any more: a connection on which the release

@@ -137,7 +137,7 @@ func openOther(ctx context.Context, pool *session.Pool, cfg *config, patience ti
 	})
 }
 
-// both is what is said if the first connection and the other number i have the same lock.
+// both says that the first connection and the other number i have the same lock.
 func both(i int) string {
 	return fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
 }

@@ -32,8 +32,8 @@ var (
 	// process may have held the lock in the meantime.
 	ErrLost = errors.New("advisory: lock lost")
 
-	// ErrReentrant means that ctx says that its own caller already holds the lock. To wait for it
-	// would last for ever.
+	// ErrReentrant means that the caller already holds the lock, as ctx says. A wait for it would
+	// never end.
 	ErrReentrant = errors.New("advisory: lock already held by this caller")
 
 	// ErrDeadlock means that the wait was part of a deadlock, and has ended. The lock is not held.
@@ -97,8 +97,8 @@ func (e *Error) Error() string {
 // Unwrap returns what the error matches.
 func (e *Error) Unwrap() []error { return e.errs }
 
-// An ending is why the context of an acquisition has ended. If that is the error of another
-// acquisition, it does not say that this one was refused, or that its Timeout was over.
+// An ending is the cause of the end of an acquisition's context. It may be the error of another
+// acquisition, and so it does not say that this one was refused, or that its Timeout was over.
 type ending struct{ error }
 
 func (e ending) Is(target error) bool {

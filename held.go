@@ -8,15 +8,14 @@ import (
 	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
-// A marked context is one whose caller holds a lock, and what it knows of that. Each one
-// points to the one outside it.
+// A marked is a context whose caller holds locks, and what it knows of them.
 type marked struct {
 	context.Context
-	outer *marked
+	outer *marked // the next one that the context is made from; nil: none
 	db    *sql.DB
 	keys  []Key
 	token tokenSource
-	ended atomic.Bool // the lock is not held any more
+	ended atomic.Bool // the locks are not held any more
 }
 
 type markKey struct{}
@@ -40,9 +39,9 @@ func (m *marked) mark(ctx context.Context, db *sql.DB, keys []Key) {
 	m.token.mark = m
 }
 
-// checkReentrant returns an error if ctx says that its caller holds one of keys
-// already. The same key on another *sql.DB is taken for a lock of another database;
-// where db is not known (nil), for the same.
+// checkReentrant returns an error if ctx says that its caller holds one of keys already. A
+// key that is held through another *sql.DB counts as one of another database, unless db is
+// nil, which means that it is not known.
 func checkReentrant(ctx context.Context, db *sql.DB, keys []Key) error {
 	for m := innermost(ctx); m != nil; m = m.outer {
 		if m.ended.Load() || db != nil && m.db != db {
@@ -63,8 +62,8 @@ func checkReentrant(ctx context.Context, db *sql.DB, keys []Key) error {
 	return nil
 }
 
-// held returns the keys that the caller of ctx holds in db's database. If db is nil, it is
-// that of the innermost one, which held also returns.
+// held returns the keys that, as ctx says, its caller holds through db. If db is nil, it is
+// that of the innermost lock. held also returns db.
 func held(ctx context.Context, db *sql.DB) (*sql.DB, []pgsql.Key) {
 	var keys []pgsql.Key
 	for m := innermost(ctx); m != nil; m = m.outer {

@@ -22,8 +22,8 @@ type hold struct {
 
 	locks   *manager.Locks   // nil: the lock is on session
 	holder  *lockconn.Holder // of locks
-	until   time.Time        // AtLeast: locks stay until then
-	waits   int64            // for connections of the pool, before
+	until   time.Time        // AtLeast: locks are kept until then
+	waits   int64            // the pool's WaitCount when the hold began
 	session *session.Session // that of WithConnLock, which its caller drives
 
 	observed *observation
@@ -104,7 +104,8 @@ func (h *hold) run(fn func(context.Context) error) (err error) {
 	return err
 }
 
-// starved returns an error if fn's may be that of a wait for a connection that the lock has.
+// starved returns an error if fn may have waited in vain for the pool's only connection, which the
+// lock has.
 func (h *hold) starved(err error) error {
 	ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
 	if !ended || errors.As(err, new(*Error)) || h.session != nil || !manager.Starved(h.db, h.waits) {
@@ -116,12 +117,12 @@ func (h *hold) starved(err error) error {
 // release ends the hold, once.
 func (h *hold) release() error {
 	h.once.Do(func() {
-		err, stays, begun := session.ErrPanicked, false, false
+		err, kept, begun := session.ErrPanicked, false, false
 		defer func() {
 			if !begun && h.locks != nil { // the driver has panicked before the release
 				go func() { _ = h.locks.Release() }()
 			}
-			if !stays {
+			if !kept {
 				h.err = h.releaseError(err)
 				h.observed.holdEnd(h.err)
 			}
@@ -132,10 +133,10 @@ func (h *hold) release() error {
 		// Work that goes by the context ends before another holder's begins.
 		h.ended.Store(true)
 		h.cancel(nil)
-		stays = h.stay()
+		kept = h.keep()
 		begun = true
 		switch {
-		case stays:
+		case kept:
 		case h.session != nil:
 			err = h.session.Release()
 		default:
@@ -145,14 +146,14 @@ func (h *hold) release() error {
 	return h.err
 }
 
-// stay leaves the locks held until they have been for AtLeast. It returns false if they have
-// been, or are lost. A timer, and no goroutine, waits for that.
-func (h *hold) stay() bool {
+// keep keeps the locks until AtLeast is over, and then releases them, by a timer. It returns false
+// if AtLeast is over already, or a lock is lost.
+func (h *hold) keep() bool {
 	if time.Until(h.until) <= 0 || h.locks.Ping() != nil {
 		return false
 	}
-	// The caller has its result: a loss is for others to be told, and not on the goroutine that tells
-	// other holders of theirs.
+	// The caller has its result, so that a loss is for the Logger and the Observer. They are told on
+	// another goroutine, because this one tells other holders.
 	var told sync.Once
 	warn := func(err error) { h.cfg.logger.Warn("advisory: lock lost before AtLeast was over", "error", err) }
 	h.holder.Begin(func(cause error) {
@@ -184,8 +185,7 @@ func (h *hold) releaseError(err error) error {
 	}
 }
 
-// A call is what an exported function is called with, for checking it before
-// anything is sent.
+// A call is a call of an exported function, which is checked before anything is sent.
 type call struct {
 	function string
 	options  optionSet // those that apply
@@ -195,7 +195,7 @@ type call struct {
 	leads    bool      // it is Lead
 }
 
-// missing is the first name that goes with true.
+// missing returns the name of the first argument that is nil, or "".
 func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
 	switch {
 	case nil1:

@@ -13,7 +13,7 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// How long Lead pauses after a database error, or a lock that it lost soon: at first, and at most.
+// How long Lead pauses after an error of the database, or a loss within 5 s: at first, and at most.
 const (
 	leadPauseMin = 100 * time.Millisecond
 	leadPauseMax = 5 * time.Second
@@ -28,10 +28,9 @@ const (
 //
 // # fn's return ends Lead
 //
-// When fn returns by itself, Lead releases the lock and returns fn's error, or nil. That is a
-// planned step-down. So a fn that leads for as long as its process lives is a loop that ends
-// with its ctx, and tries again what fails because the database is away for a moment. See the
-// examples.
+// When fn returns, and the lock has not been lost, Lead releases the lock and returns fn's
+// error. That is how a leader steps down. To lead for as long as the process lives, fn loops
+// until its ctx ends, and tries again what fails for a moment. See the examples.
 //
 // # What ends the ctx of fn
 //
@@ -39,16 +38,18 @@ const (
 // returned, Lead campaigns again: in one process, fn never runs twice at a time. If fn goes on
 // after a loss, Lead waits for it, and warns the Logger once every HolderTimeout.
 //
-// Lead campaigns until its ctx ends. If that is while fn runs, the ctx of fn ends, too, and
-// Lead returns fn's error. If it is before fn has run, the error matches ctx's, and also the
-// last error of the database if that is why fn has not run. In either case, a program that
-// shuts down looks at ctx, and not at the error. Lead also returns if db is closed; with
-// [ErrReentrant], if ctx already carries the key; and with [ErrDeadlock], if others who have
-// the lock wait for one that ctx carries.
+// Lead campaigns until its ctx ends. If that happens while fn runs, the ctx of fn ends, too,
+// and Lead returns fn's error. Otherwise the error matches ctx's, and also that of the database
+// if one has kept fn from running. A program that shuts down looks at ctx, and not at the
+// error.
 //
-// An outage of the server lasts as long as it lasts; the Logger is told at its beginning and
-// its end. Other errors of the database are reported when they are new, and once a minute, and
-// retried after pauses that grow to 5 s. So is a lock that was lost within 5 s.
+// Lead also returns if db is closed; with [ErrReentrant], if ctx already carries the key; and
+// with [ErrDeadlock], if the holder of the lock waits for one that ctx carries.
+//
+// Lead waits for as long as the server is away. The Logger is told when that begins and ends.
+// After any other error of the database, Lead tries again, after pauses that grow to 5 s. The
+// Logger is told of an error when it is new, and then once a minute. Lead also pauses after it
+// has lost the lock within 5 s.
 //
 // # Who leads
 //
@@ -57,8 +58,8 @@ const (
 // leader on a standby would lead beside that of the primary.
 //
 // A process that stands by holds one connection of the pool. If the pool has none to spare for
-// that (see "Connections" in the package documentation), it holds none, and tries every 250 ms
-// at most instead.
+// that (see "Connections" in the package documentation), it holds none, and tries again after
+// pauses that grow to 250 ms.
 //
 // Lead takes the options Heartbeat, HolderTimeout, Logger and Observe. The default Logger is
 // [slog.Default].

@@ -51,7 +51,7 @@ func Observe(o *Observer) Option {
 	return func(c *config) { c.given |= optObserve; c.observer = o }
 }
 
-// An observation is one lock under an Observer. A nil one is under none.
+// An observation is one call under an Observer. A nil one is under none.
 type observation struct {
 	*Observer
 	info  LockInfo
@@ -113,7 +113,7 @@ func (o *observation) holdStart(ctx context.Context) context.Context {
 	return ctx
 }
 
-// lost does not wait for Lost: other holders are to be told, too.
+// lost does not wait for Lost: other holders are still to be told.
 func (o *observation) lost(err error) {
 	if o != nil && o.Lost != nil {
 		go o.Lost(o.hold, o.info, err)

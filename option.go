@@ -72,18 +72,18 @@ func Timeout(d time.Duration) Option {
 // The default is 0. d must not be negative. AtLeast applies to [WithLock], [WithLocks] and
 // [Acquire].
 //
-// It is for a job that several processes start, each by its own clock, with [NoWait]. A job
-// that takes 50 ms must keep its lock until the last clock has struck, or another process runs
-// it again. d should be longer than the clocks differ, and shorter by as much than the time
-// between two runs of the job.
+// It is for a job that several processes start, each by its own clock, with [NoWait]. Without
+// AtLeast, a job of 50 ms is over before the last clock strikes, and another process runs it
+// again. d should be longer than the clocks differ. The time between two runs of the job
+// should be longer than d by as much.
 //
-// The call returns when fn has returned, and its error means what it always means. The lock
-// stays even if fn fails or panics, because its work may have been done. Until d is over,
-// nobody else gets the lock, in this process or another. The lock keeps its connection, takes
-// no goroutine, and survives [sql.DB.Close]. It ends with the process at the latest.
+// The function returns as without AtLeast, and its error means the same. The lock is kept even
+// if fn fails or panics, because its work may have been done. Nobody else gets it until d is
+// over, in this process or another, unless it is lost. It keeps its connection, takes no
+// goroutine, and survives [sql.DB.Close]. It ends with the process at the latest.
 //
-// Heartbeats go on. A loss after the call has returned is reported to the [Logger] and to the
-// [Observer], whose HoldEnd is called when the lock is released.
+// Heartbeats go on. A loss after the function has returned is reported to the [Logger] and to
+// the [Observer], whose HoldEnd is called when the lock is released.
 func AtLeast(d time.Duration) Option {
 	return func(c *config) { c.given |= optAtLeast; c.atLeast = d }
 }
@@ -101,28 +101,26 @@ func Heartbeat(d time.Duration) Option {
 }
 
 // HolderTimeout sets how long a lock outlives a holder that falls silent (power loss,
-// partition, SIGSTOP). The server itself ends a session that has waited for its next statement
-// for d.
+// partition, SIGSTOP). The server ends a session that has waited for its next statement for d.
 //
 // The default is 15 s for [WithLock], [WithLocks], [Acquire] and [Lead]. d must be at least
 // three heartbeats, so that the old holder's context has ended before the server lets a new
 // holder begin. The server counts in milliseconds, up to 24 days. Where several locks are on
 // one session, the shortest d counts for all of them.
 //
-// The server learns d, as idle_session_timeout, with the grant of a lock that was waited for
-// in its queue, before fn of [Lead], and otherwise with the first heartbeat. It forgets d with
-// the last release, by RESET: a value that the program itself had SET on the session is not
-// restored. A holder that falls silent before its first heartbeat is bounded by the server's
-// tcp_keepalives settings; a process that is frozen then, whose kernel answers them, is
-// bounded by nothing. A server whose own idle_session_timeout is shorter than a heartbeat
-// frees locks too early.
+// The first heartbeat sets d on the session, as idle_session_timeout. For a lock that was
+// waited for in the server's queue, the grant does; for [Lead], a statement before fn. The last
+// release takes it off, by RESET: a value that the program itself had SET is not restored.
+// Before d is set, only the server's tcp_keepalives settings bound a holder that falls silent.
+// They do not bound a frozen process, whose kernel answers them. A server whose own
+// idle_session_timeout is shorter than a heartbeat frees locks too early.
 //
-// For [WithTxLock] and [WithConnLock], where the caller drives the session, there is no
-// heartbeat and no default. If the option is given, the server ends the session once it has
-// waited for fn's next statement for d, whether fn is at work or not. While a statement runs,
-// the server does not count. It then looks every second whether the process is still there
-// (client_connection_check_interval). That finds a process that has died, and not a network
-// that is cut: the server's tcp_keepalives settings are for that.
+// For [WithTxLock] and [WithConnLock], fn drives the session, so that there is no heartbeat and
+// no default. If the option is given, the server ends the session once it has waited for fn's
+// next statement for d, whether fn is at work or not. It does not count while a statement runs,
+// but looks every second whether the process is still there (client_connection_check_interval).
+// That finds a process that has died, and not a network that is cut: the server's
+// tcp_keepalives settings are for that.
 func HolderTimeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optHolderTimeout; c.holderTimeout = d }
 }
@@ -133,10 +131,10 @@ func TxOptions(o *sql.TxOptions) Option {
 	return func(c *config) { c.given |= optTxOptions; c.txOptions = o }
 }
 
-// Logger sets where the package reports what it cannot return as an error: a server that waits
-// cannot reach, and that it is back; a session that was lost while waiting and replaced; a
-// pool that is too small for fn; a release that failed while fn panicked; a [Lock] that was
-// never released.
+// Logger sets where the package reports what it cannot return as an error. Among that are the
+// beginning and the end of an outage that waits go through; a session that was lost while
+// waiting and replaced; a pool that is too small for fn; a release that failed while fn
+// panicked; a lock that was lost under [AtLeast]; a [Lock] that was never released.
 //
 // The default, and nil, is silent, except for [Lead], where it is [slog.Default]. Logger
 // applies to all functions.
@@ -242,7 +240,7 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	return c, nil
 }
 
-// request returns what the floors below are asked for, by the caller of ctx.
+// request returns the request for keys by the caller of ctx.
 func (c *config) request(ctx context.Context, db *sql.DB, keys []Key) *manager.Request {
 	_, held := held(ctx, db)
 	return &manager.Request{

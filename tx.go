@@ -68,7 +68,7 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 
 // runTx runs fn, and ends the transaction and the session whatever becomes of fn.
 func runTx(ctx context.Context, t *session.Tx, keys []Key, cfg *config, o *observation, fn func() error) (err error) {
-	// As database/sql does at the end of a transaction's context.
+	// The end of ctx rolls back, as database/sql does.
 	stop := context.AfterFunc(ctx, func() { _ = t.Rollback() })
 	returned := false
 	defer func() {

@@ -99,7 +99,7 @@ func (c *Conn) answer(ctx context.Context, reqs []*Request) error {
 	} else {
 		alone = append(alone, together...)
 	}
-	asked := len(together) > 0 // not by a heartbeat, which may have nothing to ask
+	asked := len(together) > 0 // a heartbeat does not count: it may have nothing to ask
 	for _, r := range alone {
 		asked = asked || r.Op != beat
 		if err := c.answerAlone(ctx, r); err != nil {
@@ -112,7 +112,7 @@ func (c *Conn) answer(ctx context.Context, reqs []*Request) error {
 		}
 	}
 	for _, r := range pings {
-		r.OK = true // any answer is one to that
+		r.OK = true // any answer will do
 	}
 	return nil
 }
@@ -283,8 +283,8 @@ func (c *Conn) execKeys(r *Request, literal func([]pgsql.Key, bool) string, cach
 	}
 }
 
-// afterError answers r after an error of the server's. What it may have got, or still has, is
-// unlocked. Other locks that the session holds are not touched.
+// afterError answers r, which the server has answered with an error. It unlocks what r may have got, or
+// still has, and no other locks of the session.
 func (c *Conn) afterError(ctx context.Context, r *Request, err error) error {
 	switch r.Op {
 	case Ping: // an answer it is
@@ -306,7 +306,7 @@ func (c *Conn) afterError(ctx context.Context, r *Request, err error) error {
 	return nil
 }
 
-// accept notes the answer to a Try or an Unlock, or to a heartbeat: the keys for which it is yes.
+// accept notes the answer to r, which is yes for some of its keys.
 func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 	r.OK = len(yes) == len(r.Keys)
 	switch {

@@ -17,7 +17,8 @@ import (
 
 // A Conn is a session that carries the locks of several holders, and tries and unlocks for several
 // at a time: what is asked of it while a round trip is under way goes out together in the next one.
-// A lone request goes out by itself; if nobody has locks on the session, on the goroutine of its caller.
+// A lone request goes out by itself: on the goroutine of its caller, if that cannot leave it, or if the
+// session holds no locks.
 //
 // One goroutine at a time serves requests: that of a caller, or one that ends when there are no
 // more. The last of those who use the Conn hands the connection back. All methods are safe for
@@ -113,7 +114,7 @@ func (c *Conn) leave(uses int) {
 	case !last:
 	case c.stmt == nil && c.s.Reset() == "":
 		c.handBack()
-	default: // which takes statements, and its caller may be late
+	default: // cleaning takes statements, and the caller may be late
 		session.Soon(func() error { c.handBack(); return nil })
 	}
 }
@@ -195,13 +196,13 @@ type Request struct {
 	Shared bool
 
 	// The answer.
-	OK   bool      // all the locks were granted, or were held; or others wait
+	OK   bool      // Try: all are granted; Unlock: all were held; Look: others wait
 	Sent time.Time // when the request went out
 	err  error
 
 	panicked any // by the driver
 
-	done chan struct{} // closed with the answer; nil: nobody waits for that
+	done chan struct{} // closed with the answer; nil: nobody waits on it
 
 	// Guarded by Conn.mu.
 	left     bool // its caller has left
@@ -316,7 +317,7 @@ func (c *Conn) serveAll() {
 	c.leave(0) // those who left their requests may have been the last
 }
 
-// serve serves requests.
+// serve answers requests. If it cannot, the session is lost.
 func (c *Conn) serve(ctx context.Context, reqs []*Request) {
 	err := c.guarded(reqs, func() error { return c.answer(ctx, reqs) })
 	var left []*Request

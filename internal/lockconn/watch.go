@@ -60,23 +60,21 @@ func (h *Holder) TakeLoss() error {
 	return lost
 }
 
-// A watch checks the session of held locks every heartbeat, and ends it when the locks cannot be
-// shown to be held any more: by twice a heartbeat after the last proof that they were. With the
-// first heartbeat it has the server watch, too: an idle_session_timeout of at least three
-// heartbeats makes sure that the server does not let go of the locks of a holder that fell silent
-// before the holder, counting from an earlier moment to a nearer one, has given up.
+// A watch checks the session of held locks every heartbeat. If two heartbeats have passed since the
+// last proof that the session has the locks, the watch gives it up, and the holders are told.
 //
-// Where locks of several holders are on the session, the strictest counts: the shortest Heartbeat,
-// and the shortest Silence.
+// The first heartbeat has the server watch, too, by an idle_session_timeout of at least three
+// heartbeats. So the holders give up before the server frees the locks: they count from an earlier
+// moment, in which a statement went out, and to a nearer one.
 //
-// Between heartbeats it is one timer. It ends with the last holder, or with the session: the timer
-// then fires once more, for nothing.
+// Where several holders have locks on the session, the shortest Heartbeat and the shortest Silence
+// count. Between heartbeats, a watch is one timer, which may fire once more after its end.
 type watch struct {
 	alarm   session.Alarm
 	proof   time.Time     // when a statement went out that the session has answered
 	every   time.Duration // the pace: the shortest Heartbeat
 	since   time.Time     // when that pace began
-	next    time.Time     // heartbeat
+	next    time.Time     // when the next heartbeat is due
 	beating bool          // one is under way
 }
 
@@ -91,7 +89,7 @@ func (c *Conn) Hold(h *Holder) error {
 	every, first := c.strictLocked(h.Heartbeat), len(c.holders) == 0
 	c.holders[h] = struct{}{}
 	next := now.Add(every)
-	if fresh := w.proof.Add(every); first && fresh.After(now) { // otherwise ProveFresh follows
+	if fresh := w.proof.Add(every); first && fresh.After(now) { // an older proof is ProveFresh's to renew
 		next = fresh
 	}
 	if first || every < w.every {
@@ -111,8 +109,8 @@ func (c *Conn) LetGo(h *Holder) {
 	delete(c.holders, h)
 }
 
-// strictLocked returns every, or what is left of the silence that the server may have been told to put up
-// with, for a lock that is not held any more: three heartbeats, as always.
+// strictLocked returns every, or a third of the silence that the server has been told to wait for, if
+// that is shorter: it may have been a holder's who has left.
 func (c *Conn) strictLocked(every time.Duration) time.Duration {
 	if c.silence > 0 {
 		return min(every, c.silence/3)
@@ -137,11 +135,11 @@ func (c *Conn) paceLocked() (every, silence time.Duration) {
 func (c *Conn) deadlineLocked() time.Time {
 	w := &c.watch
 	from := w.proof
-	if w.since.After(from) { // nobody has counted from the proof at this pace
+	if w.since.After(from) { // the pace is newer than the proof
 		from = w.since
 	}
 	deadline := from.Add(2 * w.every)
-	if c.silence > 0 { // but the server has
+	if c.silence > 0 { // the server counts from the proof
 		if server := w.proof.Add(2 * c.silence / 3); server.Before(deadline) {
 			return server
 		}
@@ -205,8 +203,8 @@ func (c *Conn) beat() {
 // the holders' Silence asks. After an error, the session is lost, or ctx has ended.
 func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op: beat}) }
 
-// ProveFresh is Prove for a grant whose answer was so long on its way that the server may have
-// ended the session since.
+// ProveFresh is Prove if the last proof is a heartbeat old: the answer to a grant may have been so long
+// on its way that the server has ended the session since.
 func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	c.mu.Lock()
 	watched := c.silence > 0

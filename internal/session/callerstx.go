@@ -13,7 +13,7 @@ const (
 	// txPauseMax is how long a try in a transaction of the caller's pauses at most.
 	txPauseMax = 100 * time.Millisecond
 
-	// deadlockPause is how long one tries before one asks whether the holder waits for oneself. It is
+	// deadlockPause is the time before each question whether the holder waits for the transaction. It is
 	// PostgreSQL's default deadlock_timeout.
 	deadlockPause = time.Second
 )

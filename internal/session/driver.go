@@ -188,8 +188,9 @@ func pgConn(dc any) reflect.Value {
 	return reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0].MethodByName("PgConn").Call(nil)[0]
 }
 
-// caches tells whether dc is pgx's, in the mode that keeps statements with arguments prepared, which is its
-// default. Such a statement costs a quarter less than one without, which is parsed each time.
+// caches tells whether dc is pgx's, in the mode that keeps statements with arguments prepared, which is
+// its default. Such a statement costs a quarter less than one without arguments, which is parsed each
+// time.
 func caches(dc any) bool {
 	if t := reflect.TypeOf(dc); t.Kind() != reflect.Pointer || !isPgx(t) {
 		return false

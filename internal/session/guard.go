@@ -33,7 +33,7 @@ func (g *guard) begin(interrupt func(error)) (no uint64) {
 	return g.no
 }
 
-// bound leaves no more than d to statement no, or, if that is 0, to the one under way.
+// bound leaves no more than d to statement no. No 0 is the one under way.
 func (g *guard) bound(no uint64, d time.Duration, why error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -82,8 +82,8 @@ func (g *guard) stop() {
 	g.timer.Stop()
 }
 
-// An Alarm is a timer that is not put off: each time, that may have to wake a thread. It may fire for
-// nothing. Its owner has a mutex.
+// An Alarm is a timer that is never put off, because that may have to wake a thread each time. So it may
+// fire for nothing. Its owner's mutex guards it.
 type Alarm struct {
 	F func() // is called when it fires, and calls Fired
 

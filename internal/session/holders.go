@@ -75,7 +75,7 @@ func eachRow(ctx context.Context, q Querier, scan func(*sql.Rows) error, query s
 	return rows.Err()
 }
 
-// scan reads the columns of Holders from a row, and before them others.
+// scan reads a row: others first, and then the columns of Holders.
 func (h *Holder) scan(rows *sql.Rows, others ...any) error {
 	var start, wait sql.NullTime
 	err := rows.Scan(append(others, &h.PID, &h.Granted, &h.Shared, &h.User, &h.ApplicationName, &h.ClientAddr,
@@ -86,10 +86,9 @@ func (h *Holder) scan(rows *sql.Rows, others ...any) error {
 
 var silent = slog.New(slog.DiscardHandler)
 
-// HeldBy says who holds the lock of k, for the message of a Timeout that is over with ctx, or nothing if
-// that cannot be told in time. It asks on a connection that lies ready in the pool. A question that is
-// not answered in time is left, and not broken off, which the server would log. done is called when it
-// has ended.
+// HeldBy says who holds the lock of k, for the message of a Timeout that ended ctx, or returns "" if that
+// cannot be told within Grace. A question that takes longer is left, and not broken off, which the server
+// would log. done is called when it has ended.
 func (p *Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 	end, _ := ctx.Deadline()
 	who := make(chan string, 1)

@@ -20,7 +20,7 @@ type Pool struct {
 	Facts *Facts
 }
 
-// Facts are what has been found out about the server and the driver of a pool.
+// Facts are what is known of the server and the driver of a pool.
 type Facts struct {
 	mu      sync.Mutex
 	refused [2]bool // by refusal

@@ -35,7 +35,7 @@ type condition = int32
 
 const (
 	known     condition = iota // what it holds is known
-	doubtful                   // what it holds is not known: it may be closed only
+	doubtful                   // what it holds is not known: it can only be closed
 	gone                       // the session has ended, or a statement's answer is missing
 	abandoned                  // the driver has not returned from a statement: nothing more is sent
 )
@@ -87,17 +87,16 @@ func (s *Session) usable() error {
 	return nil
 }
 
-// give ends a turn; but not that of a statement that is abandoned, which ends when the driver
-// returns.
+// give gives back the right to send. That of an abandoned statement comes back when the driver returns.
 func (s *Session) give() {
 	if s.cond.Load() != abandoned {
 		<-s.sending
 	}
 }
 
-// Exec sends one statement, when it is its turn. It returns at most Grace and abandonAfter past
+// Exec sends one statement, when nobody else sends. It returns at most Grace and abandonAfter past
 // the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
-// After an error that is not the server's, the session may be given up only.
+// After an error that is not the server's, the session can only be given up.
 func (s *Session) Exec(ctx context.Context, bound time.Duration, query string, args ...int64) (rows int64, err error) {
 	return s.exec(ctx, bound, query, args, direct)
 }
@@ -119,7 +118,7 @@ func (s *Session) exec(ctx context.Context, bound time.Duration, query string, a
 	return n, nil
 }
 
-// Run has f, which sends one statement of so many bytes, run when it is its turn, like Exec.
+// Run runs f, which sends one statement of length bytes, when nobody else sends. It is bounded like Exec.
 func (s *Session) Run(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
 	if err := s.take(ctx, bound); err != nil {
 		return err
@@ -128,7 +127,7 @@ func (s *Session) Run(ctx context.Context, bound time.Duration, length int, f fu
 	return s.run(ctx, bound, length, f)
 }
 
-// run is Run for one who has the turn: on this goroutine, if the statement can be broken off.
+// run is Run for one who has the right to send: on this goroutine, if the statement can be broken off.
 func (s *Session) run(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
 	if s.breaker.breaks == nil || length > s.breaker.longest {
 		return s.aside(ctx, bound, f)
@@ -182,7 +181,7 @@ func (s *Session) aside(ctx context.Context, bound time.Duration, f func(context
 	return s.noted(err)
 }
 
-// guardOver bounds statement no, and what is left of it at the end of ctx. Its result ends that.
+// guardOver bounds statement no, more narrowly once ctx ends. end stops it from waiting for that.
 func (s *Session) guardOver(ctx context.Context, no uint64, bound time.Duration) (end func() bool) {
 	if bound > 0 {
 		s.guard.bound(no, bound, pgsql.NoAnswer{After: bound})
@@ -263,9 +262,9 @@ func (o outcome) result() error {
 	return o.err
 }
 
-// execLeavable is ExecQuiet, but returns at once if ctx ends. The statement and its turn then go on
-// until the answer: to break it off would cost the connection. A connection of the caller's is not
-// left like that.
+// execLeavable is ExecQuiet, but returns at once if ctx is canceled. The statement then goes on until
+// the answer, and nobody else sends: to break it off would cost the connection. On a connection of
+// the caller's, it is ExecQuiet.
 func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query string) (int64, error) {
 	if ctx.Done() == nil || s.use == Callers {
 		return s.ExecQuiet(ctx, bound, query)

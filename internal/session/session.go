@@ -39,8 +39,8 @@ const (
 type Session struct {
 	Shared bool // the lock is shared
 
-	// Comment begins a statement that waits; nil: the key does. Waiting is called when a wait begins, and
-	// again and again while it lasts; it may be nil, or end the wait's ctx.
+	// Comment returns the comment that begins a statement that waits; nil: it has the key. Waiting is
+	// called when a wait begins, and again and again while it lasts. It may be nil, and may end ctx.
 	Comment func() string
 	Waiting func()
 
@@ -51,20 +51,20 @@ type Session struct {
 	pool    *Pool       // nil: the connection is the caller's
 	use     Use
 	log     *slog.Logger
-	sending chan struct{} // filled by who sends: a channel, because waiting for it must end with a context
+	sending chan struct{} // filled by who may send: a channel, because a wait for it ends with a context
 	cond    atomic.Int32  // a condition
 	guard   guard
 	breaker breaker
 	caches  bool // the driver keeps statements that have arguments prepared
 
-	settingsMu sync.Mutex // guards settings and made: Discard may come while another still sends
+	settingsMu sync.Mutex // guards settings and made on a lock connection, which has several users
 	settings   pgsql.Settings
 	made       bool // the settings may have been made
 
 	place    pgsql.Place
 	restart  string      // begins a new transaction, in one
-	held     []pgsql.Key // by a lone lock
-	refused  bool        // the server has answered, and the lock was taken
+	held     []pgsql.Key // what Lock or Wait has taken
+	refused  bool        // the server has refused the lock: another has it
 	sent     time.Time   // when the last statement that takes a lock went out
 	left     bool        // the caller has left a statement that takes the lock
 	rowsOpen bool        // fn has left rows open
@@ -125,8 +125,8 @@ func (s *Session) silenceLocked() time.Duration {
 	return s.settings.Silence
 }
 
-// ChangeSilence returns the statement that makes the server wait for d, which the caller sends, or
-// "" if it does.
+// ChangeSilence returns the statement that makes the server wait for d, which the caller is to send, or
+// "" if the server does so already.
 func (s *Session) ChangeSilence(d time.Duration) (set string) {
 	s.settingsMu.Lock()
 	defer s.settingsMu.Unlock()
@@ -170,7 +170,7 @@ func (s *Session) send(ctx context.Context, query string, args []int64, to path)
 	return rows, cmp.Or(rawErr, err)
 }
 
-// Do has f, which sends one statement by database/sql, run when it is its turn.
+// Do runs f, which sends one statement by database/sql, when nobody else sends.
 func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
 	if err := s.take(ctx, bound); err != nil {
 		return err
@@ -248,8 +248,8 @@ func (s *Session) clear(dc any) {
 	}
 }
 
-// GiveUp ends a session on which an acquisition under ctx has failed with err: clean if its state is
-// known, for good otherwise. A caller's is left alone if it is known.
+// GiveUp ends a session on which an acquisition under ctx has failed with err. If its state is known, it
+// is cleaned and handed back, or left to the caller whose it is. Otherwise it is discarded.
 func (s *Session) GiveUp(ctx context.Context, err error) {
 	if s.use == Callers {
 		if !s.stateKnown(ctx, err) {
@@ -371,7 +371,7 @@ func (s *Session) reclaim() (held bool) {
 	return false
 }
 
-// Unlock unlocks the lock of k, which the caller's session holds, perhaps.
+// Unlock unlocks the lock of k on a session of the caller's, if it holds it.
 func (s *Session) Unlock(k pgsql.Key) error {
 	rows, err := s.Exec(context.Background(), ReleaseBound, pgsql.UnlockHeld([]pgsql.Key{k}, s.Shared))
 	switch {

@@ -48,11 +48,10 @@ var (
 )
 
 // A wait in the server's queue is made of slices: statements that wait for a bounded time, one
-// after the other. Whose slice is over goes to the end of the queue.
+// after the other. With each slice, it goes to the end of the queue.
 //
-// The longer one has waited, the longer is one's slice. So those at the head of the queue, who came
-// there longest ago, are those who have waited longest. With the same slice for all, chance would
-// decide, and some would wait for ever.
+// The slices of older waits are longer, so that these begin anew less often, and come to the head of the
+// queue. With the same slice for all, chance would decide, and some would wait for ever.
 const (
 	sliceMin = 100 * time.Millisecond
 	sliceMax = 400 * time.Millisecond
@@ -61,7 +60,7 @@ const (
 	sliceAge = 10 * time.Second
 )
 
-// sliceOf returns how long the next slice takes of a wait that has begun then.
+// sliceOf returns the length of the next slice of a wait that began at since.
 func sliceOf(since time.Time) time.Duration {
 	age := time.Since(since)
 	return sliceMin + time.Duration(float64(sliceMax-sliceMin)*float64(age)/float64(age+sliceAge))
@@ -73,13 +72,13 @@ const (
 	PauseMax = 250 * time.Millisecond
 )
 
-// Refused tells whether the server has refused the lock, but was to be reached: a wait has begun.
+// Refused tells whether the server has refused the lock, so that a wait has begun.
 func (s *Session) Refused() bool { return s.refused }
 
 // Sent returns when the last statement that takes a lock went out.
 func (s *Session) Sent() time.Time { return s.sent }
 
-// Lock takes the lock of k for one who wants it since then.
+// Lock takes the lock of k. The acquisition began at since.
 func (s *Session) Lock(ctx context.Context, k pgsql.Key, noWait bool, since time.Time) error {
 	granted, err := s.try(ctx, k)
 	switch {
@@ -111,7 +110,7 @@ func Ended(ctx context.Context) error {
 // timedOut tells whether ctx has ended by a Timeout.
 func timedOut(ctx context.Context) bool { return errors.Is(context.Cause(ctx), ErrTimeout) }
 
-// waitOrTry waits for the lock of k, which a try has just refused.
+// waitOrTry waits for the lock of k. A try has just been refused.
 func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) error {
 	s.refused = true
 	s.waiting()
@@ -165,7 +164,8 @@ func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error
 	return rows > 0, err
 }
 
-// Wait waits for the lock of k in the server's queue. A try has just refused it.
+// Wait waits for the lock of k in the server's queue. The acquisition began at since, and a try has
+// just been refused.
 func (s *Session) Wait(ctx context.Context, k pgsql.Key, since time.Time) error {
 	for {
 		granted, err := s.slice(ctx, k, sliceOf(since))

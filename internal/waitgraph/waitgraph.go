@@ -32,8 +32,8 @@ func (w Wait) younger(v Wait) bool {
 // A Graph has, for each key, the waits of those who hold it.
 type Graph map[string][]Wait
 
-// New returns the graph of waits, of which several may have the same ID: then it is the first. The
-// same waits make the same graph, in whatever order they come.
+// New returns the graph of waits. Of several with one ID, it has the first. The same waits make the same
+// graph, in whatever order they come.
 func New(waits []Wait) Graph {
 	waits = slices.Clone(waits)
 	slices.SortStableFunc(waits, func(v, w Wait) int {
@@ -148,17 +148,17 @@ func Parse(statement string) []Wait {
 // mostBehind is how many waits Behind returns at most: a comment has no room for more.
 const mostBehind = 16
 
-// Behind returns those of waits that are stuck behind w: they want a key that w holds, or one that
-// another of them holds.
+// Behind returns those of waits that wait for w: they want a key that w holds, or one that another of
+// them holds.
 func Behind(w Wait, waits []Wait) []Wait {
-	stuck, seen := []Wait{w}, map[string]bool{w.ID: true}
-	for i := 0; i < len(stuck); i++ {
+	behind, seen := []Wait{w}, map[string]bool{w.ID: true}
+	for i := 0; i < len(behind); i++ {
 		for _, o := range waits {
-			if len(stuck) <= mostBehind && !seen[o.ID] && slices.Contains(stuck[i].Held, o.Wanted) {
+			if len(behind) <= mostBehind && !seen[o.ID] && slices.Contains(behind[i].Held, o.Wanted) {
 				seen[o.ID] = true
-				stuck = append(stuck, o)
+				behind = append(behind, o)
 			}
 		}
 	}
-	return stuck[1:]
+	return behind[1:]
 }
