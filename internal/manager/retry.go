@@ -17,7 +17,7 @@ import (
 //     does, such a one is dropped and the next one tried.
 //   - A wait outlives a restart or a failover of the server: see outage.
 //   - A session of several callers that dies is replaced.
-//   - Anything else is final. So is a server that cannot be reached at first, but for Lead.
+//   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
 type attempts struct {
 	*Request
 	ctx   context.Context // ends with the Timeout, too

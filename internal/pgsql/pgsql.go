@@ -2,10 +2,10 @@
 // answer means, and the errors that come back. It sends nothing, and knows no driver.
 //
 // Statements have no arguments, but for Batch, Holders, TryCached and UnlockCached. Both drivers then
-// use the simple protocol: one round trip that leaves no prepared statement behind. The answer is the number of
-// rows in the command tag. Numbers and percent-encoded names are the only text that is put in.
-// Every function, operator and type is qualified with pg_catalog, so that nothing in the search
-// path can take its place.
+// use the simple protocol: one round trip that leaves no prepared statement behind. The answer is the
+// number of rows in the command tag, but for Batch, Token, Holders, Locks and Waits. Numbers and
+// percent-encoded names are the only text that is put in. Every function, operator, type and relation
+// is qualified with pg_catalog, so that nothing in the search path can take its place.
 package pgsql
 
 import (
@@ -54,7 +54,7 @@ func answer(condition string) string {
 	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN " + condition + " THEN 1 ELSE 0 END)"
 }
 
-// Numbers of rows that are no yes or no.
+// Numbers of rows that are neither yes nor no.
 const (
 	OnStandby = 2 // the server is a hot standby
 
@@ -121,20 +121,20 @@ const LeftOpen = "SELECT WHERE true"
 // Probe is answered with one row by a primary.
 var Probe = answer("true")
 
-// TryOther is Try of one lock for Check: an answer.
+// TryOther is Try of one lock, with OnStandby rows on a standby: for Check.
 func TryOther(k Key) string { return answer("pg_catalog.pg_try_advisory_lock(" + k.SQL() + ")") }
 
-// Look has one row if somebody waits for the lock.
+// Look has one row if somebody waits for the lock in the server's queue.
 func Look(k Key) string {
 	return "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + k.Row() + " AND NOT granted" + inThisDatabase + ")"
 }
 
 // Heartbeat has one row if the session is still the one with the nonce. set is put before it, and
-// may set the nonce. It costs the same however many locks there are: pg_locks would cost as much
-// as all databases of the server have locks.
+// may set the nonce. It costs the same however many locks there are. A look into pg_locks would cost
+// more with each lock of any database of the server.
 func Heartbeat(keys []Key, set, nonce string) string { return Comment(keys) + set + Marked(nonce) }
 
-// Mark gives a session a nonce, and Marked has one row if the session has it.
+// Mark gives a session the nonce, and is then Marked.
 func Mark(nonce string) string {
 	return "SELECT pg_catalog.set_config('advisory.session', '" + nonce + "', false); " + Marked(nonce)
 }

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// A Place is on what a session takes its lock.
+// A Place is where a lock is taken.
 type Place uint8
 
 const (
@@ -20,15 +20,15 @@ const (
 // and so one transaction: the settings that are local to it are gone with it.
 //
 // lock_timeout ends the wait, in a block that catches the error, so that the server does not log
-// it. The wait is shorter than deadlock_timeout, by half: a holder's CREATE INDEX CONCURRENTLY
-// waits for all snapshots, and a statement that waits has one, so that the server would call
-// the two a deadlock (golang-migrate/migrate#960).
+// it. The wait lasts for half of deadlock_timeout at most. A holder's CREATE INDEX CONCURRENTLY waits
+// for all snapshots, and a statement that waits has one, so that the server would call the two a
+// deadlock (golang-migrate/migrate#960).
 //
 // The server may grant a lock to a wait that has already decided to end
 // (madelson/DistributedLock#147). The block finds that, and so the answer is exact.
 //
-// In a transaction, restart begins a new one: a holder's CREATE INDEX CONCURRENTLY that has met
-// the transaction while it waited waits for its end.
+// In a transaction, restart begins a new one. A holder's CREATE INDEX CONCURRENTLY may wait for the
+// end of the one that waited before.
 //
 // The block's text is constant, and what it needs is in settings, so that pg_stat_statements
 // has one entry for all keys.
@@ -182,8 +182,8 @@ func (w Settings) calls() string {
 	return strings.Join(calls, ", ")
 }
 
-// Set is put before another statement, as Reset is. The nonce is set with the first: another
-// session must not get it.
+// Set makes the settings. It is put before another statement, as Reset is. Only the first Set has the
+// nonce: if the session has been replaced since, the other one must not get it.
 func (w Settings) Set(first bool) string {
 	calls := w.calls()
 	if !first {
