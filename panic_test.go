@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/keyqueue"
@@ -42,28 +41,41 @@ func TestAPanicOnALostLockDiscardsAndSaysSoToTheLogger(t *testing.T) {
 	}
 }
 
-// A driver's panic while a session is opened is not the next one's trouble.
+// A driver's panic while a session is opened is its caller's, and not the next one's trouble.
 func TestADriversPanicWhileASessionIsOpened(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		db, srv := newServer(t)
-		for range 2 { // on a new connection, and on one that lies ready
-			wantError(t, WithLock(context.Background(), db, key, nothing))
-		}
-		panics := true
-		srv.reset = func(context.Context, int) error {
-			if panics {
-				panics = false
-				panic("driver")
+	withConnLock := func(ctx context.Context, db *sql.DB) error {
+		return WithConnLock(ctx, db, key, func(context.Context, *sql.Conn) error { return nil })
+	}
+	for name, call := range map[string]func(t *testing.T, db *sql.DB) error{
+		"on the caller's goroutine": func(_ *testing.T, db *sql.DB) error { return WithLock(context.Background(), db, key, nothing) },
+		"beside a ctx that may end": func(t *testing.T, db *sql.DB) error { return WithLock(t.Context(), db, key, nothing) },
+		"WithConnLock":              func(t *testing.T, db *sql.DB) error { return withConnLock(t.Context(), db) },
+		"WithConnLock, limited pool": func(t *testing.T, db *sql.DB) error {
+			db.SetMaxOpenConns(2)
+			return withConnLock(t.Context(), db)
+		},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			db, srv := newServer(t)
+			for range 2 { // on a new connection, and on one that lies ready
+				wantError(t, WithLock(context.Background(), db, key, nothing))
 			}
-			return nil
-		}
-		wantPanic(t, "driver", func() { _ = WithLock(context.Background(), db, key, nothing) })
-		for range 3 {
-			time.Sleep(time.Minute)
-			wantError(t, WithLock(context.Background(), db, key, nothing))
-		}
-	})
+			panics := true
+			srv.reset = func(context.Context, int) error {
+				if panics {
+					panics = false
+					panic("driver")
+				}
+				return nil
+			}
+			wantPanic(t, "driver", func() { _ = call(t, db) })
+			for range 3 {
+				time.Sleep(time.Minute)
+				wantError(t, call(t, db))
+			}
+		})
+	}
 }
 
 // A driver's panic in a caller that recovers, as net/http does, takes nothing with it: the

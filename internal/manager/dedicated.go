@@ -99,32 +99,31 @@ func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session
 		return d.pool.Open(ctx, d.Log, use) // which waits for nobody
 	}
 	for {
-		type opened struct {
-			s   *session.Session
-			err error
+		s, inTurn, err := d.openInTurn(ctx, use)
+		if err != nil || inTurn || d.enterNow() {
+			return s, err
 		}
-		done := make(chan opened, 1)
-		go func() {
-			s, err := d.pool.Open(ctx, d.Log, use)
-			done <- opened{s, err}
-		}()
-		bound := time.NewTimer(turnBound)
-		select {
-		case o := <-done:
-			bound.Stop()
-			return o.s, o.err
-		case <-bound.C:
-		}
-		d.leave()
-		o := <-done // at the end of ctx, too
-		if o.err != nil || d.enterNow() {
-			return o.s, o.err
-		}
-		o.s.HandBack()
+		s.HandBack()
 		if err := d.enter(); err != nil {
 			return nil, err
 		}
 	}
+}
+
+// openInTurn opens a session, and leaves the turn after turnBound.
+func (d *dedicated) openInTurn(ctx context.Context, use session.Use) (s *session.Session, inTurn bool, err error) {
+	left := make(chan struct{})
+	leave := time.AfterFunc(turnBound, func() {
+		defer close(left)
+		d.leave()
+	})
+	defer func() { // also if the driver panics
+		if inTurn = leave.Stop(); !inTurn {
+			<-left
+		}
+	}()
+	s, err = d.pool.Open(ctx, d.Log, use)
+	return s, false, err
 }
 
 // enterNow takes the turn if it is to be had at once.

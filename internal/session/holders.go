@@ -91,17 +91,20 @@ var silent = slog.New(slog.DiscardHandler)
 // would log. done is called when it has ended.
 func (p *Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 	end, _ := ctx.Deadline()
-	who := make(chan string, 1)
-	go func() {
+	var who string
+	told := spawn(func() error {
 		defer done()
-		who <- p.heldBy(k)
-	}()
+		who = p.heldBy(k)
+		return nil
+	})
 	late := time.NewTimer(time.Until(end.Add(Grace)))
 	defer late.Stop()
 	select {
-	case w := <-who:
-		return w
+	case o := <-told:
+		_ = o.result()
+		return who
 	case <-late.C:
+		go func() { _ = (<-told).result() }() // a panic is not swallowed
 		return ""
 	}
 }

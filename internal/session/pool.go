@@ -4,7 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"log/slog"
+	"reflect"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -25,14 +27,17 @@ type Facts struct {
 	mu      sync.Mutex
 	refused [2]bool // by refusal
 
-	driver sync.Once
-	caches bool // see caches
+	driver sync.Once   // one connection is asked, since all have the same configuration
+	caches bool        // see caches
+	pgx    atomic.Bool // the driver is pgx, which returns when a context ends, whatever it does
 }
 
-// caches tells whether the driver keeps statements that have arguments prepared. It asks one
-// connection of the pool, since all have the same configuration.
+// caches tells whether the driver keeps statements that have arguments prepared.
 func (p *Pool) caches(dc any) bool {
-	p.Facts.driver.Do(func() { p.Facts.caches = caches(dc) })
+	p.Facts.driver.Do(func() {
+		p.Facts.caches = caches(dc)
+		p.Facts.pgx.Store(isPgx(reflect.TypeOf(dc)))
+	})
 	return p.Facts.caches
 }
 
@@ -94,56 +99,59 @@ func (p *Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, e
 }
 
 // conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection
-// does not. What comes later goes to the pool: to break off the making of a connection would cost
-// the server a session, and the next one another.
+// does not.
 func (p *Pool) conn(ctx context.Context) (*sql.Conn, error) {
-	stats := p.DB.Stats()
-	// One that lies ready may have to be asked whether it lives; one that must be made takes longer.
-	// But if others have all of a limited pool, the wait is for them.
-	bound := AnswerBound
-	if stats.Idle == 0 {
-		bound = dialBound
+	switch {
+	case p.DB.Stats().Idle == 0:
+		return p.newConn(ctx, dialBound)
+	case ctx.Done() != nil && !p.Facts.pgx.Load():
+		return p.newConn(ctx, AnswerBound) // if they have all expired
+	default:
+		// One that lies ready may have to be asked whether it lives. No goroutine waits beside that: to
+		// wake one takes the processor that the server needs.
+		ctx, cancel := context.WithTimeoutCause(ctx, AnswerBound, pgsql.NoAnswer{After: AnswerBound})
+		defer cancel()
+		return p.borrow(ctx)
 	}
+}
+
+func (p *Pool) borrow(ctx context.Context) (*sql.Conn, error) {
+	conn, err := p.DB.Conn(ctx)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return conn, err
+}
+
+// newConn is conn where a connection may have to be made. One that comes too late goes to the pool: to
+// break off the making of a connection would cost the server a session, and the next one another.
+func (p *Pool) newConn(ctx context.Context, bound time.Duration) (*sql.Conn, error) {
 	making, cancel := ctx, func() {}
-	if !p.Exhausted() {
+	if !p.Exhausted() { // otherwise the wait is for others
 		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, pgsql.NoAnswer{After: bound})
 	}
-	borrow := func() (*sql.Conn, error) {
-		conn, err := p.DB.Conn(making)
-		if err != nil && making.Err() != nil {
-			err = context.Cause(making)
-		}
-		return conn, err
+	var conn *sql.Conn
+	done := spawn(func() (err error) {
+		conn, err = p.borrow(making)
+		return err
+	})
+	var err error
+	select {
+	case o := <-done:
+		cancel()
+		return conn, o.result()
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	case <-making.Done():
+		err = context.Cause(making)
 	}
-	if stats.Idle > 0 && ctx.Done() == nil {
-		defer cancel()
-		return borrow()
-	}
-	type result struct {
-		conn *sql.Conn
-		err  error
-	}
-	results, left := make(chan result), make(chan struct{})
-	defer close(left)
 	go func() {
 		defer cancel()
-		conn, err := borrow()
-		select {
-		case results <- result{conn, err}:
-		case <-left:
-			if err == nil {
-				_ = conn.Close()
-			}
+		if o := <-done; o.result() == nil {
+			_ = conn.Close()
 		}
 	}()
-	select {
-	case r := <-results:
-		return r.conn, r.err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	case <-making.Done():
-		return nil, context.Cause(making)
-	}
+	return nil, err
 }
 
 // Sleep sleeps for d or until ctx ends.
