@@ -3,6 +3,7 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -91,18 +92,27 @@ func TestADiscardThatIsNotAnsweredEndsInAClose(t *testing.T) {
 	}
 }
 
-// A session that cannot be cleaned is closed, and the Logger told.
+// A session that cannot be cleaned is closed, and the Logger told, unless the session has ended itself.
 func TestASessionThatCannotBeCleaned(t *testing.T) {
 	t.Parallel()
-	for _, dirty := range []string{"deallocate", resetQuery} {
+	for _, test := range []struct {
+		dirty string
+		err   error
+		told  bool
+	}{
+		{"deallocate", pgError("57014"), true},
+		{resetQuery, pgError("57014"), true},
+		{"deallocate", io.EOF, false},
+	} {
 		synctest.Test(t, func(t *testing.T) {
 			p, dbs, srvs := newTable(t, 1)
 			p.takes(time.Millisecond)
-			p.fail = failing(dirty, pgError("57014"))
+			p.fail = failing(test.dirty, test.err)
 			var log logBuffer
 			atOnce(t, dbs[0], 100, 2*defaultHeartbeat, log.option())
-			if lines := srvs[0].lines(); lines[len(lines)-1] != "1 close" || !strings.Contains(log.String(), "could not be cleaned") {
-				t.Errorf("after a failed %q: %q; log: %s", dirty, lines[len(lines)-1], log.String())
+			lines := srvs[0].lines()
+			if last := lines[len(lines)-1]; last != "1 close" || strings.Contains(log.String(), "could not be cleaned") != test.told {
+				t.Errorf("after %q failed with %v: %q; log: %s", test.dirty, test.err, last, log.String())
 			}
 			wantIdle(t, dbs[0])
 		})

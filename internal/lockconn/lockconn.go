@@ -129,11 +129,11 @@ func (c *Conn) handBack() {
 			c.s.Discard()
 		}
 	}()
-	if err := c.clean(); err != nil {
+	err := c.clean()
+	if err != nil && !pgsql.Gone(err) { // otherwise there is nothing to clean any more
 		c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
-		return
 	}
-	clean = true
+	clean = err == nil
 }
 
 // clean undoes what was made for the locks.
