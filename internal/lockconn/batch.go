@@ -16,8 +16,8 @@ const (
 	// batchLimit is how many locks one statement is about.
 	batchLimit = 1000
 
-	// prepareAfter is how many requests are served one by one before the statement that serves them
-	// together is prepared, which costs two round trips.
+	// prepareAfter is how many requests must wait for another's round trip before the statement that
+	// serves them together is prepared, which costs two round trips.
 	prepareAfter = 8
 
 	// gatherBound is how long a batch waits at most for those who have just had an answer.
@@ -27,7 +27,7 @@ const (
 // A batcher answers several requests by one statement.
 type batcher struct {
 	stmt    *sql.Stmt // prepared when it has paid
-	alone   int       // requests that were served one by one though there were several
+	waited  int       // requests that have waited for another's round trip, before that
 	unknown bool      // the server does not know the statement
 }
 
@@ -50,9 +50,10 @@ func (c *Conn) portionLocked() int {
 		}
 		n++
 	}
-	if n > 1 && c.stmt == nil && (c.unknown || c.alone < prepareAfter) {
-		c.alone++
-		return 1
+	if n > 1 && c.stmt == nil {
+		if c.waited += n - 1; c.unknown || c.waited < prepareAfter {
+			return 1
+		}
 	}
 	return n
 }
