@@ -43,9 +43,13 @@ func TestWait(t *testing.T) {
 			" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND locktype OPERATOR(pg_catalog.=) 'advisory'" +
 			" AND classid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.classid')::pg_catalog.oid" +
 			" AND objid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.objid')::pg_catalog.oid AND objsubid OPERATOR(pg_catalog.=) 1) AS held;"
-		ends = " END$advisory$; SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
+		doTx  = "; DO $advisory$BEGIN PERFORM pg_catalog."
+		endOf = " END$advisory$; "
+		rows  = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 			" WHEN pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1' THEN 1 ELSE 0 END)"
-		do = "; DO $advisory$BEGIN PERFORM pg_catalog."
+		do     = "; DECLARE advisory CURSOR FOR " + rows + doTx
+		ends   = endOf + "MOVE ALL IN advisory"
+		endsTx = endOf + rows
 	)
 	watched := pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"}
 	minute, exposed, checked := watched, watched, watched
@@ -101,23 +105,23 @@ func TestWait(t *testing.T) {
 		{
 			"a transaction", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + number + lockTimeout +
-				do + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + ends,
+				doTx + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsTx,
 		},
 		{
 			"a transaction that goes on", pgsql.InTx, "", id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ SELECT; " + old + bound + number + lockTimeout +
-				do + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + ends,
+				doTx + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsTx,
 		},
 		{
 			"a transaction with the connection check", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{Check: true},
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + number + lockTimeout +
-				do + "pg_advisory_xact_lock" + bigint + connCheckTx + ", " + restores + granted + caught + "NULL;" + ends,
+				doTx + "pg_advisory_xact_lock" + bigint + connCheckTx + ", " + restores + granted + caught + "NULL;" + endsTx,
 		},
 		{
 			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + pgsql.TxSilence(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
 			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
 				"pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" + lockTimeout +
-				do + "pg_advisory_xact_lock_shared" + pairArgs + restores + granted + caught + "NULL;" + ends,
+				doTx + "pg_advisory_xact_lock_shared" + pairArgs + restores + granted + caught + "NULL;" + endsTx,
 		},
 		{
 			"the smallest number", pgsql.OnOwn, "", id(math.MinInt64), false, pgsql.Settings{},
