@@ -51,7 +51,8 @@ func ExampleLead() {
 	// the end
 }
 
-// An Observer tells who leads, as for a health check.
+// An Observer tells who leads, as for a health check. Its HoldEnd comes when fn has returned: where fn
+// may go on after a loss, ask fn's ctx, as the service in integration/examples/service does.
 func ExampleLead_health() {
 	var leads atomic.Bool
 	observer := &advisory.Observer{
