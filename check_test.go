@@ -273,6 +273,44 @@ func TestCheckOfADeadServer(t *testing.T) {
 	wantError(t, Check(t.Context(), db), io.ErrClosedPipe)
 }
 
+// In an outage, Check ends by itself: after dialBound if no connection is made, and within a minute
+// whenever the server falls silent.
+func TestCheckInAnOutageEndsByItself(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"connection", "answer", "connection and no answer"} {
+		for after := range 16 { // statements
+			bubble(t, fmt.Sprintf("no %s after %d", what, after), func(t *testing.T) {
+				db, srv := newServer(t)
+				good := locks(nil)
+				var sent atomic.Int64
+				srv.script = func(ctx context.Context, conn int, query string) (int64, error) {
+					if sent.Add(1) > int64(after) && strings.Contains(what, "answer") {
+						return hangs(ctx)
+					}
+					return good(ctx, conn, query)
+				}
+				srv.dial = func(ctx context.Context) error {
+					if sent.Load() >= int64(after) && strings.Contains(what, "connection") {
+						return noDial(ctx)
+					}
+					return nil
+				}
+				start := time.Now()
+				err := Check(t.Context(), db)
+				if err == nil && after < 14 && what != "connection" {
+					t.Error("no error")
+				}
+				wantTook(t, start, 0, time.Minute)
+				if after == 0 && strings.Contains(what, "connection") {
+					wantError(t, err, "advisory: check: no answer from the server within 30s")
+					wantTook(t, start, dialBound, dialBound)
+				}
+				time.Sleep(time.Hour)
+			})
+		}
+	}
+}
+
 func TestCheckOfNothing(t *testing.T) {
 	t.Parallel()
 	db, srv := newServer(t)
