@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 
@@ -41,6 +42,8 @@ var _ gocron.Elector = (*Elector)(nil)
 // NewElector starts to campaign for the leadership that key stands for. It takes the
 // options of [advisory.Lead]. An argument or an option that is wrong is an error. The caller must
 // call Close.
+//
+// A leadership that is lost is reported as by Lead; the first one to [slog.Default], whatever the Logger.
 func NewElector(db *sql.DB, key advisory.Key, opts ...advisory.Option) (*Elector, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &Elector{cancel: cancel, first: make(chan struct{}), done: make(chan struct{})}
@@ -61,8 +64,12 @@ func NewElector(db *sql.DB, key advisory.Key, opts ...advisory.Option) (*Elector
 func (e *Elector) campaign(ctx context.Context, db *sql.DB, key advisory.Key, opts []advisory.Option) {
 	defer close(e.done)
 	defer e.answered()
-	_ = advisory.WithLock(ctx, db, key, e.lead, append(slices.Clip(opts), advisory.NoWait())...)
+	err := advisory.WithLock(ctx, db, key, e.lead, append(slices.Clip(opts), advisory.NoWait())...)
 	e.answered() // Lead deals with what went wrong, if anything did
+	if errors.Is(err, advisory.ErrLost) && ctx.Err() == nil {
+		// Lead has not begun, and cannot say so. The Logger among opts is known to the package alone.
+		slog.Warn("advisory: leadership lost; campaigning again", "error", err)
+	}
 	if err := advisory.Lead(ctx, db, key, e.lead, opts...); !errors.Is(err, context.Canceled) {
 		e.err = err
 	}

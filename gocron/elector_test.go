@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -149,6 +150,37 @@ func TestATasksCtxEndsWithTheTerm(t *testing.T) {
 		}
 		if s.held() {
 			t.Error("the lock is held")
+		}
+	})
+}
+
+// The loss of a leadership is in a log, also that of the first term; and its end by Close is not.
+func TestALossIsLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder // of one after the other
+		before := slog.Default()
+		defer slog.SetDefault(before)
+		slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
+		var s server
+		e, err := advisorygocron.NewElector(s.pool(t), advisory.Name("scheduler"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for terms := range 3 {
+			if err := e.IsLeader(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if n := strings.Count(log.String(), "advisory: leadership lost; campaigning again"); n != terms {
+				t.Errorf("%d times in the log, after %d losses: %s", n, terms, log.String())
+			}
+			if terms < 2 {
+				s.kill()
+				time.Sleep(10 * time.Second)
+			}
+		}
+		closeElector(t, e)
+		if n := strings.Count(log.String(), "\n"); n != 2 {
+			t.Errorf("log: %s", log.String())
 		}
 	})
 }

@@ -16,6 +16,7 @@ type server struct {
 	holder *conn
 	sent   int
 	away   error // why nobody can connect
+	gone   *conn // its session has ended
 }
 
 func (s *server) pool(tb testing.TB) *sql.DB {
@@ -35,6 +36,13 @@ func (s *server) set(holder *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.holder = holder
+}
+
+// kill ends the session of the holder.
+func (s *server) kill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gone, s.holder = s.holder, nil
 }
 
 func (s *server) held() bool {
@@ -81,6 +89,8 @@ func (c *conn) ExecContext(_ context.Context, query string, _ []driver.NamedValu
 	defer c.mu.Unlock()
 	c.sent++
 	switch {
+	case c == c.gone:
+		return nil, driver.ErrBadConn
 	case strings.Contains(query, "DO $advisory$"):
 		for range 20 { // as long as a bounded wait is
 			if c.holder == nil {
