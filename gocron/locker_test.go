@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +89,51 @@ func TestALockerWaitsForHalfOfAtLeast(t *testing.T) {
 	if _, err := locker.Lock(t.Context(), "sweep"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("want context.DeadlineExceeded, got %v", err)
 	}
+}
+
+// Constructors that share a slice of options, with room for more, do not write into it: each has its own
+// time, also if they are called side by side.
+func TestConstructorsShareTheirOptions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opts := append(make([]advisory.Option, 0, 8), quiet)
+		var all sync.WaitGroup
+		for _, atLeast := range []time.Duration{time.Minute, 2 * time.Minute} {
+			all.Go(func() {
+				var s, other server
+				locker, err := advisorygocron.NewLocker(s.pool(t), "billing", atLeast, opts...)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				elector, err := advisorygocron.NewElector(other.pool(t), advisory.Name("scheduler"), opts...)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				time.Sleep(time.Second) // until all have been made
+				if err := elector.IsLeader(t.Context()); err != nil {
+					t.Error(err)
+				}
+				closeElector(t, elector)
+				began := time.Now()
+				lock, err := locker.Lock(t.Context(), "sweep")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if err := lock.Unlock(t.Context()); err != nil {
+					t.Error(err)
+				}
+				for s.held() {
+					time.Sleep(time.Second)
+				}
+				if took := time.Since(began); took < atLeast || took > atLeast+time.Second {
+					t.Errorf("the lock stays for %v, want %v", took, atLeast)
+				}
+			})
+		}
+		all.Wait()
+	})
 }
 
 // What is wrong is known from the constructors, which send nothing.
