@@ -2,7 +2,10 @@ package advisory
 
 import (
 	"context"
+	"database/sql"
+	"fmt"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -91,4 +94,44 @@ func TestADriversPanicBeforeLocksStay(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A question for deadlocks that the server fails has failed the transaction in which it was asked. The
+// wait goes on in a new one.
+func TestAQuestionForDeadlocksThatFailsInATransaction(t *testing.T) {
+	t.Parallel()
+	for _, opts := range [][]Option{nil, {HolderTimeout(time.Minute)}} {
+		bubble(t, fmt.Sprint(len(opts), " options"), func(t *testing.T) {
+			p, dbs, srvs := newTable(t, 2)
+			holdFor(t, dbs[1], key, 5*time.Second)
+			answer := srvs[0].script
+			asked, aborted := 0, map[int]bool{}
+			srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+				switch {
+				case query == pgsql.Waits:
+					asked++
+					aborted[conn] = true
+					return 0, pgError("42501")
+				case strings.HasPrefix(query, "ROLLBACK"):
+					aborted[conn] = false
+				case aborted[conn]:
+					return 0, pgError("25P02")
+				}
+				return answer(ctx, conn, query)
+			}
+			ran := false
+			wantError(t, WithLock(t.Context(), dbs[0], ID(1), func(ctx context.Context) error {
+				return WithTxLock(ctx, dbs[0], key, func(ctx context.Context, tx *sql.Tx) error {
+					ran = true
+					_, err := tx.ExecContext(ctx, "INSERT")
+					return err
+				}, opts...)
+			}))
+			if !ran || asked < 2 {
+				t.Errorf("fn has run: %t, after %d questions", ran, asked)
+			}
+			p.clean()
+			wantIdle(t, dbs[0])
+		})
+	}
 }
