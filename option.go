@@ -80,7 +80,8 @@ func Timeout(d time.Duration) Option {
 // The function returns as without AtLeast, and its error means the same. The lock is kept even
 // if fn fails or panics, because its work may have been done. Nobody else gets it until d is
 // over, in this process or another, unless it is lost. It keeps its connection, takes no
-// goroutine, and survives [sql.DB.Close]. It ends with the process at the latest.
+// goroutine, and survives [sql.DB.Close]. It ends with the process at the latest. If one of the
+// locks is lost before fn has ended, all of them are released, and the error is [ErrLost].
 //
 // Heartbeats go on. A loss after the function has returned is reported to the [Logger] and to
 // the [Observer], whose HoldEnd is called when the lock is released.
