@@ -96,13 +96,13 @@ func TestStatementsThatWait(t *testing.T) {
 			" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND locktype OPERATOR(pg_catalog.=) 'advisory'" +
 			" AND classid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.classid')::pg_catalog.oid" +
 			" AND objid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.objid')::pg_catalog.oid AND objsubid OPERATOR(pg_catalog.=) 1) AS held;"
-		doTx  = "; DO $advisory$BEGIN PERFORM pg_catalog."
-		endOf = " END$advisory$; "
-		rows  = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
+		doBare = "; DO $advisory$BEGIN PERFORM pg_catalog."
+		endOf  = " END$advisory$; "
+		rows   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 			" WHEN pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1' THEN 1 ELSE 0 END)"
-		do       = "; DECLARE advisory CURSOR FOR " + rows + doTx
-		answer   = endOf + "MOVE ALL IN advisory"
-		answerTx = endOf + rows
+		do         = "; DECLARE advisory CURSOR FOR " + rows + doBare
+		answer     = endOf + "MOVE ALL IN advisory"
+		answerBare = endOf + rows
 	)
 	withLock := func(ctx context.Context, on target, k Key, opts ...Option) error {
 		return WithLock(ctx, on.db, k, nothing, opts...)
@@ -149,29 +149,29 @@ func TestStatementsThatWait(t *testing.T) {
 			"the caller's session", acquireConn, key, nil,
 			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" +
 				", pg_catalog.set_config('advisory.classid', '0', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + looks + answer,
+				doBare + "pg_advisory_lock" + bigint + granted + caught + looks + answerBare,
 		},
 		{
 			"the caller's session, shared, a pair", acquireConn, Pair(-7, 42), []Option{Shared()},
 			"/* advisory: -7.42 */ " + bound + "pg_catalog.set_config('advisory.class', '-7', true), pg_catalog.set_config('advisory.object', '42', true)" +
 				", pg_catalog.set_config('advisory.classid', '4294967289', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				do + "pg_advisory_lock_shared" + pair + granted + caught +
-				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + answer,
+				doBare + "pg_advisory_lock_shared" + pair + granted + caught +
+				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + answerBare,
 		},
 		{
 			"a transaction", withTxLock, key, nil,
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound +
 				"pg_catalog.set_config('advisory.key', '42', true), pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old" +
-				doTx + "pg_advisory_xact_lock" + bigint +
-				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answerTx,
+				doBare + "pg_advisory_xact_lock" + bigint +
+				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answerBare,
 		},
 		{
 			"a transaction with a HolderTimeout, shared, a pair", withTxLock, Pair(1, -2147483648), []Option{HolderTimeout(time.Minute), Shared()},
 			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
 				"pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" +
 				", pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old" +
-				doTx + "pg_advisory_xact_lock_shared" + pair +
-				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answerTx,
+				doBare + "pg_advisory_xact_lock_shared" + pair +
+				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answerBare,
 		},
 		{
 			"the smallest number", withConnLock, ID(math.MinInt64), nil,

@@ -68,7 +68,7 @@ func BareWait(on Place, restart string, k Key, shared bool, bound time.Duration,
 	}
 	block := "DO $advisory$BEGIN " + t.block.String() + " END$advisory$; "
 	rows := answer("pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1'")
-	if on == InTx { // where a cursor would stay
+	if on != OnOwn { // a cursor may be there, or would stay
 		return t.first.String() + "; " + block + rows
 	}
 	// The cursor has the answer planned before the wait. That takes a tenth off a hand-off.

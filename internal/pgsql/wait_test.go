@@ -43,13 +43,13 @@ func TestWait(t *testing.T) {
 			" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND locktype OPERATOR(pg_catalog.=) 'advisory'" +
 			" AND classid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.classid')::pg_catalog.oid" +
 			" AND objid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.objid')::pg_catalog.oid AND objsubid OPERATOR(pg_catalog.=) 1) AS held;"
-		doTx  = "; DO $advisory$BEGIN PERFORM pg_catalog."
-		endOf = " END$advisory$; "
-		rows  = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
+		doBare = "; DO $advisory$BEGIN PERFORM pg_catalog."
+		endOf  = " END$advisory$; "
+		rows   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 			" WHEN pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1' THEN 1 ELSE 0 END)"
-		do     = "; DECLARE advisory CURSOR FOR " + rows + doTx
-		ends   = endOf + "MOVE ALL IN advisory"
-		endsTx = endOf + rows
+		do       = "; DECLARE advisory CURSOR FOR " + rows + doBare
+		ends     = endOf + "MOVE ALL IN advisory"
+		endsBare = endOf + rows
 	)
 	watched := pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"}
 	minute, exposed, checked := watched, watched, watched
@@ -93,35 +93,35 @@ func TestWait(t *testing.T) {
 			"the caller's session", pgsql.OnCalled, "", id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ " + bound + number +
 				", pg_catalog.set_config('advisory.classid', '0', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + looks + ends,
+				doBare + "pg_advisory_lock" + bigint + granted + caught + looks + endsBare,
 		},
 		{
 			"the caller's session, shared, a pair", pgsql.OnCalled, "", pair(-7, 42), true, pgsql.Settings{},
 			"/* advisory: -7.42 */ " + bound + "pg_catalog.set_config('advisory.class', '-7', true), pg_catalog.set_config('advisory.object', '42', true)" +
 				", pg_catalog.set_config('advisory.classid', '4294967289', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				do + "pg_advisory_lock_shared" + pairArgs + granted + caught +
-				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + ends,
+				doBare + "pg_advisory_lock_shared" + pairArgs + granted + caught +
+				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + endsBare,
 		},
 		{
 			"a transaction", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + number + lockTimeout +
-				doTx + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsTx,
+				doBare + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsBare,
 		},
 		{
 			"a transaction that goes on", pgsql.InTx, "", id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ SELECT; " + old + bound + number + lockTimeout +
-				doTx + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsTx,
+				doBare + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsBare,
 		},
 		{
 			"a transaction with the connection check", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{Check: true},
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + number + lockTimeout +
-				doTx + "pg_advisory_xact_lock" + bigint + connCheckTx + ", " + restores + granted + caught + "NULL;" + endsTx,
+				doBare + "pg_advisory_xact_lock" + bigint + connCheckTx + ", " + restores + granted + caught + "NULL;" + endsBare,
 		},
 		{
 			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + pgsql.TxSilence(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
 			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
 				"pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" + lockTimeout +
-				doTx + "pg_advisory_xact_lock_shared" + pairArgs + restores + granted + caught + "NULL;" + endsTx,
+				doBare + "pg_advisory_xact_lock_shared" + pairArgs + restores + granted + caught + "NULL;" + endsBare,
 		},
 		{
 			"the smallest number", pgsql.OnOwn, "", id(math.MinInt64), false, pgsql.Settings{},
@@ -167,13 +167,13 @@ func TestTheBlockThatWaitsIsTheSameForAllKeys(t *testing.T) {
 func TestSettings(t *testing.T) {
 	t.Parallel()
 	const (
-		nonce   = "pg_catalog.set_config('advisory.session', 'N', false), "
-		idle    = "pg_catalog.set_config('idle_session_timeout', '15000', false)"
-		idleTx  = "pg_catalog.set_config('idle_in_transaction_session_timeout', '15000', false)"
-		try     = " WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock_shared(42) END"
-		undo    = "RESET advisory.session; RESET idle_session_timeout; "
-		undoTx  = "RESET idle_in_transaction_session_timeout; "
-		unCheck = "RESET client_connection_check_interval; "
+		nonce    = "pg_catalog.set_config('advisory.session', 'N', false), "
+		idle     = "pg_catalog.set_config('idle_session_timeout', '15000', false)"
+		idleTx   = "pg_catalog.set_config('idle_in_transaction_session_timeout', '15000', false)"
+		try      = " WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock_shared(42) END"
+		undo     = "RESET advisory.session; RESET idle_session_timeout; "
+		undoBare = "RESET idle_in_transaction_session_timeout; "
+		unCheck  = "RESET client_connection_check_interval; "
 	)
 	for _, test := range []struct {
 		name         string
@@ -194,7 +194,7 @@ func TestSettings(t *testing.T) {
 		},
 		{
 			name: "silence, exposed", w: pgsql.Settings{Silence: 15 * time.Second, Nonce: "N", Exposed: true},
-			first: "SELECT " + nonce + idle + ", " + idleTx + "; ", again: "SELECT " + idle + ", " + idleTx + "; ", reset: undo + undoTx,
+			first: "SELECT " + nonce + idle + ", " + idleTx + "; ", again: "SELECT " + idle + ", " + idleTx + "; ", reset: undo + undoBare,
 			tryWith: "SELECT " + nonce + idle + ", " + idleTx + try,
 		},
 		{
@@ -206,7 +206,7 @@ func TestSettings(t *testing.T) {
 			name: "all", w: pgsql.Settings{Silence: 15 * time.Second, Nonce: "N", Exposed: true, Check: true},
 			first: "SELECT " + nonce + idle + ", " + idleTx + ", " + connCheck + "; ",
 			again: "SELECT " + idle + ", " + idleTx + ", " + connCheck + "; ",
-			reset: undo + undoTx + unCheck, inTx: "SELECT " + connCheckTx + "; ",
+			reset: undo + undoBare + unCheck, inTx: "SELECT " + connCheckTx + "; ",
 			tryWith: "SELECT " + nonce + idle + ", " + idleTx + ", " + connCheck + try,
 		},
 	} {
