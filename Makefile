@@ -17,10 +17,13 @@ demo: ## the main job, live
 	@cd integration && $(GO) run ./demo
 
 test: unit ## everything
-	cd integration && $(GO) test $(RACE) -p 1 -timeout 30m $(TESTFLAGS) ./... # one package at a time: they measure
+	cd integration && $(GO) test $(RACE) $(WAITING) -timeout 30m $(TESTFLAGS) ./...
+
+# One package at a time, because they measure; four tests at a time, because most of them wait.
+WAITING := -p 1 -parallel 4
 
 test-matrix: ## the integration tests against each PostgreSQL version: VERSIONS="14 18" ARGS="-run Restart"
-	cd integration && $(GO) run ./internal/matrix $(VERSIONS) -- $(GO) test $(RACE) -p 1 -timeout 30m -count=1 $(TESTFLAGS) $(ARGS) ./...
+	cd integration && $(GO) run ./internal/matrix $(VERSIONS) -- $(GO) test $(RACE) $(WAITING) -timeout 30m -count=1 $(TESTFLAGS) $(ARGS) ./...
 
 VERSIONS ?= 14 15 16 17 18
 
