@@ -151,7 +151,7 @@ func (r *terminalRun) wantStatus(want int) {
 	}
 }
 
-const ctrlC, ctrlZ = "\x03", "\x1a"
+const ctrlC, ctrlD, ctrlZ = "\x03", "\x04", "\x1a"
 
 func TestCommandInATerminalWaits(t *testing.T) {
 	hold(t, adminDB(t), testKey(t))
@@ -191,4 +191,28 @@ func TestCommandWatchesLocksInATerminal(t *testing.T) {
 	r.wantText("exclusive")
 	r.press(ctrlC)
 	r.wantStatus(0)
+}
+
+// Who does not say yes leaves the lock alone.
+func TestCommandBreaksALockAfterAsking(t *testing.T) {
+	allowLog(t, terminated)
+	holder := startAdvisory(t, advisoryDSN(t), "run", t.Name(), "--", "sh", "-c", "echo ready; cat")
+	holder.wantLine("ready")
+	for _, no := range []string{"n\n", "\n", "yesterday\n", ctrlD} {
+		r := inTerminal(t, "break", t.Name())
+		r.wantText("End it? [y/N] ")
+		r.press(no)
+		r.wantText("nothing was ended")
+		r.wantStatus(1)
+		if n, err := locks(t.Context(), adminDB(t), testKey(t), true); n != 1 || err != nil {
+			t.Fatalf("after %q: %d hold the lock, want 1 (%v)", no, n, err)
+		}
+	}
+	r := inTerminal(t, "break", t.Name())
+	r.wantText("End it? [y/N] ")
+	r.press("Y\n")
+	r.wantText("is ended")
+	r.wantStatus(0)
+	holder.wantStatus(70)
+	wantFree(t, adminDB(t), testKey(t))
 }
