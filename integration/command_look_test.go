@@ -8,8 +8,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -114,11 +116,24 @@ func inTerminal(t testing.TB, args ...string) *terminalRun {
 		_ = r.cmd.Wait()
 	}()
 	t.Cleanup(func() {
-		_ = r.cmd.Process.Signal(os.Interrupt)
-		<-r.done
+		_ = r.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-r.done:
+		case <-time.After(2 * time.Second):
+			_ = r.cmd.Process.Kill()
+			<-r.done
+		}
 		tty.Close()
 	})
 	return r
+}
+
+// needInterrupt skips a test in which Ctrl-C is to end what leaves an ignored SIGINT ignored.
+func needInterrupt(t testing.TB) {
+	t.Helper()
+	if signal.Ignored(os.Interrupt) {
+		t.Skip("SIGINT is ignored")
+	}
 }
 
 func (r *terminalRun) wantText(text string) {
@@ -151,9 +166,10 @@ func (r *terminalRun) wantStatus(want int) {
 	}
 }
 
-const ctrlC, ctrlZ = "\x03", "\x1a"
+const ctrlC, ctrlD, ctrlZ = "\x03", "\x04", "\x1a"
 
 func TestCommandInATerminalWaits(t *testing.T) {
+	needInterrupt(t)
 	hold(t, adminDB(t), testKey(t))
 	r := inTerminal(t, "run", t.Name(), "--", "true")
 	waitForWaiters(t, adminDB(t), testKey(t), 1)
@@ -164,6 +180,7 @@ func TestCommandInATerminalWaits(t *testing.T) {
 
 // An interactive command has the terminal: it reads what is typed, and gets the signals of the keys.
 func TestCommandInATerminalRuns(t *testing.T) {
+	needInterrupt(t)
 	r := inTerminal(t, "run", t.Name(), "--", "sh", "-c", `trap 'exit 5' INT; echo ready; read x; echo "got <$x>"; while :; do read x; done`)
 	r.wantText("ready")
 	r.press("typed\n")
@@ -191,4 +208,28 @@ func TestCommandWatchesLocksInATerminal(t *testing.T) {
 	r.wantText("exclusive")
 	r.press(ctrlC)
 	r.wantStatus(0)
+}
+
+// Who does not say yes leaves the lock alone.
+func TestCommandBreaksALockAfterAsking(t *testing.T) {
+	allowLog(t, terminated)
+	holder := startAdvisory(t, advisoryDSN(t), "run", t.Name(), "--", "sh", "-c", "echo ready; cat")
+	holder.wantLine("ready")
+	for _, no := range []string{"n\n", "\n", "yesterday\n", ctrlD} {
+		r := inTerminal(t, "break", t.Name())
+		r.wantText("End it? [y/N] ")
+		r.press(no)
+		r.wantText("nothing was ended")
+		r.wantStatus(1)
+		if n, err := locks(t.Context(), adminDB(t), testKey(t), true); n != 1 || err != nil {
+			t.Fatalf("after %q: %d hold the lock, want 1 (%v)", no, n, err)
+		}
+	}
+	r := inTerminal(t, "break", t.Name())
+	r.wantText("End it? [y/N] ")
+	r.press("Y\n")
+	r.wantText("is ended")
+	r.wantStatus(0)
+	holder.wantStatus(70)
+	wantFree(t, adminDB(t), testKey(t))
 }

@@ -65,7 +65,7 @@ func (c *child) live(path string, argv, env []string, started chan<- error) {
 		c.tty.give(c.pid)
 	}
 	stopGuard := startGuard(c.pid, c.log)
-	c.log.Info("started", "pid", c.pid)
+	soon(func() { c.log.Info("started", "pid", c.pid) })
 	started <- nil
 
 	c.wait()
@@ -116,7 +116,7 @@ func (c *child) waitForGroup() {
 			return
 		}
 		if !begun {
-			c.log.Info("the command has ended, and processes of its group go on", "pid", c.pid)
+			soon(func() { c.log.Info("the command has ended, and processes of its group go on", "pid", c.pid) })
 		}
 		time.Sleep(groupPoll)
 	}
@@ -127,8 +127,8 @@ func (c *child) waitForGroup() {
 func (c *child) suspended(by syscall.Signal) {
 	switch by {
 	case syscall.SIGTSTP:
-		c.log.Warn("the command goes on, because it would keep its lock while suspended")
 		_ = c.send(syscall.SIGCONT)
+		soon(func() { c.log.Warn("the command goes on, because it would keep its lock while suspended") })
 	case syscall.SIGTTIN, syscall.SIGTTOU:
 		if c.tty != nil {
 			go c.waitForTerminal()
@@ -140,7 +140,7 @@ func (c *child) suspended(by syscall.Signal) {
 // foreground need not say so.
 func (c *child) waitForTerminal() {
 	if !c.tty.give(c.pid) {
-		c.log.Warn("the command waits for the terminal, and keeps its lock", "pid", c.pid)
+		soon(func() { c.log.Warn("the command waits for the terminal, and keeps its lock", "pid", c.pid) })
 	}
 	c.setAsks(true)
 	for !c.tty.give(c.pid) && c.setAsks(true) {

@@ -22,7 +22,9 @@ func startGuard(group int, log *slog.Logger) (stop func()) {
 		err = runGuard(in, group)
 	}
 	if err != nil {
-		log.Warn("there is no guard: if this process is killed, what the command has started goes on", "error", err)
+		soon(func() {
+			log.Warn("there is no guard: if this process is killed, what the command has started goes on", "error", err)
+		})
 		return func() {}
 	}
 	return func() {

@@ -44,10 +44,10 @@ func (e *exitError) Error() string {
 
 func (e *exitError) Unwrap() error { return e.err }
 
-// failed returns err as an error of the database.
+// failed returns err as an error of the database, unless it has an exit status already.
 func failed(err error) error {
-	if err == nil {
-		return nil
+	if err == nil || errors.As(err, new(*exitError)) {
+		return err
 	}
 	return &exitError{exitNoDatabase, err}
 }

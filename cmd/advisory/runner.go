@@ -176,7 +176,7 @@ func (r *runner) signal(s os.Signal) {
 	switch {
 	case r.child != nil:
 		if err := r.child.forward(s); err != nil {
-			r.log.Warn("a signal is not forwarded", "signal", s.String(), "error", err)
+			soon(func() { r.log.Warn("a signal is not forwarded", "signal", s.String(), "error", err) })
 		}
 	case ends(s):
 		r.cancel(stopError{s})
@@ -208,7 +208,12 @@ func (r *runner) hold(ctx context.Context) error {
 	r.child = nil
 	r.mu.Unlock()
 	r.code = c.exitCode()
-	r.log.Info("exited", "pid", c.pid, "status", r.code)
+	exited := func() { r.log.Info("exited", "pid", c.pid, "status", r.code) }
+	if r.lost != nil {
+		soon(exited)
+	} else {
+		exited()
+	}
 	return nil
 }
 
@@ -242,7 +247,7 @@ func (r *runner) end(c *child, cause error) {
 }
 
 // soon runs f, which writes a line, and waits a moment for it: standard error may be a pipe that nobody
-// reads, and the command is to end in time all the same.
+// reads, and a command whose lock is lost is to end in time all the same.
 func soon(f func()) {
 	done := make(chan struct{})
 	go func() {

@@ -19,7 +19,7 @@ type act interface {
 }
 
 // acts are played in this order.
-var acts = []act{increments{}, migrations{}, leaders{}}
+var acts = []act{increments{}, migrations{}, leaders{}, command{}}
 
 // A promise is one line of the summary.
 type promise struct {

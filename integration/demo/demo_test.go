@@ -23,14 +23,15 @@ import (
 
 // A demo is the program and a server for it.
 type demo struct {
-	exe string
-	dsn string
-	db  *sql.DB
+	exe  string
+	temp string // its directory for temporary files
+	dsn  string
+	db   *sql.DB
 }
 
 func newDemo(t *testing.T) *demo {
 	t.Helper()
-	d := &demo{exe: build(t)}
+	d := &demo{exe: build(t), temp: t.TempDir()}
 	server, err := pgtest.Start(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -60,7 +61,7 @@ func build(t *testing.T) (exe string) {
 // command is the demo with the workers in its process group.
 func (d *demo) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(d.exe, args...)
-	cmd.Env = append(os.Environ(), pgtest.EnvDSN+"="+d.dsn)
+	cmd.Env = append(os.Environ(), pgtest.EnvDSN+"="+d.dsn, "TMPDIR="+d.temp, "GOTMPDIR=")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return cmd
 }
@@ -108,9 +109,23 @@ func (d *demo) query(t *testing.T, query string) (answer []string) {
 	return answer
 }
 
-// nothingIsLeft fails the test unless the server is as it was before the demo.
+// tools returns the directories that the demo has made for the command advisory.
+func (d *demo) tools(t *testing.T) []string {
+	t.Helper()
+	dirs, err := filepath.Glob(filepath.Join(d.temp, "advisory-demo-*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dirs
+}
+
+// nothingIsLeft fails the test unless the server, and the directory for temporary files, are as they were
+// before the demo.
 func (d *demo) nothingIsLeft(t *testing.T) {
 	t.Helper()
+	if left := d.tools(t); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
 	if left := d.query(t, schemas); len(left) > 0 {
 		t.Errorf("left on the server: schemas %v", left)
 	}
@@ -166,7 +181,14 @@ func (d *demo) testKeepsPromises(t *testing.T) {
 		"kept    Lead: every job is done, each piece once\n          400 tokens, 400 webhooks, 200 stock, 300 search\n",
 		"kept    no webhook is taken twice\n          400 of 400 taken\n",
 		" sent again, and known by the idempotency key\n",
-		"9 of 9 promises kept, in ",
+		"Act 4: the command, for shells and crontabs\n",
+		"4 at once: 1 ran it, 3 ended with exit status 75\n",
+		"  KEY          MODE       STATE  PID\n",
+		"  exclusive  holds  ",
+		"\n               exclusive  waits  ",
+		"kept    advisory run: of many at once, one runs its command\n",
+		"kept    advisory run: one that is killed is followed, its command dead\n",
+		"11 of 11 promises kept, in ",
 	)
 	if bytes.ContainsAny(out, "\r\x1b") {
 		t.Error("control characters in output that is not for a terminal")
@@ -204,6 +226,7 @@ func (d *demo) testNoticesBrokenLocks(t *testing.T) {
 		"BROKEN  WithConnLock: one migrates, the others find it done\n",
 		"BROKEN  Lead: a job has one leader at a time\n",
 		"BROKEN  no webhook is taken twice\n",
+		"BROKEN  advisory run: of many at once, one runs its command\n",
 		errBroken.Error(),
 	)
 	if t.Failed() {
@@ -251,16 +274,21 @@ func (d *demo) testLeavesNothingBehind(t *testing.T, sig syscall.Signal) {
 	}
 	if sig == syscall.SIGKILL {
 		noProcessIsLeft(t, cmd, 5*time.Second)
-		d.dropSchemas(t)
+		d.sweep(t)
 	}
 	noProcessIsLeft(t, cmd, 0)
 	d.nothingIsLeft(t)
 }
 
-// dropSchemas drops the schema of a demo that was killed. That it is left is the price of
-// a SIGKILL.
-func (d *demo) dropSchemas(t *testing.T) {
+// sweep removes what a demo that was killed has left: its schema, and the command advisory. That is the
+// price of a SIGKILL.
+func (d *demo) sweep(t *testing.T) {
 	t.Helper()
+	for _, dir := range d.tools(t) {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	}
 	for _, schema := range d.query(t, schemas) {
 		d.query(t, "DROP SCHEMA "+schema+" CASCADE")
 	}
@@ -300,14 +328,14 @@ func (d *demo) testLeavesNoFrozenProcess(t *testing.T, sig syscall.Signal) {
 	}
 	noProcessIsLeft(t, cmd, 5*time.Second)
 	if sig == syscall.SIGKILL {
-		d.dropSchemas(t)
+		d.sweep(t)
 	}
 	d.nothingIsLeft(t)
 }
 
 func TestDemoWithoutServer(t *testing.T) {
 	// Nobody listens on port 1.
-	d := &demo{exe: build(t), dsn: "postgres://postgres@127.0.0.1:1/postgres?sslmode=disable"}
+	d := &demo{exe: build(t), temp: t.TempDir(), dsn: "postgres://postgres@127.0.0.1:1/postgres?sslmode=disable"}
 	cmd := d.command()
 	out, err := cmd.CombinedOutput()
 	_, failure, _ := strings.Cut(string(out), "\n") // the first line says what it waits for
@@ -327,6 +355,28 @@ func TestBar(t *testing.T) {
 		"\r\x1b[K  counting          ━━━━━━━━━━━━━━━━━━━━━━━━  done\n"
 	if got := out.String(); got != want {
 		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+func TestRowsOfALock(t *testing.T) {
+	const table = `KEY   MODE       STATE  PID   USER
+five  exclusive  holds  1001  postgres
+four  exclusive  holds  7     postgres
+      exclusive  waits  8     postgres
+fow   shared     holds  9     postgres
+      shared     holds  9     postgres
+`
+	for lock, want := range map[string]string{
+		"four": "KEY   MODE       STATE  PID\nfour  exclusive  holds  7\n      exclusive  waits  8",
+		"five": "KEY   MODE       STATE  PID\nfive  exclusive  holds  1001",
+		"fo":   "KEY   MODE       STATE  PID",
+	} {
+		if got := strings.Join(rowsOf(table, lock), "\n"); got != want {
+			t.Errorf("%s: got\n%s\nwant\n%s", lock, got, want)
+		}
+	}
+	if got := rowsOf("no advisory lock is held or waited for\n", "four"); len(got) > 0 {
+		t.Errorf("got %q", got)
 	}
 }
 

@@ -6,7 +6,8 @@
 //	go run ./demo
 //
 // The workers are processes of this same binary. They share nothing but the
-// database: see worker.go.
+// database: see worker.go. The command advisory, of the last act, is compiled
+// from its source: see command_build.go.
 package main
 
 import (
@@ -120,6 +121,8 @@ func run(o options) (err error) {
 	// The first Ctrl-C cleans up; the second one does not wait for that.
 	context.AfterFunc(ctx, stop)
 
+	tool := buildTool(ctx)
+	defer func() { err = errors.Join(err, tool.remove()) }()
 	s, closeStage, err := openStage(ctx, o)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -128,6 +131,12 @@ func run(o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeStage()) }()
+
+	s.tool = tool
+	s.tool.wait(func() { s.view.title("Compiling the command advisory …") })
+	if ctx.Err() != nil {
+		return errInterrupted
+	}
 
 	// Finding a server may have meant to download one. That does not count.
 	start := time.Now()
@@ -167,6 +176,7 @@ type stage struct {
 	dsn     string  // for the workers
 	schema  string  // holds everything the demo creates
 	version string  // of the server
+	tool    *tool   // the command advisory
 }
 
 // openStage finds or starts a server and makes a schema on it.
