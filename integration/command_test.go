@@ -538,6 +538,23 @@ func TestCommandSignalsWhileCampaigningEndTheCampaign(t *testing.T) {
 	}
 }
 
+// The status is that of what ends the campaign, and not of the loss before it.
+func TestCommandSignalWhileCampaigningAfterALoss(t *testing.T) {
+	allowLog(t, terminated)
+	if signal.Ignored(syscall.SIGTERM) {
+		t.Skip("the signal is ignored")
+	}
+	a := startAdvisory(t, advisoryDSN(t), "run", "--lead", "--json", t.Name(), "--", "sleep", "1h")
+	a.waitForEvent(`"msg":"started"`)
+	waitForArmed(t, testKey(t))
+	endHolders(t, testKey(t))
+	hold(t, adminDB(t), testKey(t))
+	a.waitForEvent(`"msg":"exited"`)
+	waitForWaiters(t, adminDB(t), testKey(t), 1)
+	a.signal(syscall.SIGTERM)
+	a.wantStatus(128 + int(syscall.SIGTERM))
+}
+
 func TestCommandKeepsItsLockForAtLeast(t *testing.T) {
 	a := startAdvisory(t, advisoryDSN(t), "run", "--json", "--at-least", "700ms", t.Name(), "--", "true")
 	a.waitForEvent(`"msg":"exited"`)

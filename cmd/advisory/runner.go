@@ -101,10 +101,13 @@ func (r *runner) run(ctx context.Context) (code int, err error) {
 func (r *runner) result(ctx context.Context, err error) (int, error) {
 	var exit *exitError
 	var stop stopError
+	r.mu.Lock()
+	lost := r.lost != nil
+	r.mu.Unlock()
 	switch {
 	case errors.As(err, &exit):
 		return exit.code, exit.err
-	case r.lost != nil:
+	case lost:
 		return exitLost, nil
 	case errors.Is(err, advisory.ErrLost):
 		return exitLost, err
@@ -179,6 +182,7 @@ func (r *runner) signal(s os.Signal) {
 			soon(func() { r.log.Warn("a signal is not forwarded", "signal", s.String(), "error", err) })
 		}
 	case ends(s):
+		r.lost = nil // a loss before this wait is not what ends it
 		r.cancel(stopError{s})
 	default:
 		obey(s)
@@ -234,7 +238,9 @@ func (r *runner) start(ctx context.Context, env []string) (*child, error) {
 
 // end ends the command, whose lock is lost, and returns when it is dead.
 func (r *runner) end(c *child, cause error) {
+	r.mu.Lock()
 	r.lost = cause
+	r.mu.Unlock()
 	c.terminate()
 	soon(func() { r.log.Error(cause.Error(), "grace", r.flags.grace) })
 	if c.endsWithin(r.flags.grace) {
