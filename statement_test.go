@@ -100,8 +100,8 @@ func TestStatementsThatWait(t *testing.T) {
 		endOf  = " END$advisory$; "
 		rows   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 			" WHEN pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1' THEN 1 ELSE 0 END)"
-		do         = "; DECLARE advisory CURSOR FOR " + rows + doBare
-		answer     = endOf + "MOVE ALL IN advisory"
+		do         = "; DECLARE advisory_answer CURSOR FOR " + rows + doBare
+		answer     = endOf + "MOVE ALL IN advisory_answer"
 		answerBare = endOf + rows
 	)
 	withLock := func(ctx context.Context, on target, k Key, opts ...Option) error {

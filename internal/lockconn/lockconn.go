@@ -130,7 +130,7 @@ func (c *Conn) handBack() {
 		}
 	}()
 	err := c.clean()
-	if err != nil && !pgsql.Gone(err) { // otherwise there is nothing to clean any more
+	if err != nil && !pgsql.Gone(err) { // that the server is away is reported by those who wait for it
 		c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
 	}
 	clean = err == nil

@@ -99,14 +99,16 @@ func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session
 		return d.pool.Open(ctx, d.Log, use) // which waits for nobody
 	}
 	for {
+		if !d.has { // it was left, by this attempt or by one that failed
+			if err := d.enter(); err != nil {
+				return nil, err
+			}
+		}
 		s, inTurn, err := d.openInTurn(ctx, use)
 		if err != nil || inTurn || d.enterNow() {
 			return s, err
 		}
 		s.HandBack()
-		if err := d.enter(); err != nil {
-			return nil, err
-		}
 	}
 }
 

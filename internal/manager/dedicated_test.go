@@ -2,6 +2,7 @@ package manager_test
 
 import (
 	"context"
+	"database/sql/driver"
 	"errors"
 	"sync"
 	"testing"
@@ -166,5 +167,43 @@ func TestTheTurnLastsAsLongAsTheSession(t *testing.T) {
 		srv.answer = nil
 		release(t, s, done)
 		takeOnce(t, db, key(1))
+	})
+}
+
+// One who has left the turn, and then gets no connection, has it again before the next attempt.
+func TestADedicatedCallerHasTheTurnAgainAfterAFailedOpening(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		db.SetMaxOpenConns(4)
+		db.SetMaxIdleConns(0)
+		refused, dials := false, 0
+		srv.answer = func(_ context.Context, _ int, query string) (int64, error) {
+			switch {
+			case of(key(1), query) && isTry(query) && !refused:
+				refused = true
+				return 0, nil
+			case of(key(1), query) && isWait(query):
+				return 0, driver.ErrBadConn
+			}
+			return 1, nil
+		}
+		srv.dial = func() error {
+			if dials++; dials == 3 { // the second is that of the outage
+				time.Sleep(2 * turnBound)
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		s, done, err := dedicated(t.Context(), db, key(1))
+		wantError(t, err, nil)
+		r := request(key(1))
+		r.NoWait = true
+		_, _, err = manager.Dedicated(t.Context(), db, r, session.ForConn, func(context.Context, *session.Session, time.Time) error {
+			return errors.New("it has the turn, too")
+		})
+		wantError(t, err, session.ErrRefused)
+		release(t, s, done)
+		wantState(t, db, 0, 0)
 	})
 }

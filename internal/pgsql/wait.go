@@ -72,7 +72,7 @@ func BareWait(on Place, restart string, k Key, shared bool, bound time.Duration,
 		return t.first.String() + "; " + block + rows
 	}
 	// The cursor has the answer planned before the wait. That takes a tenth off a hand-off.
-	return t.first.String() + "; DECLARE advisory CURSOR FOR " + rows + "; " + block + "MOVE ALL IN advisory"
+	return t.first.String() + "; DECLARE advisory_answer CURSOR FOR " + rows + "; " + block + "MOVE ALL IN advisory_answer"
 }
 
 // A waitText is a Wait in the making: what comes before the block, and the block.

@@ -91,20 +91,17 @@ var silent = slog.New(slog.DiscardHandler)
 // would log. done is called when it has ended.
 func (p *Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 	end, _ := ctx.Deadline()
-	var who string
-	told := spawn(func() error {
+	who := make(chan string, 1)
+	go func() {
 		defer done()
-		who = p.heldBy(k)
-		return nil
-	})
+		who <- p.heldBy(k)
+	}()
 	late := time.NewTimer(time.Until(end.Add(Grace)))
 	defer late.Stop()
 	select {
-	case o := <-told:
-		_ = o.result()
-		return who
+	case w := <-who:
+		return w
 	case <-late.C:
-		go func() { _ = (<-told).result() }() // a panic is not swallowed
 		return ""
 	}
 }

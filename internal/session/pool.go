@@ -4,9 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"log/slog"
-	"reflect"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -27,17 +25,14 @@ type Facts struct {
 	mu      sync.Mutex
 	refused [2]bool // by refusal
 
-	driver sync.Once   // one connection is asked, since all have the same configuration
-	caches bool        // see caches
-	pgx    atomic.Bool // the driver is pgx, which returns when a context ends, whatever it does
+	driver sync.Once
+	caches bool // see caches
 }
 
-// caches tells whether the driver keeps statements that have arguments prepared.
+// caches tells whether the driver keeps statements that have arguments prepared. It asks one
+// connection of the pool, since all have the same configuration.
 func (p *Pool) caches(dc any) bool {
-	p.Facts.driver.Do(func() {
-		p.Facts.caches = caches(dc)
-		p.Facts.pgx.Store(isPgx(reflect.TypeOf(dc)))
-	})
+	p.Facts.driver.Do(func() { p.Facts.caches = caches(dc) })
 	return p.Facts.caches
 }
 
@@ -98,17 +93,15 @@ func (p *Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, e
 	return newSession(conn, p, log, use), nil
 }
 
-// conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection
-// does not.
+// conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection,
+// or asks whether one that lies ready still lives, does not: hooks of the program's may be what it waits for.
 func (p *Pool) conn(ctx context.Context) (*sql.Conn, error) {
 	switch {
 	case p.DB.Stats().Idle == 0:
-		return p.newConn(ctx, dialBound)
-	case ctx.Done() != nil && !p.Facts.pgx.Load():
-		return p.newConn(ctx, AnswerBound) // if they have all expired
+		return p.borrowLeavable(ctx, dialBound)
+	case ctx.Done() != nil:
+		return p.borrowLeavable(ctx, AnswerBound)
 	default:
-		// One that lies ready may have to be asked whether it lives. No goroutine waits beside that: to
-		// wake one takes the processor that the server needs.
 		ctx, cancel := context.WithTimeoutCause(ctx, AnswerBound, pgsql.NoAnswer{After: AnswerBound})
 		defer cancel()
 		return p.borrow(ctx)
@@ -123,9 +116,10 @@ func (p *Pool) borrow(ctx context.Context) (*sql.Conn, error) {
 	return conn, err
 }
 
-// newConn is conn where a connection may have to be made. One that comes too late goes to the pool: to
-// break off the making of a connection would cost the server a session, and the next one another.
-func (p *Pool) newConn(ctx context.Context, bound time.Duration) (*sql.Conn, error) {
+// borrowLeavable is borrow, but returns at the end of ctx, or of bound if there is a place in the pool. What
+// comes too late goes to the pool: to break off the making of a connection would cost the server a session,
+// and the next one another.
+func (p *Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Conn, error) {
 	making, cancel := ctx, func() {}
 	if !p.Exhausted() { // otherwise the wait is for others
 		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, pgsql.NoAnswer{After: bound})
