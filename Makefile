@@ -19,8 +19,8 @@ demo: ## the main job, live
 test: unit ## everything
 	cd integration && $(GO) test $(RACE) $(WAITING) -timeout 30m $(TESTFLAGS) ./...
 
-# One package at a time, because they measure; four tests at a time, because most of them wait.
-WAITING := -p 1 -parallel 4
+# One package at a time, because they measure; three tests at a time, because most of them wait.
+WAITING := -p 1 -parallel 3
 
 test-matrix: ## the integration tests against each PostgreSQL version: VERSIONS="14 18" ARGS="-run Restart"
 	cd integration && $(GO) run ./internal/matrix $(VERSIONS) -- $(GO) test $(RACE) $(WAITING) -timeout 30m -count=1 $(TESTFLAGS) $(ARGS) ./...
