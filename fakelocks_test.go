@@ -222,7 +222,7 @@ func (p *lockTable) begin(ctx context.Context, id backendID, query string) (b *b
 
 var (
 	lockCall  = regexp.MustCompile(`pg_catalog\.pg_(try_)?advisory_(xact_)?(lock|unlock)(_shared)?\(([^()]*)\)`)
-	waitCall  = regexp.MustCompile(`PERFORM pg_catalog\.pg_advisory_(xact_)?lock(_shared)?\(`)
+	waitCall  = regexp.MustCompile(`, pg_catalog\.pg_advisory_(xact_)?lock(_shared)?\(`)
 	boundOf   = regexp.MustCompile(`LEAST\((\d+),`)
 	keyOf     = regexp.MustCompile(`'advisory\.(key|class|object)', '(-?\d+)'`)
 	silenceOf = regexp.MustCompile(`'(?:advisory\.silence|idle_session_timeout)', '(\d+)'`)

@@ -77,33 +77,15 @@ func newMock(t *testing.T) (*sql.DB, sqlmock.Sqlmock) {
 	return db, mock
 }
 
-// The statements that wait, verbatim.
+// The statements that wait. What they are, verbatim, is tested where they are made.
 func TestStatementsThatWait(t *testing.T) {
 	t.Parallel()
-	const (
-		bound = "SELECT pg_catalog.set_config('lock_timeout', pg_catalog.ceil(LEAST(100, " +
-			"pg_catalog.date_part('epoch', pg_catalog.current_setting('deadlock_timeout')::pg_catalog.interval) OPERATOR(pg_catalog.*) 500))::pg_catalog.text, true), " +
-			"pg_catalog.set_config('advisory.granted', '', true), "
-		old     = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) "
-		bigint  = "(pg_catalog.current_setting('advisory.key')::pg_catalog.int8), "
-		pair    = "(pg_catalog.current_setting('advisory.class')::pg_catalog.int4, pg_catalog.current_setting('advisory.object')::pg_catalog.int4), "
-		arm     = ", pg_catalog.set_config('advisory.nonce', 'N', true), pg_catalog.set_config('advisory.silence', '15000', true)"
-		arms    = "pg_catalog.set_config('advisory.session', pg_catalog.current_setting('advisory.nonce'), false), pg_catalog.set_config('idle_session_timeout', pg_catalog.current_setting('advisory.silence'), false), "
-		granted = "pg_catalog.set_config('advisory.granted', '1', true)"
-		caught  = "; EXCEPTION WHEN lock_not_available OR query_canceled THEN "
-		frees   = "PERFORM pg_catalog.pg_advisory_unlock_all();"
-		looks   = "PERFORM " + granted + " FROM (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted" +
-			" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND locktype OPERATOR(pg_catalog.=) 'advisory'" +
-			" AND classid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.classid')::pg_catalog.oid" +
-			" AND objid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.objid')::pg_catalog.oid AND objsubid OPERATOR(pg_catalog.=) 1) AS held;"
-		doBare = "; DO $advisory$BEGIN PERFORM pg_catalog."
-		endOf  = " END$advisory$; "
-		rows   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
-			" WHEN pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1' THEN 1 ELSE 0 END)"
-		do         = "; DECLARE advisory_answer CURSOR FOR " + rows + doBare
-		answer     = endOf + "MOVE ALL IN advisory_answer"
-		answerBare = endOf + rows
-	)
+	watched := pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"}
+	minute, exposed := watched, watched
+	minute.Silence, exposed.Exposed = time.Minute, true
+	wait := func(on pgsql.Place, restart string, k Key, shared bool, w pgsql.Settings) string {
+		return pgsql.Wait(on, restart, k.key, shared, 100*time.Millisecond, w)
+	}
 	withLock := func(ctx context.Context, on target, k Key, opts ...Option) error {
 		return WithLock(ctx, on.db, k, nothing, opts...)
 	}
@@ -123,66 +105,19 @@ func TestStatementsThatWait(t *testing.T) {
 		opts []Option
 		want string
 	}{
-		{
-			"a session of ours, which the server is to watch", withLock, key, nil,
-			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" + arm +
-				do + "pg_advisory_lock" + bigint + arms + granted + caught + frees + answer,
-		},
-		{
-			"HolderTimeout", withLock, key, []Option{HolderTimeout(time.Minute)},
-			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" + strings.Replace(arm, "15000", "60000", 1) +
-				do + "pg_advisory_lock" + bigint + arms + granted + caught + frees + answer,
-		},
-		{
-			"one that it is not to watch", withConnLock, key, nil,
-			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + frees + answer,
-		},
-		{
-			"one that fn uses, and that is to be watched", withConnLock, key, []Option{HolderTimeout(15 * time.Second)},
-			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" + arm +
-				do + "pg_advisory_lock" + bigint + arms +
-				"pg_catalog.set_config('idle_in_transaction_session_timeout', pg_catalog.current_setting('advisory.silence'), false), " +
-				granted + caught + frees + answer,
-		},
-		{
-			"the caller's session", acquireConn, key, nil,
-			"/* advisory: 42 */ " + bound + "pg_catalog.set_config('advisory.key', '42', true)" +
-				", pg_catalog.set_config('advisory.classid', '0', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				doBare + "pg_advisory_lock" + bigint + granted + caught + looks + answerBare,
-		},
-		{
-			"the caller's session, shared, a pair", acquireConn, Pair(-7, 42), []Option{Shared()},
-			"/* advisory: -7.42 */ " + bound + "pg_catalog.set_config('advisory.class', '-7', true), pg_catalog.set_config('advisory.object', '42', true)" +
-				", pg_catalog.set_config('advisory.classid', '4294967289', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				doBare + "pg_advisory_lock_shared" + pair + granted + caught +
-				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + answerBare,
-		},
-		{
-			"a transaction", withTxLock, key, nil,
-			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound +
-				"pg_catalog.set_config('advisory.key', '42', true), pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old" +
-				doBare + "pg_advisory_xact_lock" + bigint +
-				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answerBare,
-		},
+		{"a session of ours, which the server is to watch", withLock, key, nil, wait(pgsql.OnOwn, "", key, false, watched)},
+		{"HolderTimeout", withLock, key, []Option{HolderTimeout(time.Minute)}, wait(pgsql.OnOwn, "", key, false, minute)},
+		{"one that it is not to watch", withConnLock, key, nil, wait(pgsql.OnOwn, "", key, false, pgsql.Settings{})},
+		{"one that fn uses, and that is to be watched", withConnLock, key, []Option{HolderTimeout(15 * time.Second)}, wait(pgsql.OnOwn, "", key, false, exposed)},
+		{"the caller's session", acquireConn, key, nil, wait(pgsql.OnCalled, "", key, false, pgsql.Settings{})},
+		{"the caller's session, shared, a pair", acquireConn, Pair(-7, 42), []Option{Shared()}, wait(pgsql.OnCalled, "", Pair(-7, 42), true, pgsql.Settings{})},
+		{"a transaction", withTxLock, key, nil, wait(pgsql.InTx, pgsql.Restart, key, false, pgsql.Settings{})},
 		{
 			"a transaction with a HolderTimeout, shared, a pair", withTxLock, Pair(1, -2147483648), []Option{HolderTimeout(time.Minute), Shared()},
-			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
-				"pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" +
-				", pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old" +
-				doBare + "pg_advisory_xact_lock_shared" + pair +
-				"pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), " + granted + caught + "NULL;" + answerBare,
+			wait(pgsql.InTx, pgsql.Restart+pgsql.TxSilence(time.Minute), Pair(1, -2147483648), true, pgsql.Settings{}),
 		},
-		{
-			"the smallest number", withConnLock, ID(math.MinInt64), nil,
-			"/* advisory: -9223372036854775808 */ " + bound + "pg_catalog.set_config('advisory.key', '-9223372036854775808', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + frees + answer,
-		},
-		{
-			"a name", withConnLock, Name("a */ b'; --"), nil,
-			"/* advisory: a%20%2A%2F%20b%27%3B%20-- */ " + bound + "pg_catalog.set_config('advisory.key', '" + Name("a */ b'; --").SQL() + "', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + frees + answer,
-		},
+		{"the smallest number", withConnLock, ID(math.MinInt64), nil, wait(pgsql.OnOwn, "", ID(math.MinInt64), false, pgsql.Settings{})},
+		{"a name", withConnLock, Name("a */ b'; --"), nil, wait(pgsql.OnOwn, "", Name("a */ b'; --"), false, pgsql.Settings{})},
 	} {
 		bubble(t, test.name, func(t *testing.T) {
 			on, srv := newTarget(t)

@@ -82,7 +82,7 @@ func (c *conn) Begin() (driver.Tx, error)           { return nil, errors.New("no
 
 func isTry(query string) bool { return strings.Contains(query, "pg_try_advisory_lock(") }
 func isWait(query string) bool {
-	return strings.Contains(query, "PERFORM pg_catalog.pg_advisory_lock(")
+	return strings.Contains(query, ", pg_catalog.pg_advisory_lock(")
 }
 
 // of tells whether a statement is about the lock of k.

@@ -50,10 +50,15 @@ func BareWait(on Place, restart string, k Key, shared bool, bound time.Duration,
 		", pg_catalog.date_part('epoch', pg_catalog.current_setting('deadlock_timeout')::pg_catalog.interval)" +
 		" OPERATOR(pg_catalog.*) 500))::pg_catalog.text, true)")
 	t.set("granted", "''")
-	t.lock(k, shared)
-	t.settings(w)
 	const granted = "pg_catalog.set_config('advisory.granted', '1', true)"
-	t.block.WriteString(", " + granted + "; EXCEPTION WHEN lock_not_available OR query_canceled THEN ")
+	t.block.WriteString("PERFORM " + granted)
+	t.settings(w)
+	t.lock(k, shared) // after what goes with the block if it is not granted: a grant has nothing to wait for
+	if on == InTx {
+		t.set("lock_timeout", "old.lock_timeout")
+		t.apply("lock_timeout", "lock_timeout", "true")
+	}
+	t.block.WriteString("; EXCEPTION WHEN lock_not_available OR query_canceled THEN ")
 	switch on {
 	case OnOwn:
 		t.block.WriteString("PERFORM pg_catalog.pg_advisory_unlock_all();")
@@ -66,13 +71,15 @@ func BareWait(on Place, restart string, k Key, shared bool, bound time.Duration,
 		t.block.WriteString("NULL;") // the grant has gone with the block
 		t.first.WriteString(" FROM old")
 	}
-	block := "DO $advisory$BEGIN " + t.block.String() + " END$advisory$; "
+	block := "BEGIN " + t.block.String() + " END"
 	rows := answer("pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1'")
-	if on != OnOwn { // a cursor may be there, or would stay
-		return t.first.String() + "; " + block + rows
+	if on == OnOwn {
+		// A cursor has the answer planned before the wait. That takes a seventh off a hand-off. Elsewhere, there
+		// may be one of that name, or it would stay.
+		block = "DECLARE answer pg_catalog.refcursor := 'advisory_answer'; BEGIN OPEN answer FOR " + rows + "; " + block + "; END"
+		rows = "MOVE ALL IN advisory_answer"
 	}
-	// The cursor has the answer planned before the wait. That takes a tenth off a hand-off.
-	return t.first.String() + "; DECLARE advisory_answer CURSOR FOR " + rows + "; " + block + "MOVE ALL IN advisory_answer"
+	return t.first.String() + "; DO $advisory$" + block + "$advisory$; " + rows
 }
 
 // A waitText is a Wait in the making: what comes before the block, and the block.
@@ -98,7 +105,7 @@ func get(name, as string) string {
 
 // lock has the block take the lock.
 func (t *waitText) lock(k Key, shared bool) {
-	t.block.WriteString("PERFORM pg_catalog.pg_advisory_")
+	t.block.WriteString(", pg_catalog.pg_advisory_")
 	if t.on == InTx {
 		t.block.WriteString("xact_")
 	}
@@ -117,7 +124,7 @@ func (t *waitText) lock(k Key, shared bool) {
 	}
 }
 
-// settings has the block make the settings of w with the grant, because this process may be out of
+// settings has the block make the settings of w, which stay with the grant: this process may be out of
 // reach by then.
 func (t *waitText) settings(w Settings) {
 	if w.Silence > 0 {
@@ -129,10 +136,6 @@ func (t *waitText) settings(w Settings) {
 	}
 	if w.Check {
 		t.block.WriteString(", " + check(t.on == InTx))
-	}
-	if t.on == InTx {
-		t.set("lock_timeout", "old.lock_timeout")
-		t.apply("lock_timeout", "lock_timeout", "true")
 	}
 }
 

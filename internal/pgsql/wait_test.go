@@ -26,16 +26,16 @@ func TestWait(t *testing.T) {
 	const (
 		bound = "SELECT pg_catalog.set_config('lock_timeout', pg_catalog.ceil(LEAST(100, " +
 			"pg_catalog.date_part('epoch', pg_catalog.current_setting('deadlock_timeout')::pg_catalog.interval) OPERATOR(pg_catalog.*) 500))::pg_catalog.text, true), " +
-			"pg_catalog.set_config('advisory.granted', '', true), "
+			"pg_catalog.set_config('advisory.granted', '', true)"
 		old      = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) "
-		bigint   = "(pg_catalog.current_setting('advisory.key')::pg_catalog.int8), "
-		pairArgs = "(pg_catalog.current_setting('advisory.class')::pg_catalog.int4, pg_catalog.current_setting('advisory.object')::pg_catalog.int4), "
+		bigint   = "(pg_catalog.current_setting('advisory.key')::pg_catalog.int8)"
+		pairArgs = "(pg_catalog.current_setting('advisory.class')::pg_catalog.int4, pg_catalog.current_setting('advisory.object')::pg_catalog.int4)"
 		silence  = ", pg_catalog.set_config('advisory.nonce', 'N', true), pg_catalog.set_config('advisory.silence', '15000', true)"
-		silences = "pg_catalog.set_config('advisory.session', pg_catalog.current_setting('advisory.nonce'), false), " +
-			"pg_catalog.set_config('idle_session_timeout', pg_catalog.current_setting('advisory.silence'), false), "
-		silencesTx  = "pg_catalog.set_config('idle_in_transaction_session_timeout', pg_catalog.current_setting('advisory.silence'), false), "
+		silences = ", pg_catalog.set_config('advisory.session', pg_catalog.current_setting('advisory.nonce'), false), " +
+			"pg_catalog.set_config('idle_session_timeout', pg_catalog.current_setting('advisory.silence'), false)"
+		silencesTx  = ", pg_catalog.set_config('idle_in_transaction_session_timeout', pg_catalog.current_setting('advisory.silence'), false)"
 		lockTimeout = ", pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old"
-		restores    = "pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true), "
+		restores    = ", pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true)"
 		granted     = "pg_catalog.set_config('advisory.granted', '1', true)"
 		caught      = "; EXCEPTION WHEN lock_not_available OR query_canceled THEN "
 		frees       = "PERFORM pg_catalog.pg_advisory_unlock_all();"
@@ -43,13 +43,13 @@ func TestWait(t *testing.T) {
 			" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND locktype OPERATOR(pg_catalog.=) 'advisory'" +
 			" AND classid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.classid')::pg_catalog.oid" +
 			" AND objid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.objid')::pg_catalog.oid AND objsubid OPERATOR(pg_catalog.=) 1) AS held;"
-		doBare = "; DO $advisory$BEGIN PERFORM pg_catalog."
-		endOf  = " END$advisory$; "
+		doBare = "; DO $advisory$BEGIN PERFORM " + granted
 		rows   = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 			" WHEN pg_catalog.current_setting('advisory.granted') OPERATOR(pg_catalog.=) '1' THEN 1 ELSE 0 END)"
-		do       = "; DECLARE advisory_answer CURSOR FOR " + rows + doBare
-		ends     = endOf + "MOVE ALL IN advisory_answer"
-		endsBare = endOf + rows
+		do = "; DO $advisory$DECLARE answer pg_catalog.refcursor := 'advisory_answer'; BEGIN OPEN answer FOR " + rows +
+			"; BEGIN PERFORM " + granted
+		ends     = " END; END$advisory$; MOVE ALL IN advisory_answer"
+		endsBare = " END$advisory$; " + rows
 	)
 	watched := pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"}
 	minute, exposed, checked := watched, watched, watched
@@ -66,72 +66,72 @@ func TestWait(t *testing.T) {
 	}{
 		{
 			"a session that the server watches", pgsql.OnOwn, "", id(42), false, watched,
-			"/* advisory: 42 */ " + bound + number + silence +
-				do + "pg_advisory_lock" + bigint + silences + granted + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + silence + ", " + number +
+				do + silences + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"for another time", pgsql.OnOwn, "", id(42), false, minute,
-			"/* advisory: 42 */ " + bound + number + strings.Replace(silence, "15000", "60000", 1) +
-				do + "pg_advisory_lock" + bigint + silences + granted + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + strings.Replace(silence, "15000", "60000", 1) + ", " + number +
+				do + silences + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"one that it does not watch", pgsql.OnOwn, "", id(42), false, pgsql.Settings{},
-			"/* advisory: 42 */ " + bound + number +
-				do + "pg_advisory_lock" + bigint + granted + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + ", " + number +
+				do + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"one that is exposed", pgsql.OnOwn, "", id(42), false, exposed,
-			"/* advisory: 42 */ " + bound + number + silence +
-				do + "pg_advisory_lock" + bigint + silences + silencesTx + granted + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + silence + ", " + number +
+				do + silences + silencesTx + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"one with the connection check", pgsql.OnOwn, "", id(42), false, checked,
-			"/* advisory: 42 */ " + bound + number + silence +
-				do + "pg_advisory_lock" + bigint + silences + connCheck + ", " + granted + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + silence + ", " + number +
+				do + silences + ", " + connCheck + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"the caller's session", pgsql.OnCalled, "", id(42), false, pgsql.Settings{},
-			"/* advisory: 42 */ " + bound + number +
+			"/* advisory: 42 */ " + bound + ", " + number +
 				", pg_catalog.set_config('advisory.classid', '0', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				doBare + "pg_advisory_lock" + bigint + granted + caught + looks + endsBare,
+				doBare + ", pg_catalog.pg_advisory_lock" + bigint + caught + looks + endsBare,
 		},
 		{
 			"the caller's session, shared, a pair", pgsql.OnCalled, "", pair(-7, 42), true, pgsql.Settings{},
-			"/* advisory: -7.42 */ " + bound + "pg_catalog.set_config('advisory.class', '-7', true), pg_catalog.set_config('advisory.object', '42', true)" +
+			"/* advisory: -7.42 */ " + bound + ", pg_catalog.set_config('advisory.class', '-7', true), pg_catalog.set_config('advisory.object', '42', true)" +
 				", pg_catalog.set_config('advisory.classid', '4294967289', true), pg_catalog.set_config('advisory.objid', '42', true)" +
-				doBare + "pg_advisory_lock_shared" + pairArgs + granted + caught +
+				doBare + ", pg_catalog.pg_advisory_lock_shared" + pairArgs + caught +
 				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + endsBare,
 		},
 		{
 			"a transaction", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{},
-			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + number + lockTimeout +
-				doBare + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsBare,
+			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + ", " + number + lockTimeout +
+				doBare + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
 		{
 			"a transaction that goes on", pgsql.InTx, "", id(42), false, pgsql.Settings{},
-			"/* advisory: 42 */ SELECT; " + old + bound + number + lockTimeout +
-				doBare + "pg_advisory_xact_lock" + bigint + restores + granted + caught + "NULL;" + endsBare,
+			"/* advisory: 42 */ SELECT; " + old + bound + ", " + number + lockTimeout +
+				doBare + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
 		{
 			"a transaction with the connection check", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{Check: true},
-			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + number + lockTimeout +
-				doBare + "pg_advisory_xact_lock" + bigint + connCheckTx + ", " + restores + granted + caught + "NULL;" + endsBare,
+			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + ", " + number + lockTimeout +
+				doBare + ", " + connCheckTx + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
 		{
 			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + pgsql.TxSilence(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
 			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
-				"pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" + lockTimeout +
-				doBare + "pg_advisory_xact_lock_shared" + pairArgs + restores + granted + caught + "NULL;" + endsBare,
+				", pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" + lockTimeout +
+				doBare + ", pg_catalog.pg_advisory_xact_lock_shared" + pairArgs + restores + caught + "NULL;" + endsBare,
 		},
 		{
 			"the smallest number", pgsql.OnOwn, "", id(math.MinInt64), false, pgsql.Settings{},
-			"/* advisory: -9223372036854775808 */ " + bound + "pg_catalog.set_config('advisory.key', '-9223372036854775808', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + frees + ends,
+			"/* advisory: -9223372036854775808 */ " + bound + ", pg_catalog.set_config('advisory.key', '-9223372036854775808', true)" +
+				do + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"a name", pgsql.OnOwn, "", named("a */ b'; --", -5), false, pgsql.Settings{},
-			"/* advisory: a%20%2A%2F%20b%27%3B%20-- */ " + bound + "pg_catalog.set_config('advisory.key', '-5', true)" +
-				do + "pg_advisory_lock" + bigint + granted + caught + frees + ends,
+			"/* advisory: a%20%2A%2F%20b%27%3B%20-- */ " + bound + ", pg_catalog.set_config('advisory.key', '-5', true)" +
+				do + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 	} {
 		check(t, []verbatim{{test.name, pgsql.Wait(test.on, test.restart, test.key, test.shared, 100*time.Millisecond, test.w), test.want}})

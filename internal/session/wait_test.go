@@ -16,7 +16,7 @@ import (
 
 // isWait tells whether a statement waits for a lock.
 func isWait(query string) bool {
-	return strings.Contains(query, "PERFORM pg_catalog.pg_advisory_lock(")
+	return strings.Contains(query, ", pg_catalog.pg_advisory_lock(")
 }
 
 // contended is a server on which another holds the lock, and a wait is answered by wait.
