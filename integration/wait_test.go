@@ -118,7 +118,7 @@ func waitForSlices(t testing.TB, db *sql.DB, n int) {
 	t.Helper()
 	waitFor(t, fmt.Sprintf("%d have waited", n), func() (bool, error) {
 		return isTrue(db, `SELECT count(*) >= $1 FROM pg_stat_activity
-			WHERE datname = current_database() AND query LIKE '/* advisory: %pg_advisory_%lock%'`, n)
+			WHERE datname = current_database() AND query LIKE '/* advisory: %lock_timeout%'`, n)
 	})
 }
 
