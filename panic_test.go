@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -145,10 +146,10 @@ func TestADriversPanicLeavesNothingBehind(t *testing.T) {
 					test.setUp(t, p, db, dbs[1])
 				}
 				answer := srvs[0].script
-				panics := true
+				var panics atomic.Bool // heartbeats ask, too
+				panics.Store(true)
 				srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
-					if panics && strings.Contains(query, test.on) {
-						panics = false
+					if strings.Contains(query, test.on) && panics.CompareAndSwap(true, false) {
 						if late {
 							_, _ = answer(ctx, conn, query)
 						}
