@@ -210,10 +210,11 @@ func (r *runner) hold(ctx context.Context) error {
 	}
 	r.mu.Lock()
 	r.child = nil
+	lost := r.lost != nil
 	r.mu.Unlock()
 	r.code = c.exitCode()
 	exited := func() { r.log.Info("exited", "pid", c.pid, "status", r.code) }
-	if r.lost != nil {
+	if lost {
 		soon(exited)
 	} else {
 		exited()
