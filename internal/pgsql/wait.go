@@ -53,7 +53,7 @@ func BareWait(on Place, restart string, k Key, shared bool, bound time.Duration,
 	const granted = "pg_catalog.set_config('advisory.granted', '1', true)"
 	t.block.WriteString("PERFORM " + granted)
 	t.settings(w)
-	t.lock(k, shared) // after what goes with the block if it is not granted: a grant has nothing to wait for
+	t.lock(k, shared) // last, so that little is left to do after the grant; a time-out undoes the settings
 	if on == InTx {
 		t.set("lock_timeout", "old.lock_timeout")
 		t.apply("lock_timeout", "lock_timeout", "true")
