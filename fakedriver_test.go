@@ -141,6 +141,18 @@ func plainly(query string) string {
 	return edges.ReplaceAllString(bounds.ReplaceAllString(nonces.ReplaceAllString(query, "${1}'N'"), "LEAST(100,"), "$1 ")
 }
 
+// panicOnReset has the driver panic when the next connection that lies ready is to be used again.
+func (s *server) panicOnReset() {
+	panics := true
+	s.reset = func(context.Context, int) error {
+		if panics {
+			panics = false
+			panic("driver")
+		}
+		return nil
+	}
+}
+
 // lines is the log: "<connection> <statement, or open, or close>".
 func (s *server) lines() []string {
 	s.mu.Lock()

@@ -62,14 +62,7 @@ func TestADriversPanicWhileASessionIsOpened(t *testing.T) {
 			for range 2 { // on a new connection, and on one that lies ready
 				wantError(t, WithLock(context.Background(), db, key, nothing))
 			}
-			panics := true
-			srv.reset = func(context.Context, int) error {
-				if panics {
-					panics = false
-					panic("driver")
-				}
-				return nil
-			}
+			srv.panicOnReset()
 			wantPanic(t, "driver", func() { _ = call(t, db) })
 			for range 3 {
 				time.Sleep(time.Minute)

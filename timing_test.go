@@ -565,14 +565,7 @@ func TestAPanicWhileASessionIsOpenedIsNotCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t)
 		wantError(t, WithLock(context.Background(), db, key, nothing))
-		panics := true
-		srv.reset = func(context.Context, int) error {
-			if panics {
-				panics = false
-				panic("driver")
-			}
-			return nil
-		}
+		srv.panicOnReset()
 		func() {
 			defer func() { _ = recover() }()
 			_ = WithLock(context.Background(), db, key, nothing)
