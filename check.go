@@ -85,7 +85,7 @@ var errNoSecond = errors.New("no second connection was to be had, and it takes t
 
 // checkOnce checks with connections of its own. It waits for the second one, and for each one after
 // that, for as long as patience.
-func checkOnce(ctx context.Context, pool *session.Pool, cfg *config, patience time.Duration) error {
+func checkOnce(ctx context.Context, pool session.Pool, cfg *config, patience time.Duration) error {
 	holder, err := openHolder(ctx, pool, cfg)
 	if err != nil {
 		return err
@@ -118,7 +118,7 @@ func checkOnce(ctx context.Context, pool *session.Pool, cfg *config, patience ti
 }
 
 // openHolder opens a session, marks it, and checks that it leads to a primary.
-func openHolder(ctx context.Context, pool *session.Pool, cfg *config) (*session.Session, error) {
+func openHolder(ctx context.Context, pool session.Pool, cfg *config) (*session.Session, error) {
 	return openChecked(ctx, pool, cfg, func(s *session.Session) error {
 		return step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes)
 	})
@@ -126,7 +126,7 @@ func openHolder(ctx context.Context, pool *session.Pool, cfg *config) (*session.
 
 // openOther opens the session of the other number i, within patience. It marks the first one.
 // On the others, it tries the lock of k, which the holder has.
-func openOther(ctx context.Context, pool *session.Pool, cfg *config, patience time.Duration, k pgsql.Key, i int) (*session.Session, error) {
+func openOther(ctx context.Context, pool session.Pool, cfg *config, patience time.Duration, k pgsql.Key, i int) (*session.Session, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
 	defer cancel()
 	if i == 0 {
@@ -143,7 +143,7 @@ func both(i int) string {
 }
 
 // openChecked opens a session. Its first statement also finds the dead connections of the pool.
-func openChecked(ctx context.Context, pool *session.Pool, cfg *config, first func(*session.Session) error) (*session.Session, error) {
+func openChecked(ctx context.Context, pool session.Pool, cfg *config, first func(*session.Session) error) (*session.Session, error) {
 	for stale := pool.DB.Stats().OpenConnections; ; stale-- {
 		s, err := pool.Open(ctx, cfg.logger, session.ForLocks)
 		if err != nil {

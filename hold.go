@@ -21,7 +21,7 @@ type hold struct {
 	cfg    config
 
 	locks   *manager.Locks   // nil: the lock is on session
-	holder  *lockconn.Holder // of locks
+	holder  lockconn.Holder  // of locks
 	until   time.Time        // AtLeast: locks are kept until then
 	waits   int64            // the pool's WaitCount when the hold began
 	session *session.Session // that of WithConnLock, which its caller drives
@@ -47,10 +47,10 @@ func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key
 // acquire acquires keys, and has them watched.
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
-	h.holder = &lockconn.Holder{Heartbeat: h.cfg.heartbeat, Silence: h.cfg.holderTimeout}
+	h.holder.Heartbeat, h.holder.Silence = h.cfg.heartbeat, h.cfg.holderTimeout
 	r := h.cfg.request(ctx, c.db, keys)
 	r.Lead = c.leads
-	locks, err := manager.Acquire(ctx, c.db, r, h.holder)
+	locks, err := manager.Acquire(ctx, c.db, r, &h.holder)
 	h.until = time.Now().Add(h.cfg.atLeast)
 	if err != nil {
 		err = acquireError(ctx, keys, &h.cfg, err)

@@ -191,7 +191,7 @@ func newConnOn(t *testing.T, srv *server, silence time.Duration) *fixture {
 		time.Sleep(time.Minute) // until what is discarded has been closed
 		_ = f.db.Close()
 	})
-	pool := &session.Pool{DB: f.db, Facts: new(session.Facts)}
+	pool := session.Pool{DB: f.db, Facts: new(session.Facts)}
 	var err error
 	if f.s, err = pool.Open(t.Context(), slog.New(slog.DiscardHandler), session.ForLocks); err != nil {
 		t.Fatal(err)

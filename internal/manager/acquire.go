@@ -46,18 +46,17 @@ func (f *Failure) Unwrap() error { return f.Cause }
 // An acquisition is what one caller does to get its locks.
 type acquisition struct {
 	attempts
-	holder   *lockconn.Holder // nil: the lock is on a session of the caller's own
-	at       pgsql.Key        // the one that it asks for now
-	holds    []pgsql.Key      // what its caller holds, and what it has acquired
-	nested   *nestedWait      // nil: it does not wait, or its caller holds nothing
-	tries    bool             // it waits by trying again and again, which no statement shows
-	end      func(error)      // ends ctx, with a cause
-	unproven []*lockconn.Conn // have granted a lock, perhaps long ago
-	yielded  bool             // it has waited in the server's queue, and let others
-	slot     bool             // a session has been counted that is not open yet
+	got     *Locks      // nil: the lock is on a session of the caller's own
+	at      pgsql.Key   // the one that it asks for now
+	holds   []pgsql.Key // what its caller holds, and what it has acquired
+	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
+	tries   bool        // it waits by trying again and again, which no statement shows
+	end     func(error) // ends ctx, with a cause
+	yielded bool        // it has waited in the server's queue, and let others
+	slot    bool        // a session has been counted that is not open yet
 }
 
-func newAcquisition(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) acquisition {
+func newAcquisition(ctx context.Context, db *sql.DB, r *Request) acquisition {
 	end := func(error) {}
 	if len(r.Held) > 0 || len(r.Keys) > 1 {
 		ctx, end = context.WithCancelCause(ctx)
@@ -68,20 +67,18 @@ func newAcquisition(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Hol
 		ctx, cancel = context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
 		end = func(err error) { cause(err); cancel() }
 	}
-	return acquisition{attempts: newAttempts(ctx, db, r), holder: h, holds: r.Held, end: end}
+	return acquisition{attempts: newAttempts(ctx, db, r), holds: r.Held, end: end}
 }
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
 func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*Locks, error) {
-	a := newAcquisition(ctx, db, r, h)
+	a := newAcquisition(ctx, db, r)
+	a.got = &Locks{m: a.m, holder: h, shared: r.Shared}
 	defer a.end(nil)
 	for {
-		got, err := a.all()
+		err := a.all()
 		if err == nil {
-			if err = a.prove(got); err == nil {
-				return &Locks{m: a.m, holder: h, shared: r.Shared, held: got}, nil
-			}
-			a.giveBack(got)
+			return a.got, nil
 		}
 		var lost lockconn.LostError
 		if !errors.As(err, &lost) {
@@ -95,20 +92,19 @@ func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*
 
 // prove returns an error if one of the locks has been lost since its grant, or ctx has ended. The
 // first of several may have been granted long ago, while the last were waited for.
-func (a *acquisition) prove(got []held) error {
+func (a *acquisition) prove() error {
 	var err error
-	for _, c := range a.unproven {
-		err = errors.Join(err, c.ProveFresh(a.ctx, a.Heartbeat))
+	for _, h := range a.got.held {
+		err = errors.Join(err, h.grant.On.ProveFresh(a.ctx, a.Heartbeat))
 	}
-	a.unproven = nil
-	if c := got[0].grant.On; a.Lead && !c.Watched() {
+	if c := a.got.held[0].grant.On; a.Lead && !c.Watched() {
 		err = errors.Join(err, c.Prove(a.ctx))
 	}
+	cause := a.got.holder.TakeLoss()
 	if err != nil && session.Ended(a.ctx) == nil {
-		_ = a.holder.TakeLoss()
 		return lockconn.LostError{Cause: err}
 	}
-	if cause := a.holder.TakeLoss(); cause != nil {
+	if cause != nil {
 		return lockconn.LostError{Cause: cause}
 	}
 	return session.Ended(a.ctx)
@@ -173,35 +169,31 @@ func (a *acquisition) ours() string {
 	return ""
 }
 
-// all acquires all the locks. A grant that comes too late is not used.
-func (a *acquisition) all() (got []held, err error) {
-	ok := false
+// all acquires all the locks, or none. A grant that comes too late is not used.
+func (a *acquisition) all() (err error) {
+	err = session.ErrPanicked
 	defer func() {
-		if !ok { // also if the driver panics, or the Logger
-			a.giveBack(got)
-			got = nil
+		if err != nil { // also if the driver panics, or the Logger
+			a.giveBack()
 		}
 	}()
 	if len(a.Keys) > 1 {
-		got, err = a.together()
+		if err := a.together(); err != nil {
+			return err
+		}
 	}
-	a.holds = a.Held
-	for err == nil && len(got) < len(a.Keys) {
-		var one []held
-		one, err = a.one(a.Keys[len(got) : len(got)+1])
-		got = append(got, one...)
-		a.holds = append(slices.Clip(a.holds), a.at)
+	for n := len(a.got.held); n < len(a.Keys); n++ {
+		a.holds = append(slices.Clip(a.Held), a.Keys[:n]...)
+		if err := a.one(a.Keys[n : n+1]); err != nil {
+			return err
+		}
 	}
-	if err == nil {
-		err = session.Ended(a.ctx)
-	}
-	ok = err == nil
-	return got, err
+	return a.prove()
 }
 
 // together tries to acquire all the locks in one statement. If another has one of them, or the session
-// is lost, it returns nil: the locks are then acquired one by one, in order.
-func (a *acquisition) together() (got []held, err error) {
+// is lost, it acquires none and returns nil: the locks are then acquired one by one, in order.
+func (a *acquisition) together() error {
 	m := a.m
 	waiters := make([]waiter, len(a.Keys))
 	m.mu.Lock()
@@ -214,27 +206,24 @@ func (a *acquisition) together() (got []held, err error) {
 	}
 	m.mu.Unlock()
 	defer func() {
-		if got == nil {
+		if len(a.got.held) == 0 {
 			for i := range in {
 				m.gaveUp(a.Keys[i], &waiters[i])
 			}
 		}
 	}()
 	if in < len(a.Keys) {
-		return nil, nil // others of this process have it, or wait for it
+		return nil // others of this process have it, or wait for it
 	}
-	c, sent, err := a.try(a.Keys)
-	if err == nil {
-		got, err = a.granted(a.Keys, c, sent)
-	}
+	err := a.try(a.Keys)
 	if errors.Is(err, session.ErrRefused) && !a.NoWait || errors.As(err, new(lockconn.LostError)) {
-		return nil, nil
+		return nil
 	}
-	return got, err
+	return err
 }
 
 // one acquires the lock of one key.
-func (a *acquisition) one(keys []pgsql.Key) ([]held, error) {
+func (a *acquisition) one(keys []pgsql.Key) error {
 	a.at = keys[0]
 	defer a.forgetWait()
 	w := &waiter{Shared: a.Shared, NoWait: a.NoWait}
@@ -245,7 +234,7 @@ func (a *acquisition) one(keys []pgsql.Key) ([]held, error) {
 		case keyqueue.Hold:
 			return a.join(q, t.Grant)
 		case keyqueue.Refuse:
-			return nil, session.ErrRefused
+			return session.ErrRefused
 		case keyqueue.Ask:
 			return a.ask(keys, q, w)
 		case keyqueue.Look:
@@ -254,7 +243,7 @@ func (a *acquisition) one(keys []pgsql.Key) ([]held, error) {
 			t, err = a.awaitTurn(q, w)
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
 	}
 }

@@ -10,25 +10,23 @@ import (
 )
 
 // ask acquires the lock from the server. The queue has told the caller to.
-func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, err error) {
+func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (err error) {
+	err = session.ErrPanicked
 	defer func() {
-		if got == nil { // also if the driver panics, or the Logger
+		if err != nil { // also if the driver panics, or the Logger
 			a.m.gaveUp(a.at, w)
 		}
 	}()
 	pause := session.PauseMin
 	for {
-		c, sent, err := a.try(keys)
+		err := a.try(keys)
 		if errors.Is(err, session.ErrRefused) && !a.NoWait {
 			a.refused = true
 			a.noteWait()
-			c, sent, err = a.wait(q)
-		}
-		if err == nil {
-			return a.granted(keys, c, sent)
+			err = a.wait(keys, q)
 		}
 		if !errors.Is(err, session.ErrYield) {
-			return nil, err
+			return err
 		}
 		if a.yielded {
 			pause = session.PauseMax // it is others' turn
@@ -43,48 +41,45 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (got []held, er
 
 // granted notes the grant of keys on c, which was asked for at sent. It has c watched for the caller,
 // and ends the caller's use of c.
-func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time) ([]held, error) {
+func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time) error {
 	defer c.Leave()
-	a.unproven = append(a.unproven, c)
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := c.Hold(a.holder); err != nil {
-		return nil, err
+	if err := c.Hold(a.got.holder); err != nil {
+		return err
 	}
-	got := make([]held, len(keys))
-	for i, k := range keys {
+	for _, k := range keys {
 		q := m.queues[k.Lock()]
-		got[i] = held{key: k, q: q, grant: q.Granted(c, sent, time.Now())}
+		a.got.held = append(a.got.held, held{key: k, q: q, grant: q.Granted(c, sent, time.Now())})
 	}
-	return got, nil
+	return nil
 }
 
-// try tries to acquire the locks of keys, all or none, on the shared session. It returns the session,
-// which the caller is to Leave, and when the locks were asked for.
-func (a *acquisition) try(keys []pgsql.Key) (*lockconn.Conn, time.Time, error) {
+// try tries to acquire the locks of keys, all or none, on the shared session.
+func (a *acquisition) try(keys []pgsql.Key) error {
 	for {
 		if err := session.Ended(a.ctx); err != nil {
-			return nil, time.Time{}, err
+			return err
 		}
 		if err := a.joinUnderWay(); err != nil {
-			return nil, time.Time{}, err
+			return err
 		}
 		c, at, err := a.session()
 		if err == nil {
 			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
 			err = c.Ask(a.ctx, r)
 			if err == nil && r.OK {
-				return c, r.Sent, nil
+				return a.granted(keys, c, r.Sent)
 			}
 			c.Leave()
 			if err == nil {
 				a.missed = time.Time{} // the server has answered
-				return nil, time.Time{}, session.ErrRefused
+				return session.ErrRefused
 			}
 		}
 		if err = a.again(err, at); err != nil {
-			return nil, time.Time{}, err
+			return err
 		}
 	}
 }
@@ -92,16 +87,15 @@ func (a *acquisition) try(keys []pgsql.Key) (*lockconn.Conn, time.Time, error) {
 // yieldAfter is how long one waits in the server's queue while others cannot.
 const yieldAfter = time.Second
 
-// wait waits for the lock in the server's queue, on a session of its own. It returns the session,
-// which has the lock and which the caller is to Leave, and when the lock was granted. ErrYield means
-// that it cannot wait there, or has done so for long enough while others cannot.
-func (a *acquisition) wait(q *queue) (*lockconn.Conn, time.Time, error) {
+// wait waits for the lock in the server's queue, on a session of its own. ErrYield means that it
+// cannot wait there, or has done so for long enough while others cannot.
+func (a *acquisition) wait(keys []pgsql.Key, q *queue) error {
 	m := a.m
 	m.mu.Lock()
 	q.Refused()
 	m.mu.Unlock()
 	if a.yielded = m.mayWait(a.pool); !a.yielded {
-		return nil, time.Time{}, session.ErrYield
+		return session.ErrYield
 	}
 	a.slot = true
 	defer func() {
@@ -125,14 +119,14 @@ func (a *acquisition) wait(q *queue) (*lockconn.Conn, time.Time, error) {
 		err = session.ErrYield
 	}
 	if err != nil {
-		return nil, time.Time{}, err
+		return err
 	}
-	c := lockconn.New(s, a.Log, []pgsql.Key{a.at}, a.Shared, m.lost)
+	c := lockconn.New(s, a.Log, keys, a.Shared, m.lost)
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	if m.shared == nil || m.shared.Empty() {
 		m.shared = c
 		m.openedLocked(m.opening, nil) // somebody may be about to open another
 	}
-	return c, time.Now(), nil
+	m.mu.Unlock()
+	return a.granted(keys, c, time.Now())
 }

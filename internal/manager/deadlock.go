@@ -102,7 +102,7 @@ func (m *Manager) waitsLocked(counts func(*nestedWait) bool) (waits []waitgraph.
 // edges returns the wait, without what the acquisition has lost since it began.
 func (s *nestedWait) edges() waitgraph.Wait {
 	w, a := s.Wait, s.of
-	if a.holder != nil && a.holder.Lost() {
+	if a.got != nil && a.got.holder.Lost() {
 		w.Held = w.Held[:len(a.Held)]
 	}
 	return w
@@ -236,7 +236,7 @@ type Callers struct {
 // NewCallers returns the wait that r asks for. Until Equip, it waits by trying. db may be nil if the
 // caller holds nothing.
 func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
-	c := &Callers{acquisition: newAcquisition(ctx, db, r, nil)}
+	c := &Callers{acquisition: newAcquisition(ctx, db, r)}
 	c.Ctx, c.at, c.tries = c.ctx, r.Keys[0], true
 	return c
 }

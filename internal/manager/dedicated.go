@@ -26,7 +26,7 @@ type dedicated struct {
 // queue first, without a connection. lock then takes the lock on the session; since is when Dedicated
 // was called. The caller calls done when the session has ended. The error is a *Failure.
 func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, lock func(ctx context.Context, s *session.Session, since time.Time) error) (s *session.Session, done func(), err error) {
-	d := &dedicated{acquisition: newAcquisition(ctx, db, r, nil)}
+	d := &dedicated{acquisition: newAcquisition(ctx, db, r)}
 	ctx, d.at = d.ctx, r.Keys[0]
 	defer d.end(nil)
 	defer func() {

@@ -51,19 +51,17 @@ func (l *Locks) release(rest []held) (err error) {
 	if len(rest) == 0 {
 		return nil
 	}
-	c := rest[0].grant.On
-	var on, others []held
-	for _, h := range rest {
-		if h.grant.On == c {
-			on = append(on, h)
-		} else {
-			others = append(others, h)
+	c, on := rest[0].grant.On, 0
+	for i := range rest { // those on c come first
+		if rest[i].grant.On == c {
+			rest[on], rest[i] = rest[i], rest[on]
+			on++
 		}
 	}
 	defer func() { // even if the driver panics
-		err = errors.Join(err, l.release(others))
+		err = errors.Join(err, l.release(rest[on:]))
 	}()
-	return l.releaseOn(c, on)
+	return l.releaseOn(c, rest[:on])
 }
 
 // releaseOn releases those locks that c carries.
@@ -96,17 +94,14 @@ func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
 			m.tidyLocked(h.key)
 		}
 	}
-	var lost lockconn.LostError
-	if errors.As(err, &lost) {
-		return lost.Cause
-	}
 	return err
 }
 
 // giveBack releases what an acquisition got in vain. After the end of ctx, it does not wait for that.
-func (a *acquisition) giveBack(got []held) {
-	l := &Locks{m: a.m, holder: a.holder, shared: a.Shared, held: got}
-	if len(got) > 0 && a.ctx.Err() != nil {
+func (a *acquisition) giveBack() {
+	l := *a.got
+	a.got.held = nil
+	if len(l.held) > 0 && a.ctx.Err() != nil {
 		go func() { _ = l.Release() }()
 		return
 	}

@@ -81,11 +81,11 @@ func forget(p weak.Pointer[sql.DB]) {
 }
 
 // Pool returns the pool of db, whose Manager this is.
-func (m *Manager) Pool(db *sql.DB) *session.Pool {
+func (m *Manager) Pool(db *sql.DB) session.Pool {
 	if m == nil {
-		return nil
+		return session.Pool{}
 	}
-	return &session.Pool{DB: db, Facts: &m.facts}
+	return session.Pool{DB: db, Facts: &m.facts}
 }
 
 // queueLocked returns the queue of k.
@@ -141,7 +141,7 @@ const maxWaits = 8
 
 // mayWait tells whether one more session may wait in the server's queue, and counts it. All
 // sessions, the shared one included, take no more than half of a limited pool.
-func (m *Manager) mayWait(pool *session.Pool) bool {
+func (m *Manager) mayWait(pool session.Pool) bool {
 	limit := 1 + maxWaits
 	if most := pool.DB.Stats().MaxOpenConnections; most > 0 {
 		limit = min(limit, most/2)

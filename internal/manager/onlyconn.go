@@ -14,7 +14,7 @@ import (
 
 // tookOnly is called when a session for locks has been opened. If the pool has no other, log is warned,
 // once for each *sql.DB.
-func (m *Manager) tookOnly(pool *session.Pool, log *slog.Logger) {
+func (m *Manager) tookOnly(pool session.Pool, log *slog.Logger) {
 	stats := pool.DB.Stats()
 	if stats.MaxOpenConnections != 1 {
 		return
@@ -43,7 +43,7 @@ func Starved(db *sql.DB, waits int64) bool {
 }
 
 // busy says that all connections of a limited pool are in use.
-func (m *Manager) busy(pool *session.Pool) string {
+func (m *Manager) busy(pool session.Pool) string {
 	n := pool.DB.Stats().MaxOpenConnections
 	m.mu.Lock()
 	defer m.mu.Unlock()

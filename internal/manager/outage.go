@@ -126,7 +126,7 @@ func (m *Manager) leaveOutage(o *outage) {
 
 // reach tries to reach the server until it answers, or ctx ends. If it answers at once, no more than a
 // session was lost: then reach calls replaced.
-func (m *Manager) reach(ctx context.Context, o *outage, pool *session.Pool, replaced func()) {
+func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, replaced func()) {
 	defer func() {
 		if p := recover(); p != nil { // the driver's, or a Logger's
 			m.endOutage(o, fmt.Errorf("%w: %v", session.ErrPanicked, p))
@@ -162,7 +162,7 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool *session.Pool, repl
 
 // probe returns nil if the server answers, and is a primary. It passes over dead connections of the
 // pool.
-func probe(ctx context.Context, pool *session.Pool) error {
+func probe(ctx context.Context, pool session.Pool) error {
 	for dead := pool.DB.Stats().Idle; ; dead-- {
 		soon, cancel := context.WithTimeoutCause(ctx, probeBound, pgsql.NoAnswer{After: probeBound})
 		s, err := pool.Open(soon, slog.New(slog.DiscardHandler), session.ForLocks)

@@ -22,7 +22,7 @@ type attempts struct {
 	*Request
 	ctx   context.Context // ends with the Timeout, too
 	m     *Manager
-	pool  *session.Pool
+	pool  session.Pool
 	began time.Time
 
 	stale   int       // connections in the pool that may be dead; -1: none has been taken yet

@@ -57,7 +57,8 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	case keyqueue.Ask, keyqueue.Look:
 		q.GaveUp(w, now)
 	case keyqueue.Hold:
-		go a.giveBack([]held{{key: a.at, q: q, grant: t.Grant}})
+		l := &Locks{m: m, holder: a.got.holder, shared: a.Shared, held: []held{{key: a.at, q: q, grant: t.Grant}}}
+		go l.Release()
 	}
 	return turn{}, err
 }
@@ -66,13 +67,14 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 const glanceEvery = 400 * time.Millisecond
 
 // join has the session of a grant that was handed on watched for the caller, too.
-func (a *acquisition) join(q *queue, g keyqueue.Grant[*lockconn.Conn]) ([]held, error) {
+func (a *acquisition) join(q *queue, g keyqueue.Grant[*lockconn.Conn]) error {
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
-	if err := g.On.Hold(a.holder); err != nil {
-		return nil, err
+	if err := g.On.Hold(a.got.holder); err != nil {
+		return err
 	}
-	return []held{{key: a.at, q: q, grant: g}}, nil
+	a.got.held = append(a.got.held, held{key: a.at, q: q, grant: g})
+	return nil
 }
 
 // look asks whether anybody waits in the server's queue for a lock that shared holders of this process

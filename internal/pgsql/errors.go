@@ -29,6 +29,9 @@ const (
 
 // State returns the SQLSTATE of a server's error, or "". Both drivers' errors have the method.
 func State(err error) string {
+	if err == nil {
+		return ""
+	}
 	var s interface{ SQLState() string }
 	if errors.As(err, &s) {
 		return s.SQLState()

@@ -18,7 +18,7 @@ import (
 const clearBound = time.Second
 
 // A session ends once. Its connection is idle in the pool again, or closed.
-func wantEnded(t *testing.T, pool *session.Pool, ends *atomic.Int32, idle bool) {
+func wantEnded(t *testing.T, pool session.Pool, ends *atomic.Int32, idle bool) {
 	t.Helper()
 	synctest.Wait()
 	stats := pool.DB.Stats()

@@ -19,7 +19,7 @@ const abandonAfter = 200 * time.Millisecond
 
 // kinds runs a test in virtual time with a driver that goes by contexts, and with one that is known,
 // and broken off at the network connection.
-func kinds(t *testing.T, f func(t *testing.T, pool *session.Pool, srv *server)) {
+func kinds(t *testing.T, f func(t *testing.T, pool session.Pool, srv *server)) {
 	for name, direct := range map[string]bool{"by its context": false, "at the network connection": true} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -34,7 +34,7 @@ func kinds(t *testing.T, f func(t *testing.T, pool *session.Pool, srv *server)) 
 // Whoever sends, and by which method, there is one statement at a time on a session.
 func TestOneStatementAtATime(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		s := open(t, pool, session.ForLocks)
 		var under atomic.Int32
 		srv.answer = func(context.Context, string) (int64, error) {
@@ -72,7 +72,7 @@ func TestOneStatementAtATime(t *testing.T) {
 // A statement that is not answered within its bound is broken off, and nothing is sent any more.
 func TestABoundBreaksOffAStatement(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		s := open(t, pool, session.ForLocks)
 		srv.answer = hangs
 		start := time.Now()
@@ -108,7 +108,7 @@ func TestAnAnswerOverAConnectionThatWasBrokenOff(t *testing.T) {
 func TestTheEndOfCtxLeavesGraceToTheAnswer(t *testing.T) {
 	t.Parallel()
 	const end = time.Second
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		ctx, cancel := context.WithTimeout(t.Context(), end)
 		defer cancel()
 		s := open(t, pool, session.ForLocks)
@@ -129,7 +129,7 @@ func TestTheEndOfCtxLeavesGraceToTheAnswer(t *testing.T) {
 		{"by a Timeout", session.ErrTimeout, pgsql.NoAnswer{After: session.Grace}}, // the server's fault
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+			kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 				ctx, cancel := context.WithCancelCause(t.Context())
 				time.AfterFunc(end, func() { cancel(test.cause) })
 				s := open(t, pool, session.ForLocks)
@@ -179,7 +179,7 @@ func TestADriverThatDoesNotReturnIsAbandoned(t *testing.T) {
 // session is as good as before; so does the bound.
 func TestACtxEndsBeforeTheStatementGoesOut(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		s := open(t, pool, session.ForLocks)
 		srv.answer = after(5 * time.Second)
 		var other sync.WaitGroup
@@ -207,7 +207,7 @@ func TestACtxEndsBeforeTheStatementGoesOut(t *testing.T) {
 // The bound of a statement that has been answered is not the next one's.
 func TestAnAnsweredStatementsBoundIsOver(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		s := open(t, pool, session.ForLocks)
 		srv.answer = after(800 * time.Millisecond)
 		for range 3 {
@@ -247,7 +247,7 @@ func TestAnAnswerInTheMomentOfTheBound(t *testing.T) {
 // the session can be ended.
 func TestADriversPanicGoesOnToItsCaller(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		s := open(t, pool, session.ForLocks)
 		srv.answer = first(func(context.Context, string) (int64, error) { panic("mine") })
 		wantPanic(t, func() { _, _ = s.Exec(t.Context(), session.AnswerBound, "mine") })

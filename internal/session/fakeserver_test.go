@@ -31,15 +31,15 @@ type server struct {
 }
 
 // newPool returns the pool of a server.
-func newPool(t *testing.T) (*session.Pool, *server) {
+func newPool(t *testing.T) (session.Pool, *server) {
 	srv := new(server)
 	db := sql.OpenDB(srv)
 	t.Cleanup(func() { _ = db.Close() })
-	return &session.Pool{DB: db, Facts: new(session.Facts)}, srv
+	return session.Pool{DB: db, Facts: new(session.Facts)}, srv
 }
 
 // open returns a session of pool.
-func open(t *testing.T, pool *session.Pool, use session.Use) *session.Session {
+func open(t *testing.T, pool session.Pool, use session.Use) *session.Session {
 	t.Helper()
 	s, err := pool.Open(t.Context(), slog.New(slog.DiscardHandler), use)
 	if err != nil {

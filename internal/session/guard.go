@@ -1,8 +1,11 @@
 package session
 
 import (
+	"cmp"
 	"sync"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
 // A guard bounds the statement under way on a session, by one timer.
@@ -19,7 +22,8 @@ type guard struct {
 	no        uint64     // of the statement
 	under     bool       // it is under way
 	until     time.Time  // zero: it is not bounded
-	why       error      // what it is broken off with then
+	why       error      // what it is broken off with then; nil: NoAnswer after within
+	within    time.Duration
 	interrupt func(cause error)
 	cause     error // why it was broken off
 }
@@ -33,7 +37,8 @@ func (g *guard) begin(interrupt func(error)) (no uint64) {
 	return g.no
 }
 
-// bound leaves no more than d to statement no. No 0 is the one under way.
+// bound leaves no more than d to statement no, and breaks it off with why, or with NoAnswer if that is
+// nil. No 0 is the one under way.
 func (g *guard) bound(no uint64, d time.Duration, why error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -41,7 +46,7 @@ func (g *guard) bound(no uint64, d time.Duration, why error) {
 	if !g.under || no != 0 && no != g.no || !g.until.IsZero() && g.until.Before(until) {
 		return
 	}
-	g.until, g.why = until, why
+	g.until, g.within, g.why = until, d, why
 	if g.timer.F == nil {
 		g.timer.F = g.expire
 	}
@@ -61,7 +66,7 @@ func (g *guard) expire() {
 		g.mu.Unlock()
 		return
 	}
-	g.cause = g.why // nothing more is sent over the connection
+	g.cause = cmp.Or(g.why, error(pgsql.NoAnswer{After: g.within})) // nothing more is sent over the connection
 	interrupt, cause := g.interrupt, g.cause
 	g.mu.Unlock()
 	interrupt(cause)

@@ -89,7 +89,7 @@ var silent = slog.New(slog.DiscardHandler)
 // HeldBy says who holds the lock of k, for the message of a Timeout that ended ctx, or returns "" if that
 // cannot be told within Grace. A question that takes longer is left, and not broken off, which the server
 // would log. done is called when it has ended.
-func (p *Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
+func (p Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 	end, _ := ctx.Deadline()
 	who := make(chan string, 1)
 	go func() {
@@ -106,7 +106,7 @@ func (p *Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 	}
 }
 
-func (p *Pool) heldBy(k pgsql.Key) string {
+func (p Pool) heldBy(k pgsql.Key) string {
 	ctx, cancel := context.WithTimeout(context.Background(), Grace)
 	defer cancel()
 	s, err := p.Open(ctx, silent, ForLocks)
@@ -158,7 +158,7 @@ func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
 }
 
 // Waits is Session.Waits, on a connection of the pool.
-func (p *Pool) Waits(ctx context.Context) (all []Statement, err error) {
+func (p Pool) Waits(ctx context.Context) (all []Statement, err error) {
 	soon, cancel := context.WithTimeout(ctx, Grace)
 	defer cancel()
 	s, err := p.Open(soon, silent, ForLocks)

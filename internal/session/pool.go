@@ -31,7 +31,7 @@ type Facts struct {
 
 // caches tells whether the driver keeps statements that have arguments prepared. It asks one
 // connection of the pool, since all have the same configuration.
-func (p *Pool) caches(dc any) bool {
+func (p Pool) caches(dc any) bool {
 	p.Facts.driver.Do(func() { p.Facts.caches = caches(dc) })
 	return p.Facts.caches
 }
@@ -44,14 +44,14 @@ const (
 	checks                // the setting of pgsql.Settings.Check
 )
 
-func (p *Pool) refuses(r refusal) bool {
+func (p Pool) refuses(r refusal) bool {
 	p.Facts.mu.Lock()
 	defer p.Facts.mu.Unlock()
 	return p.Facts.refused[r]
 }
 
 // refuse notes a refusal. It tells whether that is new.
-func (p *Pool) refuse(r refusal) bool {
+func (p Pool) refuse(r refusal) bool {
 	p.Facts.mu.Lock()
 	defer p.Facts.mu.Unlock()
 	before := p.Facts.refused[r]
@@ -60,11 +60,11 @@ func (p *Pool) refuse(r refusal) bool {
 }
 
 // RefusesWaits tells whether the server does not execute the statement that waits.
-func (p *Pool) RefusesWaits() bool { return p.refuses(waits) }
+func (p Pool) RefusesWaits() bool { return p.refuses(waits) }
 
 // Closed returns an error if the pool has been closed: a connection in use outlives it, and so
 // would a wait.
-func (p *Pool) Closed() error {
+func (p Pool) Closed() error {
 	if _, err := p.DB.Conn(endedCtx); pgsql.PoolClosed(err) {
 		return err
 	}
@@ -79,13 +79,13 @@ var endedCtx = func() context.Context {
 }()
 
 // Exhausted tells whether all connections of a limited pool are in use.
-func (p *Pool) Exhausted() bool {
+func (p Pool) Exhausted() bool {
 	stats := p.DB.Stats()
 	return stats.MaxOpenConnections > 0 && stats.InUse >= stats.MaxOpenConnections
 }
 
 // Open borrows a connection.
-func (p *Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, error) {
+func (p Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, error) {
 	conn, err := p.conn(ctx)
 	if err != nil {
 		return nil, err
@@ -95,7 +95,7 @@ func (p *Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, e
 
 // conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection,
 // or asks whether one that lies ready still lives, does not: hooks of the program's may be what it waits for.
-func (p *Pool) conn(ctx context.Context) (*sql.Conn, error) {
+func (p Pool) conn(ctx context.Context) (*sql.Conn, error) {
 	switch {
 	case p.DB.Stats().Idle == 0:
 		return p.borrowLeavable(ctx, dialBound)
@@ -108,7 +108,7 @@ func (p *Pool) conn(ctx context.Context) (*sql.Conn, error) {
 	}
 }
 
-func (p *Pool) borrow(ctx context.Context) (*sql.Conn, error) {
+func (p Pool) borrow(ctx context.Context) (*sql.Conn, error) {
 	conn, err := p.DB.Conn(ctx)
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -119,7 +119,7 @@ func (p *Pool) borrow(ctx context.Context) (*sql.Conn, error) {
 // borrowLeavable is borrow, but returns at the end of ctx, or of bound if there is a place in the pool. What
 // comes too late goes to the pool: to break off the making of a connection would cost the server a session,
 // and the next one another.
-func (p *Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Conn, error) {
+func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Conn, error) {
 	making, cancel := ctx, func() {}
 	if !p.Exhausted() { // otherwise the wait is for others
 		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, pgsql.NoAnswer{After: bound})

@@ -184,7 +184,7 @@ func (s *Session) aside(ctx context.Context, bound time.Duration, f func(context
 // guardOver bounds statement no, more narrowly once ctx ends. end stops it from waiting for that.
 func (s *Session) guardOver(ctx context.Context, no uint64, bound time.Duration) (end func() bool) {
 	if bound > 0 {
-		s.guard.bound(no, bound, pgsql.NoAnswer{After: bound})
+		s.guard.bound(no, bound, nil)
 	}
 	if ctx.Done() == nil {
 		return func() bool { return true }
@@ -195,7 +195,7 @@ func (s *Session) guardOver(ctx context.Context, no uint64, bound time.Duration)
 			grace += sliceMin
 		}
 		if timedOut(ctx) {
-			why = pgsql.NoAnswer{After: grace}
+			why = nil
 		}
 		s.guard.bound(no, grace, why)
 	})
@@ -210,7 +210,7 @@ func (s *Session) noted(err error) error {
 }
 
 // Hasten leaves no more than d to the statement under way.
-func (s *Session) Hasten(d time.Duration) { s.guard.bound(0, d, pgsql.NoAnswer{After: d}) }
+func (s *Session) Hasten(d time.Duration) { s.guard.bound(0, d, nil) }
 
 // Interrupt breaks off the statement under way: the session is lost.
 func (s *Session) Interrupt(cause error) {

@@ -48,7 +48,7 @@ type Session struct {
 	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
 	conn    *sql.Conn   // the connection
 	dc      any         // the driver's
-	pool    *Pool       // nil: the connection is the caller's
+	pool    Pool        // the zero Pool: the connection is the caller's
 	use     Use
 	log     *slog.Logger
 	sending chan struct{} // filled by who may send: a channel, because a wait for it ends with a context
@@ -73,15 +73,15 @@ type Session struct {
 
 // OnConn returns the session of a connection of the caller's.
 func OnConn(conn *sql.Conn, log *slog.Logger, shared bool) *Session {
-	s := newSession(conn, nil, log, Callers)
+	s := newSession(conn, Pool{}, log, Callers)
 	s.place, s.Shared = pgsql.OnCalled, shared
 	return s
 }
 
-func newSession(conn *sql.Conn, pool *Pool, log *slog.Logger, use Use) *Session {
+func newSession(conn *sql.Conn, pool Pool, log *slog.Logger, use Use) *Session {
 	s := &Session{conn: conn, pool: pool, log: log, use: use, sending: make(chan struct{}, 1)}
 	s.settings = pgsql.Settings{Nonce: strconv.FormatUint(rand.Uint64(), 36), Exposed: use == ForConn}
-	if pool != nil {
+	if use != Callers {
 		_ = raw(conn, func(dc any) error {
 			s.dc = dc
 			if use == ForLocks {
@@ -182,7 +182,7 @@ func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Co
 // HandBack returns the connection, which is clean, to the pool. One that has been broken off, if only in
 // the moment of its last answer, is discarded.
 func (s *Session) HandBack() {
-	if s.pool == nil {
+	if s.use == Callers {
 		return
 	}
 	if s.cond.Load() != known {
@@ -218,7 +218,7 @@ func (s *Session) Discard() {
 		if !errors.Is(err, driver.ErrBadConn) && !errors.Is(err, sql.ErrConnDone) {
 			s.log.Warn("advisory: connection not discarded", "error", err)
 		}
-		if s.pool != nil {
+		if s.use != Callers {
 			_ = s.conn.Close() // sql.ErrConnDone by now
 			s.end()
 		}

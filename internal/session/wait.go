@@ -114,7 +114,7 @@ func timedOut(ctx context.Context) bool { return errors.Is(context.Cause(ctx), E
 func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) error {
 	s.refused = true
 	s.waiting()
-	if s.pool == nil || !s.pool.refuses(waits) {
+	if s.use == Callers || !s.pool.refuses(waits) {
 		if err := s.Wait(ctx, k, since); !errors.Is(err, ErrWaitRefused) {
 			return err
 		}
@@ -198,7 +198,7 @@ func (s *Session) waiting() {
 }
 
 func (s *Session) poolClosed() error {
-	if s.pool == nil {
+	if s.use == Callers {
 		return nil
 	}
 	return s.pool.Closed()
@@ -282,7 +282,7 @@ func (s *Session) refusesCheck(err error) bool {
 
 // refuse notes what the server refuses. The first time, that is reported to the Logger.
 func (s *Session) refuse(r refusal, message string, err error) {
-	if s.pool == nil || s.pool.refuse(r) {
+	if s.use == Callers || s.pool.refuse(r) {
 		s.log.Warn(message, "error", err)
 	}
 }

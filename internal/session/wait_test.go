@@ -164,7 +164,7 @@ func TestADriverThatDoesNotReturnFromAWaitIsAbandoned(t *testing.T) {
 // are to be.
 func TestADriverThatPanicsInAWait(t *testing.T) {
 	t.Parallel()
-	kinds(t, func(t *testing.T, pool *session.Pool, srv *server) {
+	kinds(t, func(t *testing.T, pool session.Pool, srv *server) {
 		s := open(t, pool, session.ForLocks)
 		srv.answer = contended(func(context.Context, string) (int64, error) { panic("mine") })
 		ctx, cancel := context.WithCancel(t.Context())
