@@ -169,6 +169,7 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 	if err != nil {
 		return c.afterFailure(ctx, reqs, err)
 	}
+	c.alive(sent)
 	for _, r := range reqs {
 		if len(answer) < len(r.Keys) {
 			return fmt.Errorf("an answer of the wrong length: %q", answer)
@@ -181,7 +182,6 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 		}
 		answer = answer[len(r.Keys):]
 		r.Sent = sent
-		c.alive(sent)
 		if err := c.accept(ctx, r, yes); err != nil {
 			return err
 		}
@@ -330,9 +330,9 @@ func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 
 // note notes what r has changed, and that the session was alive when it was sent.
 func (c *Conn) note(r *Request) {
-	c.alive(r.Sent)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.watch.proof = r.Sent
 	for _, k := range r.Keys {
 		switch l := (lock{k.Lock(), r.Shared}); r.Op {
 		case Try:

@@ -321,17 +321,17 @@ func (c *Conn) serveAll() {
 func (c *Conn) serve(ctx context.Context, reqs []*Request) {
 	err := c.guarded(reqs, func() error { return c.answer(ctx, reqs) })
 	var left []*Request
+	c.mu.Lock()
 	for _, r := range reqs {
 		if err != nil {
 			r.OK = false
 			r.err = cmp.Or(r.err, error(LostError{err}))
 		}
-		c.mu.Lock()
 		if r.answered = !r.left; r.left && r.Op == Try && r.OK {
 			left = append(left, r)
 		}
-		c.mu.Unlock()
 	}
+	c.mu.Unlock()
 	if err != nil {
 		c.lose(err)
 	}
