@@ -56,7 +56,7 @@ type acquisition struct {
 	slot    bool        // a session has been counted that is not open yet
 }
 
-func newAcquisition(ctx context.Context, db *sql.DB, r *Request) acquisition {
+func newAcquisition(ctx context.Context, db *sql.DB, r *Request) *acquisition {
 	end := func(error) {}
 	if len(r.Held) > 0 || len(r.Keys) > 1 {
 		ctx, end = context.WithCancelCause(ctx)
@@ -67,7 +67,7 @@ func newAcquisition(ctx context.Context, db *sql.DB, r *Request) acquisition {
 		ctx, cancel = context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
 		end = func(err error) { cause(err); cancel() }
 	}
-	return acquisition{attempts: newAttempts(ctx, db, r), holds: r.Held, end: end}
+	return &acquisition{attempts: newAttempts(ctx, db, r), holds: r.Held, end: end}
 }
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.

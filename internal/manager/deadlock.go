@@ -229,7 +229,7 @@ func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) 
 // A Callers is a wait on a session, or in a transaction, of the caller's. It takes part in finding
 // deadlocks if the caller holds other locks, which are of db.
 type Callers struct {
-	acquisition
+	*acquisition
 	Ctx context.Context // ends with the Timeout, or a deadlock
 }
 

@@ -15,7 +15,7 @@ const turnBound = 250 * time.Millisecond
 
 // A dedicated is an acquisition of one lock on a session of its own.
 type dedicated struct {
-	acquisition
+	*acquisition
 	q       *queue
 	w       *waiter
 	has     bool // it has its turn in q
