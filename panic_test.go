@@ -3,6 +3,7 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -163,6 +164,37 @@ func TestADriversPanicLeavesNothingBehind(t *testing.T) {
 				}
 				time.Sleep(5 * time.Second)
 				wantIdle(t, db)
+				p.clean()
+			})
+		}
+	}
+}
+
+// A driver's panic in COMMIT or ROLLBACK frees the lock, and ends the transaction with its
+// connection. database/sql never lets go of such a connection: so this is no bubble.
+func TestADriversPanicAtTheEndOfATransaction(t *testing.T) {
+	t.Parallel()
+	for _, statement := range []string{"COMMIT", "ROLLBACK"} {
+		for _, isolation := range []sql.IsolationLevel{sql.LevelDefault, sql.LevelSerializable} {
+			t.Run(statement+" "+isolation.String(), func(t *testing.T) {
+				t.Parallel()
+				p, dbs, srvs := newTable(t, 2)
+				answer := srvs[0].script
+				srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+					if query == statement {
+						panic("driver")
+					}
+					return answer(ctx, conn, query)
+				}
+				wantPanic(t, "driver", func() {
+					_ = WithTxLock(t.Context(), dbs[0], key, func(context.Context, *sql.Tx) error {
+						if statement == "ROLLBACK" {
+							return errors.New("fn")
+						}
+						return nil
+					}, TxOptions(&sql.TxOptions{Isolation: isolation}))
+				})
+				wantError(t, WithLock(t.Context(), dbs[1], key, nothing, Timeout(10*time.Second)))
 				p.clean()
 			})
 		}

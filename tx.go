@@ -71,21 +71,24 @@ func runTx(ctx context.Context, t *session.Tx, keys []Key, cfg *config, o *obser
 	// The end of ctx rolls back, as database/sql does.
 	stop := context.AfterFunc(ctx, func() { _ = t.Rollback() })
 	returned := false
+	ending := session.ErrPanicked
+	defer func() { // even if the driver panics
+		ending = join(ending, endTx(t, keys, cfg))
+		o.holdEnd(ending)
+		err = join(err, ending)
+	}()
 	defer func() {
-		var ending error
 		if stopped := stop(); returned && err == nil && stopped && ctx.Err() == nil { // stop may come before the rollback that ctx has begun
 			ending = commitError(ctx, keys, t.Commit(ctx))
 		} else {
 			unclean := t.Rollback()
+			ending = nil
 			if returned && err == nil {
 				ending = commitError(ctx, keys, context.Cause(ctx))
 			} else if unclean != nil && ctx.Err() == nil {
 				cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
 			}
 		}
-		ending = join(ending, endTx(t, keys, cfg))
-		o.holdEnd(ending)
-		err = join(err, ending)
 	}()
 	err = fn()
 	returned = true

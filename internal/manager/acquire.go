@@ -188,6 +188,7 @@ func (a *acquisition) all() (err error) {
 			return err
 		}
 	}
+	a.at = pgsql.Key{} // it holds them all: a failure from here on has no other holder
 	return a.prove()
 }
 

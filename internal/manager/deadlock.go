@@ -43,7 +43,7 @@ type nestedWait struct {
 // noteWait is called when the acquisition begins to wait, and again and again while it does. It ends
 // the acquisition if the wait is part of a cycle in this process.
 func (a *acquisition) noteWait() {
-	a.waited = true
+	a.waited = !a.NoWait // which waits for an answer that it shares, and not for the lock
 	if len(a.holds) == 0 || a.nested != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
 	}

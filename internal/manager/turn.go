@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"time"
@@ -103,7 +104,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 		q.Lost(c, now) // which c may not have said yet
 	default:
 		q.GaveUp(w, now)
-		return turn{}, err
+		return turn{}, cmp.Or(session.Ended(a.ctx), err)
 	}
 	return q.Looked(w, g, r.OK, now), nil
 }

@@ -234,12 +234,13 @@ func (s *Session) Discard() {
 // clear leaves no lock on the driver's connection. Those of a transaction go with it, and behind a
 // transaction pooler, the locks of the session are another's. What its Close does is not certain:
 // that of pgx on a pgxpool returns a sound connection to that pool (one with an open transaction,
-// it closes), and database/sql does not call it as long as a transaction or rows are open.
+// it closes), and database/sql does not call it as long as a transaction or rows are open. So a
+// session that is for a transaction is closed here.
 func (s *Session) clear(dc any) {
 	if s.place != pgsql.InTx && s.cond.Load() < gone {
 		ctx, cancel := context.WithTimeout(context.Background(), clearBound)
 		defer cancel()
-		if _, err := execOn(ctx, dc, s.Reset()+pgsql.UnlockAll); err == nil {
+		if _, err := execOn(ctx, dc, s.Reset()+pgsql.UnlockAll); err == nil && s.use != ForTx {
 			return
 		}
 	}

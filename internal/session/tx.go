@@ -127,32 +127,37 @@ func (t *Tx) Rollback() error { return t.rollback(context.Background()) }
 
 func (t *Tx) rollback(ctx context.Context) error {
 	t.rolledBack.Do(func() {
+		t.unclean = ErrPanicked
+		defer func() {
+			if t.abort != nil {
+				t.abort()
+			}
+			if t.unclean != nil {
+				t.s.worsen(doubtful)
+			}
+		}()
 		t.unclean = t.s.Do(ctx, ReleaseBound, func(context.Context) error {
 			if t.tx == nil {
 				return t.failed
 			}
 			return t.tx.Rollback()
 		})
-		if t.abort != nil {
-			t.abort()
-		}
-		if t.unclean != nil {
-			t.s.worsen(doubtful)
-		}
 	})
 	return t.unclean
 }
 
 // Commit commits. It is bounded by ctx alone.
-func (t *Tx) Commit(ctx context.Context) error {
+func (t *Tx) Commit(ctx context.Context) (err error) {
+	err = ErrPanicked
+	defer func() {
+		t.abort()
+		// The server's own error means that it has rolled back, and is ready for more.
+		if err != nil && !pgsql.Answered(err) {
+			t.s.worsen(doubtful)
+		}
+	}()
 	defer context.AfterFunc(ctx, t.abort)()
-	err := t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
-	t.abort()
-	// The server's own error means that it has rolled back, and is ready for more.
-	if err != nil && !pgsql.Answered(err) {
-		t.s.worsen(doubtful)
-	}
-	return err
+	return t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
 }
 
 // End ends the session, whose transaction has ended. It returns an error if there was a
