@@ -2,6 +2,7 @@ package advisory
 
 import (
 	"context"
+	"errors"
 	"io"
 	"slices"
 	"strings"
@@ -147,7 +148,11 @@ func TestAGrantThatIsConfirmedTooLateIsNotUsed(t *testing.T) {
 				}
 				return 1, nil
 			}
-			wantError(t, c.run(ctx, db, key, neverRuns(t), HolderTimeout(time.Minute)), ErrNotAcquired, context.Canceled)
+			err := c.run(ctx, db, key, neverRuns(t), HolderTimeout(time.Minute))
+			wantError(t, err, ErrNotAcquired, context.Canceled)
+			if e := new(Error); !errors.As(err, &e) || e.Holder != "" {
+				t.Errorf("held by %q: %v", e.Holder, err)
+			}
 		})
 	}
 }

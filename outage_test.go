@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -121,4 +122,27 @@ func TestAWaitThatComesToAStandbyDuringAnOutageGoesOn(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Who shares another's answer has not begun to wait, and is no wait that outlives an outage.
+func TestASharedNoWaitDoesNotWaitOutAnOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newServer(t)
+		down := errors.New("connection refused")
+		srv.script = func(context.Context, int, string) (int64, error) {
+			time.Sleep(time.Second)
+			srv.dial = func(context.Context) error { return down }
+			return 0, driver.ErrBadConn
+		}
+		start := time.Now()
+		var both sync.WaitGroup
+		for range 2 {
+			both.Go(func() {
+				wantError(t, WithLock(t.Context(), db, key, neverRuns(t), Shared(), NoWait()), "acquire bigint 42: ")
+				wantTook(t, start, time.Second, 2*time.Second)
+			})
+		}
+		both.Wait()
+	})
 }
