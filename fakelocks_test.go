@@ -493,7 +493,7 @@ func (p *lockTable) answerBatch(ctx context.Context, id backendID, ops, keys str
 	defer p.mu.Unlock()
 	defer end()
 	numbers := func(array string) (ns []int64) {
-		for s := range strings.SplitSeq(strings.Trim(array, "{}"), ",") {
+		for s := range strings.FieldsFuncSeq(strings.Trim(array, "{}"), func(r rune) bool { return r == ',' }) {
 			n, err := strconv.ParseInt(s, 10, 64)
 			if err != nil {
 				p.t.Error(err)

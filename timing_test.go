@@ -177,6 +177,7 @@ func TestRefusedTriesAndTheHeartbeat(t *testing.T) {
 				for _, l := range there {
 					_ = l.Release()
 				}
+				time.Sleep(time.Second) // the sessions are cleaned
 			})
 		})
 	}

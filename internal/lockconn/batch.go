@@ -77,20 +77,15 @@ func (c *Conn) gather(n int, rtt time.Duration) {
 	}
 }
 
-// answer answers requests. If it returns an error, the session is lost.
-func (c *Conn) answer(ctx context.Context, reqs []*Request) error {
-	if len(reqs) == 1 {
-		return c.answerAlone(ctx, reqs[0])
-	}
-	var together, alone, pings []*Request
+// answerAll answers requests. If it returns an error, the session is lost.
+func (c *Conn) answerAll(reqs []*Request) error {
+	ctx := context.Background()
+	var together, alone []*Request
 	for _, r := range reqs {
-		switch r.Op {
-		case Try, Unlock:
-			together = append(together, r)
-		case Ping:
-			pings = append(pings, r)
-		default:
+		if r.Op == Look || r.Op == beat {
 			alone = append(alone, r)
+		} else {
+			together = append(together, r) // a Ping asks for nothing: any answer will do
 		}
 	}
 	if len(together) > 1 && c.batches(ctx) {
@@ -100,20 +95,10 @@ func (c *Conn) answer(ctx context.Context, reqs []*Request) error {
 	} else {
 		alone = append(alone, together...)
 	}
-	asked := len(together) > 0 // a heartbeat does not count: it may have nothing to ask
 	for _, r := range alone {
-		asked = asked || r.Op != beat
-		if err := c.answerAlone(ctx, r); err != nil {
+		if err := c.answer(ctx, r); err != nil {
 			return err
 		}
-	}
-	if !asked && len(pings) > 0 {
-		if err := c.answerAlone(ctx, pings[0]); err != nil {
-			return err
-		}
-	}
-	for _, r := range pings {
-		r.OK = true // any answer will do
 	}
 	return nil
 }
@@ -158,7 +143,7 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 	}
 	ops, keys := args.Args()
 	bound := session.AnswerBound
-	if slices.ContainsFunc(reqs, func(r *Request) bool { return r.Op == Unlock }) {
+	if slices.ContainsFunc(reqs, func(r *Request) bool { return r.Op != Try }) {
 		bound = session.ReleaseBound
 	}
 	sent := time.Now()
@@ -201,7 +186,7 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 		}
 		if r.Op == Try {
 			r.err = nil
-			if err := c.answerAlone(ctx, r); err != nil {
+			if err := c.answer(ctx, r); err != nil {
 				return err
 			}
 		}
@@ -209,55 +194,50 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 	return nil
 }
 
-// answerAlone answers r by a statement of its own. If it returns an error, the session is lost.
-func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
-	bound := session.AnswerBound
-	exec := c.exec
-	query, resets := pgsql.Ping, false
-	switch r.Op {
-	case Try:
-		exec = c.execKeys(r, pgsql.Try, pgsql.TryCached)
-	case Ping:
-		bound = session.ReleaseBound
-	case Unlock:
-		bound = session.ReleaseBound
-		if resets = c.only(r.Keys) && c.s.Reset() != ""; resets {
-			query = c.s.Reset() + pgsql.Unlock(r.Keys, r.Shared)
-		} else {
-			exec = c.execKeys(r, pgsql.Unlock, pgsql.UnlockCached)
-		}
-	case Look:
-		query = pgsql.Look(r.Keys[0])
-	case beat:
-		if query, bound = c.heartbeat(); query == "" {
-			return nil
-		}
-		exec = c.s.ExecQuiet
+// answer answers r by a statement of its own. If it returns an error, the session is lost.
+func (c *Conn) answer(ctx context.Context, r *Request) error {
+	if r.Op == beat {
+		return c.answerBeat(ctx, r)
+	}
+	bound, literal, cached := session.ReleaseBound, pgsql.Unlock, pgsql.UnlockCached
+	if r.Op == Try {
+		bound, literal, cached = session.AnswerBound, pgsql.Try, pgsql.TryCached
+	}
+	var query string
+	var args []int64
+	resets := r.Op == Unlock && c.only(r.Keys) && c.s.Reset() != ""
+	switch {
+	case r.Op == Ping:
+		query = pgsql.Ping
+	case r.Op == Look:
+		query, bound = pgsql.Look(r.Keys[0]), session.AnswerBound
+	case resets:
+		query = c.s.Reset() + pgsql.Unlock(r.Keys, r.Shared)
+	case len(r.Keys) == 1 && c.s.Caches():
+		query, args = cached(r.Keys[0], r.Shared)
+	default:
+		query = literal(r.Keys, r.Shared)
 	}
 	r.Sent = time.Now()
-	rows, err := exec(ctx, bound, query)
-	if r.Op == beat && pgsql.State(err) == pgsql.QueryCanceled { // pg_cancel_backend, say
-		rows, err = exec(ctx, bound, query)
+	rows, err := c.s.Exec(ctx, bound, query, args...)
+	if args != nil && pgsql.NotPrepared(err) { // the server has forgotten it, as after DISCARD ALL
+		rows, err = c.s.Exec(ctx, bound, literal(r.Keys, r.Shared))
 	}
-	if err == nil && r.Op != beat {
+	if err == nil {
 		c.alive(r.Sent)
 	}
 	switch {
-	case err != nil && (r.Op == beat || !pgsql.Answered(err) || r.Op != Ping && !c.carriesOthers(r)):
+	case err != nil && (!pgsql.Answered(err) || r.Op != Ping && !c.carriesOthers(r)):
 		r.err = err
 		return err
 	case err != nil:
 		return c.afterError(ctx, r, err)
-	case r.Op == beat && rows == pgsql.OnStandby:
-		return session.ErrStandby
-	case r.Op == beat && rows == 0:
-		return session.ErrNotHeld
 	case r.Op == Look:
 		r.OK = rows > 0
 		return nil
 	case r.Op == Unlock && rows > 0:
 		if resets {
-			c.wasReset()
+			c.s.WasReset()
 		}
 		return c.accept(ctx, r, r.Keys)
 	default:
@@ -265,23 +245,28 @@ func (c *Conn) answerAlone(ctx context.Context, r *Request) error {
 	}
 }
 
-func (c *Conn) exec(ctx context.Context, bound time.Duration, query string) (int64, error) {
-	return c.s.Exec(ctx, bound, query)
-}
-
-// execKeys returns a function that sends the statement about the keys of r. For one key, that is one that
-// the driver keeps prepared, if it does; unless the server has forgotten it, as after DISCARD ALL.
-func (c *Conn) execKeys(r *Request, literal func([]pgsql.Key, bool) string, cached func(pgsql.Key, bool) (string, []int64)) func(context.Context, time.Duration, string) (int64, error) {
-	return func(ctx context.Context, bound time.Duration, _ string) (int64, error) {
-		if len(r.Keys) == 1 && c.s.Caches() {
-			query, args := cached(r.Keys[0], r.Shared)
-			rows, err := c.s.Exec(ctx, bound, query, args...)
-			if !pgsql.NotPrepared(err) {
-				return rows, err
-			}
-		}
-		return c.s.Exec(ctx, bound, literal(r.Keys, r.Shared))
+// answerBeat answers a heartbeat.
+func (c *Conn) answerBeat(ctx context.Context, r *Request) error {
+	query, bound := c.heartbeat()
+	if query == "" {
+		return nil
 	}
+	sent := time.Now()
+	rows, err := c.s.ExecQuiet(ctx, bound, query)
+	if pgsql.State(err) == pgsql.QueryCanceled { // pg_cancel_backend, say
+		rows, err = c.s.ExecQuiet(ctx, bound, query)
+	}
+	switch {
+	case err != nil:
+		r.err = err
+		return err
+	case rows == pgsql.OnStandby:
+		return session.ErrStandby
+	case rows == 0:
+		return session.ErrNotHeld
+	}
+	c.alive(sent)
+	return nil
 }
 
 // afterError answers r, which the server has answered with an error. It unlocks what r may have got, or
@@ -363,11 +348,4 @@ func (c *Conn) carriesOthers(r *Request) bool {
 		return !c.only(r.Keys)
 	}
 	return !c.only(nil)
-}
-
-func (c *Conn) wasReset() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.silence = 0
-	c.s.WasReset()
 }

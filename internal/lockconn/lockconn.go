@@ -29,27 +29,17 @@ type Conn struct {
 	onLost func(*Conn) // is told that the session is lost: the holders know, and it is about to be closed
 
 	mu      sync.Mutex // guards what follows; nothing is sent under it
-	state   state
-	lost    error // why
-	users   int   // those between Use and Leave
+	closed  bool       // it takes no more requests: its last user has left, or it is lost
+	lost    error      // why, if it is lost
+	users   int        // those between Use and Leave
 	serving bool
 	pending []*Request // wait to be served
 	locks   map[lock]string
 	holders map[*Holder]struct{}
-	silence time.Duration // after which the server ends the session; 0: never
 	watch   watch
 
 	batcher // belongs to who serves
 }
-
-// A state is what a Conn's session is good for. It goes from open to one of the others.
-type state uint8
-
-const (
-	open       state = iota // it takes requests
-	handedBack              // its last user has left
-	lost                    // it cannot be shown to hold its locks
-)
 
 // A lock is what the session holds on the server. Its name stands beside it.
 type lock struct {
@@ -61,7 +51,6 @@ type lock struct {
 // is called when it is lost, under no mutex.
 func New(s *session.Session, log *slog.Logger, keys []pgsql.Key, shared bool, onLost func(*Conn)) *Conn {
 	c := &Conn{s: s, log: log, onLost: onLost, users: 1, locks: make(map[lock]string, 1), holders: make(map[*Holder]struct{}, 1)}
-	c.silence = s.Silence()
 	c.watch.alarm.F = c.tick
 	c.watch.proof = s.Sent()
 	for _, k := range keys {
@@ -81,17 +70,13 @@ func (c *Conn) Lost() error {
 }
 
 // Empty tells whether the session holds no locks.
-func (c *Conn) Empty() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.locks) == 0
-}
+func (c *Conn) Empty() bool { return c.only(nil) }
 
 // Use keeps the session open until Leave. It tells whether it is.
 func (c *Conn) Use() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state != open {
+	if c.closed {
 		return false
 	}
 	c.users++
@@ -104,9 +89,9 @@ func (c *Conn) Leave() { c.leave(1) }
 func (c *Conn) leave(uses int) {
 	c.mu.Lock()
 	c.users -= uses
-	last := c.state == open && c.users == 0 && !c.serving && len(c.locks) == 0
+	last := !c.closed && c.users == 0 && !c.serving && len(c.locks) == 0
 	if last {
-		c.state = handedBack
+		c.closed = true
 		c.watch.alarm.Stop()
 	}
 	c.mu.Unlock()
@@ -154,11 +139,11 @@ func (c *Conn) clean() error {
 // the locks.
 func (c *Conn) lose(cause error) {
 	c.mu.Lock()
-	if c.state != open {
+	if c.closed {
 		c.mu.Unlock()
 		return
 	}
-	c.state, c.lost = lost, cause
+	c.closed, c.lost = true, cause
 	c.watch.alarm.Stop()
 	holders, pending := c.holders, c.pending
 	c.holders, c.pending = nil, nil
@@ -182,12 +167,6 @@ type LostError struct{ Cause error }
 
 func (e LostError) Error() string { return e.Cause.Error() }
 func (e LostError) Unwrap() error { return e.Cause }
-
-// An Unanswered is the error of a request that its caller has left. What it gets is given back.
-type Unanswered struct{ Cause error }
-
-func (e Unanswered) Error() string { return e.Cause.Error() }
-func (e Unanswered) Unwrap() error { return e.Cause }
 
 // A Request is for one round trip.
 type Request struct {
@@ -231,19 +210,40 @@ const (
 // leavable tells whether the caller of r may leave it. A release is waited for.
 func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op == beat }
 
-// Ask has r served. If ctx ends before, and others have locks on the session, the error is an
-// Unanswered: to break r off would cost them their locks.
+// Ask has r answered. If ctx ends before, and others have locks on the session, it returns the cause of
+// that, and what r gets is given back: to break r off would cost them their locks.
 func (c *Conn) Ask(ctx context.Context, r *Request) error {
 	c.mu.Lock()
-	if c.state != open {
+	switch {
+	case c.closed:
 		defer c.mu.Unlock()
 		return LostError{c.lost}
-	}
-	if !c.serving && (!r.leavable() || len(c.locks) == 0) {
-		c.serving = true
+	case c.serving || r.leavable() && len(c.locks) > 0:
+		c.queueLocked(r)
 		c.mu.Unlock()
-		return c.serveInline(ctx, r)
+		return c.await(ctx, r)
 	}
+	c.serving = true // on this goroutine
+	c.mu.Unlock()
+	lost := session.ErrPanicked
+	defer func() { // also if the driver panics
+		if lost != nil {
+			c.lose(lost)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.serving = false
+		c.serveLocked()
+	}()
+	if lost = c.answer(ctx, r); lost != nil {
+		r.OK = false
+		return cmp.Or(r.err, error(LostError{lost}))
+	}
+	return r.err
+}
+
+// queueLocked has r answered by another goroutine.
+func (c *Conn) queueLocked(r *Request) {
 	r.done = make(chan struct{})
 	if r.leavable() {
 		c.pending = append(c.pending, r)
@@ -251,24 +251,15 @@ func (c *Conn) Ask(ctx context.Context, r *Request) error {
 		c.pending = slices.Insert(c.pending, 0, r)
 		c.s.Hasten(session.ReleaseBound)
 	}
-	if !c.serving {
+	c.serveLocked()
+}
+
+// serveLocked has the pending requests served, if nobody does.
+func (c *Conn) serveLocked() {
+	if !c.serving && len(c.pending) > 0 {
 		c.serving = true
 		go c.serveAll()
 	}
-	c.mu.Unlock()
-	return c.await(ctx, r)
-}
-
-// serveInline serves r on the goroutine of its caller.
-func (c *Conn) serveInline(ctx context.Context, r *Request) error {
-	c.serve(ctx, []*Request{r})
-	c.mu.Lock()
-	c.serving = len(c.pending) > 0
-	if c.serving {
-		go c.serveAll()
-	}
-	c.mu.Unlock()
-	return r.result()
 }
 
 // await waits for the answer to r, which another goroutine serves.
@@ -289,7 +280,7 @@ func (c *Conn) await(ctx context.Context, r *Request) error {
 			c.pending = slices.Delete(c.pending, i, i+1)
 		}
 		c.mu.Unlock()
-		return Unanswered{context.Cause(ctx)}
+		return context.Cause(ctx)
 	}
 	c.mu.Unlock()
 	<-r.done
@@ -302,7 +293,7 @@ func (c *Conn) serveAll() {
 		began := time.Now()
 		reqs := c.take()
 		if len(reqs) > 0 { // their callers have not left
-			c.serve(context.Background(), reqs)
+			c.serve(reqs)
 		}
 		if len(reqs) > 1 {
 			c.gather(len(reqs), time.Since(began))
@@ -317,50 +308,29 @@ func (c *Conn) serveAll() {
 	c.leave(0) // those who left their requests may have been the last
 }
 
-// serve answers requests. If it cannot, the session is lost.
-func (c *Conn) serve(ctx context.Context, reqs []*Request) {
-	err := c.guarded(reqs, func() error { return c.answer(ctx, reqs) })
-	var left []*Request
-	c.mu.Lock()
-	for _, r := range reqs {
+// serve answers requests. If it cannot, the session is lost. A panic of the driver's propagates on the
+// goroutines of their callers.
+func (c *Conn) serve(reqs []*Request) {
+	err := session.ErrPanicked
+	defer func() {
+		panicked := recover()
+		c.mu.Lock()
+		for _, r := range reqs {
+			r.panicked = panicked
+			if err != nil {
+				r.OK, r.err = false, cmp.Or(r.err, error(LostError{err}))
+			}
+			if r.answered = !r.left; r.left && r.Op == Try && r.OK { // what it got is given back first
+				c.pending = slices.Insert(c.pending, 0, &Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared, done: make(chan struct{})})
+			}
+		}
+		c.mu.Unlock()
 		if err != nil {
-			r.OK = false
-			r.err = cmp.Or(r.err, error(LostError{err}))
+			c.lose(err)
 		}
-		if r.answered = !r.left; r.left && r.Op == Try && r.OK {
-			left = append(left, r)
-		}
-	}
-	c.mu.Unlock()
-	if err != nil {
-		c.lose(err)
-	}
-	for _, r := range reqs {
-		if r.done != nil {
+		for _, r := range reqs {
 			close(r.done)
 		}
-	}
-	for _, r := range left { // what those got who have left is given back
-		if err == nil {
-			err = c.guarded(nil, func() error {
-				return c.answerAlone(context.Background(), &Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared})
-			})
-		}
-	}
-	if err != nil {
-		c.lose(err) // if it is not yet
-	}
-}
-
-// guarded runs f, and has a panic of the driver's propagate on the goroutines of the callers of reqs.
-func (c *Conn) guarded(reqs []*Request, f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			for _, r := range reqs {
-				r.panicked = p
-			}
-			err = session.ErrPanicked
-		}
 	}()
-	return f()
+	err = c.answerAll(reqs)
 }

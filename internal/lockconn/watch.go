@@ -82,7 +82,7 @@ type watch struct {
 func (c *Conn) Hold(h *Holder) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state != open {
+	if c.closed {
 		return LostError{c.lost}
 	}
 	w, now := &c.watch, time.Now()
@@ -112,8 +112,8 @@ func (c *Conn) LetGo(h *Holder) {
 // strictLocked returns every, or a third of the silence that the server has been told to wait for, if
 // that is shorter: it may have been a holder's who has left.
 func (c *Conn) strictLocked(every time.Duration) time.Duration {
-	if c.silence > 0 {
-		return min(every, c.silence/3)
+	if silence := c.s.Silence(); silence > 0 {
+		return min(every, silence/3)
 	}
 	return every
 }
@@ -139,8 +139,8 @@ func (c *Conn) deadlineLocked() time.Time {
 		from = w.since
 	}
 	deadline := from.Add(2 * w.every)
-	if c.silence > 0 { // the server counts from the proof
-		if server := w.proof.Add(2 * c.silence / 3); server.Before(deadline) {
+	if silence := c.s.Silence(); silence > 0 { // the server counts from the proof
+		if server := w.proof.Add(2 * silence / 3); server.Before(deadline) {
 			return server
 		}
 	}
@@ -152,7 +152,7 @@ func (c *Conn) tick() {
 	c.mu.Lock()
 	w, now := &c.watch, time.Now()
 	w.alarm.Fired()
-	if c.state != open || len(c.holders) == 0 {
+	if c.closed || len(c.holders) == 0 {
 		c.mu.Unlock()
 		return
 	}
@@ -189,7 +189,7 @@ func (c *Conn) beat() {
 	defer c.mu.Unlock()
 	w := &c.watch
 	w.beating = false
-	if err != nil || c.state != open || len(c.holders) == 0 {
+	if err != nil || c.closed || len(c.holders) == 0 {
 		return
 	}
 	w.every, _ = c.paceLocked()
@@ -207,7 +207,7 @@ func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op:
 // on its way that the server has ended the session since.
 func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	c.mu.Lock()
-	watched := c.silence > 0
+	watched := c.Watched()
 	stale := time.Since(c.watch.proof) >= c.strictLocked(every)
 	if stale && !watched {
 		c.watch.proof = time.Now() // the server has no clock to be ahead of
@@ -220,11 +220,7 @@ func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 }
 
 // Watched tells whether the server watches the session.
-func (c *Conn) Watched() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.silence > 0
-}
+func (c *Conn) Watched() bool { return c.s.Silence() > 0 }
 
 // heartbeat returns the statement of a heartbeat and how long its answer may take, or "" if there is
 // nothing to ask for: a release may have come first, and have undone the settings.
@@ -234,9 +230,8 @@ func (c *Conn) heartbeat() (query string, bound time.Duration) {
 	set := ""
 	if _, silence := c.paceLocked(); silence > 0 && len(c.locks) > 0 {
 		set = c.s.ChangeSilence(silence)
-		c.silence = silence
 	}
-	if c.silence == 0 || len(c.locks) == 0 {
+	if !c.Watched() || len(c.locks) == 0 {
 		return "", 0
 	}
 	bound = session.AnswerBound

@@ -1,6 +1,9 @@
 package pgsql
 
-import "strconv"
+import (
+	"strconv"
+	"strings"
+)
 
 // An Op is what a Batch does to a key.
 type Op uint8
@@ -48,7 +51,7 @@ func (a *BatchArgs) Add(op Op, keys []Key, shared bool) {
 	}
 }
 
-// Args returns the two arrays, of one element at least.
+// Args returns the two arrays.
 func (a *BatchArgs) Args() (ops, keys string) {
-	return "{" + string(a.ops[1:]) + "}", "{" + string(a.keys[1:]) + "}"
+	return "{" + strings.TrimPrefix(string(a.ops), ",") + "}", "{" + strings.TrimPrefix(string(a.keys), ",") + "}"
 }
