@@ -67,7 +67,7 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	}
 	var text string
 	// Not under ctx: a driver that breaks off a statement closes the session.
-	err := t.session.Do(context.WithoutCancel(ctx), session.AnswerBound, func(ctx context.Context) error {
+	err := t.session.Run(context.WithoutCancel(ctx), session.AnswerBound, len(pgsql.Token), func(ctx context.Context) error {
 		// It is this question's turn on the session; a release may have been before it.
 		if t.mark.ended.Load() {
 			return errHoldEnded

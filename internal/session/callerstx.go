@@ -71,7 +71,7 @@ type callersTx struct {
 
 func (c callersTx) exec(ctx context.Context, query string) (rows int64, err error) {
 	var n int64 // the statement's until it has returned
-	err = c.s.Do(ctx, AnswerBound, func(ctx context.Context) (err error) {
+	err = c.s.Run(ctx, AnswerBound, 0, func(ctx context.Context) (err error) {
 		n, err = rowsAffected(c.tx.ExecContext(ctx, query))
 		return err
 	})

@@ -34,6 +34,20 @@ func raw(conn *sql.Conn, f func(dc any) error) (err error) {
 	})
 }
 
+// send executes query over the driver's connection itself. When that is found dead, Conn.ExecContext
+// closes the Conn, and first waits, for ever, for its transactions and rows to be closed, which may be
+// the caller's, or fn's to have left open.
+func (s *Session) send(ctx context.Context, to path, query string, args []int64) (rows int64, err error) {
+	rawErr := raw(s.conn, func(dc any) error {
+		if s.cond.Load() == abandoned { // while database/sql's own lock was waited for
+			return abandonedError{}
+		}
+		rows, err = execOn(ctx, to(dc), query, args...)
+		return nil
+	})
+	return rows, cmp.Or(rawErr, err)
+}
+
 // execOn executes query on a driver's connection, and returns the number of rows in its command
 // tag.
 func execOn(ctx context.Context, dc any, query string, args ...int64) (int64, error) {

@@ -114,7 +114,7 @@ func (p Pool) heldBy(k pgsql.Key) string {
 		return ""
 	}
 	var holders []Holder
-	err = s.Do(context.Background(), AnswerBound, func(ctx context.Context) (err error) {
+	err = s.Run(context.Background(), AnswerBound, len(pgsql.Holders), func(ctx context.Context) (err error) {
 		holders, err = Holders(ctx, s.conn, k)
 		return err
 	})
@@ -140,7 +140,7 @@ type Statement struct {
 // and abandonAfter past the end of ctx.
 func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
 	var all []Statement // the statement's until it has returned
-	err := s.Do(ctx, AnswerBound, func(ctx context.Context) (err error) {
+	err := s.Run(ctx, AnswerBound, len(pgsql.Waits), func(ctx context.Context) (err error) {
 		rawErr := raw(s.conn, func(dc any) error {
 			all, err = waitsOn(ctx, unwrap(dc))
 			return nil

@@ -98,24 +98,33 @@ func (s *Session) give() {
 // the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
 // After an error that is not the server's, the session can only be given up.
 func (s *Session) Exec(ctx context.Context, bound time.Duration, query string, args ...int64) (rows int64, err error) {
-	return s.exec(ctx, bound, query, args, direct)
+	if err := s.take(ctx, bound); err != nil {
+		return 0, err
+	}
+	defer s.give()
+	return s.exec(ctx, bound, direct, query, args)
 }
 
 // ExecQuiet is Exec past the wrappers that trace statements: nobody has asked for this one.
 func (s *Session) ExecQuiet(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	return s.exec(ctx, bound, query, nil, unwrap)
+	if err := s.take(ctx, bound); err != nil {
+		return 0, err
+	}
+	defer s.give()
+	return s.exec(ctx, bound, unwrap, query, nil)
 }
 
-func (s *Session) exec(ctx context.Context, bound time.Duration, query string, args []int64, to path) (rows int64, err error) {
-	var n int64 // the statement's until it has returned: it may outlive this call
-	err = s.Run(ctx, bound, len(query), func(ctx context.Context) (err error) {
-		n, err = s.send(ctx, query, args, to)
+// exec is Exec for one who has the right to send.
+func (s *Session) exec(ctx context.Context, bound time.Duration, to path, query string, args []int64) (int64, error) {
+	var rows int64 // the statement's until it has returned: it may outlive this call
+	err := s.run(ctx, bound, len(query), func(ctx context.Context) (err error) {
+		rows, err = s.send(ctx, to, query, args)
 		return err
 	})
 	if err != nil {
 		return 0, err
 	}
-	return n, nil
+	return rows, nil
 }
 
 // Run runs f, which sends one statement of length bytes, when nobody else sends. It is bounded like Exec.
@@ -278,17 +287,10 @@ func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query s
 		inner, stop = context.WithDeadlineCause(inner, deadline, pgsql.NoAnswer{After: Grace})
 	}
 	var rows int64
-	done := spawn(func() error {
+	done := spawn(func() (err error) {
 		defer s.give()
 		defer stop()
-		var n int64 // the statement's until it has returned: it may outlive run
-		err := s.run(inner, bound, len(query), func(ctx context.Context) (err error) {
-			n, err = s.send(ctx, query, nil, unwrap)
-			return err
-		})
-		if err == nil {
-			rows = n
-		}
+		rows, err = s.exec(inner, bound, unwrap, query, nil)
 		return err
 	})
 	select {

@@ -8,7 +8,6 @@
 package session
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -154,29 +153,6 @@ func (s *Session) WasReset() {
 	s.settingsMu.Lock()
 	defer s.settingsMu.Unlock()
 	s.made = false
-}
-
-// send sends over the driver's connection itself. When that is found dead, Conn.ExecContext closes
-// the Conn, and first waits, for ever, for its transactions and rows to be closed, which may be the
-// caller's, or fn's to have left open.
-func (s *Session) send(ctx context.Context, query string, args []int64, to path) (rows int64, err error) {
-	rawErr := raw(s.conn, func(dc any) error {
-		if s.cond.Load() == abandoned { // while database/sql's own lock was waited for
-			return abandonedError{}
-		}
-		rows, err = execOn(ctx, to(dc), query, args...)
-		return nil
-	})
-	return rows, cmp.Or(rawErr, err)
-}
-
-// Do runs f, which sends one statement by database/sql, when nobody else sends.
-func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
-	if err := s.take(ctx, bound); err != nil {
-		return err
-	}
-	defer s.give()
-	return s.aside(ctx, bound, f)
 }
 
 // HandBack returns the connection, which is clean, to the pool. One that has been broken off, if only in
@@ -332,7 +308,7 @@ func (s *Session) Release() error {
 // before fn's ctx ends: then database/sql closes them, and the driver the connection.
 func (s *Session) FindRows() {
 	open := false // until aside has returned
-	err := s.Do(context.Background(), ReleaseBound, func(ctx context.Context) error {
+	err := s.Run(context.Background(), ReleaseBound, 0, func(ctx context.Context) error {
 		return raw(s.conn, func(dc any) error {
 			open = rowsOpen(ctx, unwrap(dc))
 			return nil

@@ -105,7 +105,7 @@ func (t *Tx) begin(ctx context.Context) error {
 	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
 	t.tx, t.failed, t.abort, t.rolledBack, t.unclean = nil, nil, abort, sync.Once{}, nil
 	var tx *sql.Tx // BEGIN's until it has returned
-	err := t.s.Do(ctx, AnswerBound, func(context.Context) (err error) {
+	err := t.s.Run(ctx, AnswerBound, 0, func(context.Context) (err error) {
 		tx, err = t.s.conn.BeginTx(txCtx, t.opts)
 		return err
 	})
@@ -136,7 +136,7 @@ func (t *Tx) rollback(ctx context.Context) error {
 				t.s.worsen(doubtful)
 			}
 		}()
-		t.unclean = t.s.Do(ctx, ReleaseBound, func(context.Context) error {
+		t.unclean = t.s.Run(ctx, ReleaseBound, 0, func(context.Context) error {
 			if t.tx == nil {
 				return t.failed
 			}
@@ -157,7 +157,7 @@ func (t *Tx) Commit(ctx context.Context) (err error) {
 		}
 	}()
 	defer context.AfterFunc(ctx, t.abort)()
-	return t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
+	return t.s.Run(ctx, 0, 0, func(context.Context) error { return t.tx.Commit() })
 }
 
 // End ends the session, whose transaction has ended. It returns an error if there was a
