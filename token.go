@@ -65,17 +65,18 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, &Error{Op: "token of", Keys: t.mark.keys, msg: context.Cause(ctx).Error(), errs: []error{err, context.Cause(ctx)}}
 	}
-	var text string
 	// Not under ctx: a driver that breaks off a statement closes the session.
-	err := t.session.Run(context.WithoutCancel(ctx), session.AnswerBound, len(pgsql.Token), func(ctx context.Context) error {
+	text, err := session.Run(context.WithoutCancel(ctx), t.session, session.AnswerBound, len(pgsql.Token), func(ctx context.Context) (text string, err error) {
 		// It is this question's turn on the session; a release may have been before it.
 		if t.mark.ended.Load() {
-			return errHoldEnded
+			return "", errHoldEnded
 		}
 		if t.tx != nil {
-			return t.tx.QueryRowContext(ctx, pgsql.Token).Scan(&text)
+			err = t.tx.QueryRowContext(ctx, pgsql.Token).Scan(&text)
+		} else {
+			err = t.session.Conn().QueryRowContext(ctx, pgsql.Token).Scan(&text)
 		}
-		return t.session.Conn().QueryRowContext(ctx, pgsql.Token).Scan(&text)
+		return text, err
 	})
 	var no int64
 	if err == nil {

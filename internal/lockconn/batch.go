@@ -108,10 +108,10 @@ func (c *Conn) batches(ctx context.Context) bool {
 	if c.stmt != nil || c.unknown {
 		return c.stmt != nil
 	}
-	err := c.s.Run(ctx, session.AnswerBound, len(pgsql.Batch), func(ctx context.Context) (err error) {
-		c.stmt, err = c.s.Conn().PrepareContext(ctx, pgsql.Batch)
-		return err
+	stmt, err := session.Run(ctx, c.s, session.AnswerBound, len(pgsql.Batch), func(ctx context.Context) (*sql.Stmt, error) {
+		return c.s.Conn().PrepareContext(ctx, pgsql.Batch)
 	})
+	c.stmt = stmt
 	if err != nil {
 		// A server, or a driver, that does not know it: some call themselves compatible. If the session
 		// is gone, the next statement says so.
@@ -128,7 +128,7 @@ func (c *Conn) unprepare() error {
 	if c.stmt == nil {
 		return nil
 	}
-	return c.s.Run(context.Background(), session.ReleaseBound, 0, func(context.Context) error { return c.stmt.Close() })
+	return c.s.Do(context.Background(), session.ReleaseBound, func(context.Context) error { return c.stmt.Close() })
 }
 
 // answerTogether answers requests in one statement.
@@ -147,9 +147,9 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 		bound = session.ReleaseBound
 	}
 	sent := time.Now()
-	var answer string
-	err := c.s.Run(ctx, bound, len(ops)+len(keys), func(ctx context.Context) error {
-		return c.stmt.QueryRowContext(ctx, ops, keys).Scan(&answer)
+	answer, err := session.Run(ctx, c.s, bound, len(ops)+len(keys), func(ctx context.Context) (answer string, err error) {
+		err = c.stmt.QueryRowContext(ctx, ops, keys).Scan(&answer)
+		return answer, err
 	})
 	if err != nil {
 		return c.afterFailure(ctx, reqs, err)

@@ -100,7 +100,7 @@ func (c *Conn) leave(uses int) {
 	case c.stmt == nil && c.s.Reset() == "":
 		c.handBack()
 	default: // cleaning takes statements, and the caller may be late
-		session.Soon(func() error { c.handBack(); return nil })
+		session.Soon(c.handBack)
 	}
 }
 

@@ -70,15 +70,9 @@ type callersTx struct {
 }
 
 func (c callersTx) exec(ctx context.Context, query string) (rows int64, err error) {
-	var n int64 // the statement's until it has returned
-	err = c.s.Run(ctx, AnswerBound, 0, func(ctx context.Context) (err error) {
-		n, err = rowsAffected(c.tx.ExecContext(ctx, query))
-		return err
+	return Run(ctx, c.s, AnswerBound, 0, func(ctx context.Context) (int64, error) {
+		return rowsAffected(c.tx.ExecContext(ctx, query))
 	})
-	if err != nil {
-		return 0, err
-	}
-	return n, nil
 }
 
 // deadlocked tells whether a holder of the lock waits for this transaction. It asks under a

@@ -113,11 +113,7 @@ func (p Pool) heldBy(k pgsql.Key) string {
 	if err != nil {
 		return ""
 	}
-	var holders []Holder
-	err = s.Run(context.Background(), AnswerBound, len(pgsql.Holders), func(ctx context.Context) (err error) {
-		holders, err = Holders(ctx, s.conn, k)
-		return err
-	})
+	holders, err := Run(context.Background(), s, AnswerBound, len(pgsql.Holders), func(ctx context.Context) ([]Holder, error) { return Holders(ctx, s.conn, k) })
 	if err != nil && pgsql.State(err) == "" {
 		s.Discard()
 		return ""
@@ -139,13 +135,12 @@ type Statement struct {
 // Waits returns the statements that wait for locks in the session's database. It returns at most Grace
 // and abandonAfter past the end of ctx.
 func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
-	var all []Statement // the statement's until it has returned
-	err := s.Run(ctx, AnswerBound, len(pgsql.Waits), func(ctx context.Context) (err error) {
+	all, err := Run(ctx, s, AnswerBound, len(pgsql.Waits), func(ctx context.Context) (all []Statement, err error) {
 		rawErr := raw(s.conn, func(dc any) error {
 			all, err = waitsOn(ctx, unwrap(dc))
 			return nil
 		})
-		return cmp.Or(rawErr, err)
+		return all, cmp.Or(rawErr, err)
 	})
 	switch {
 	case err == nil:

@@ -124,16 +124,12 @@ func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Con
 	if !p.Exhausted() { // otherwise the wait is for others
 		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, pgsql.NoAnswer{After: bound})
 	}
-	var conn *sql.Conn
-	done := spawn(func() (err error) {
-		conn, err = p.borrow(making)
-		return err
-	})
+	done := spawn(func() (*sql.Conn, error) { return p.borrow(making) })
 	var err error
 	select {
 	case o := <-done:
 		cancel()
-		return conn, o.result()
+		return o.result()
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	case <-making.Done():
@@ -141,7 +137,7 @@ func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Con
 	}
 	go func() {
 		defer cancel()
-		if o := <-done; o.result() == nil {
+		if conn, err := (<-done).result(); err == nil {
 			_ = conn.Close()
 		}
 	}()

@@ -98,87 +98,71 @@ func (s *Session) give() {
 // the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
 // After an error that is not the server's, the session can only be given up.
 func (s *Session) Exec(ctx context.Context, bound time.Duration, query string, args ...int64) (rows int64, err error) {
-	if err := s.take(ctx, bound); err != nil {
-		return 0, err
-	}
-	defer s.give()
-	return s.exec(ctx, bound, direct, query, args)
+	return Run(ctx, s, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, direct, query, args) })
 }
 
 // ExecQuiet is Exec past the wrappers that trace statements: nobody has asked for this one.
 func (s *Session) ExecQuiet(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	if err := s.take(ctx, bound); err != nil {
-		return 0, err
-	}
-	defer s.give()
-	return s.exec(ctx, bound, unwrap, query, nil)
-}
-
-// exec is Exec for one who has the right to send.
-func (s *Session) exec(ctx context.Context, bound time.Duration, to path, query string, args []int64) (int64, error) {
-	var rows int64 // the statement's until it has returned: it may outlive this call
-	err := s.run(ctx, bound, len(query), func(ctx context.Context) (err error) {
-		rows, err = s.send(ctx, to, query, args)
-		return err
-	})
-	if err != nil {
-		return 0, err
-	}
-	return rows, nil
+	return Run(ctx, s, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, unwrap, query, nil) })
 }
 
 // Run runs f, which sends one statement of length bytes, when nobody else sends. It is bounded like Exec.
-func (s *Session) Run(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
+func Run[T any](ctx context.Context, s *Session, bound time.Duration, length int, f func(context.Context) (T, error)) (t T, err error) {
 	if err := s.take(ctx, bound); err != nil {
-		return err
+		return t, err
 	}
 	defer s.give()
-	return s.run(ctx, bound, length, f)
+	return run(ctx, s, bound, length, f)
+}
+
+// Do is Run for an f without a result.
+func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+	_, err := Run(ctx, s, bound, 0, func(ctx context.Context) (struct{}, error) { return struct{}{}, f(ctx) })
+	return err
 }
 
 // run is Run for one who has the right to send: on this goroutine, if the statement can be broken off.
-func (s *Session) run(ctx context.Context, bound time.Duration, length int, f func(context.Context) error) error {
+func run[T any](ctx context.Context, s *Session, bound time.Duration, length int, f func(context.Context) (T, error)) (T, error) {
 	if s.breaker.breaks == nil || length > s.breaker.longest {
-		return s.aside(ctx, bound, f)
+		return aside(ctx, s, bound, f)
 	}
 	no := s.guard.begin(func(error) { s.breaker.breaks(s.dc) })
 	defer s.guardOver(ctx, no, bound)()
-	err := f(context.WithoutCancel(ctx))
+	t, err := f(context.WithoutCancel(ctx))
 	if cause := s.guard.end(); cause != nil {
 		s.worsen(gone) // even if the answer came: the connection is of no use
 		if err != nil {
 			err = cause
 		}
 	}
-	return s.noted(err)
+	return t, s.noted(err)
 }
 
 // aside runs f on a goroutine of its own, whose context is ended to break the statement off. If f
 // does not return even then, the session is abandoned.
-func (s *Session) aside(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
+func aside[T any](ctx context.Context, s *Session, bound time.Duration, f func(context.Context) (T, error)) (t T, err error) {
 	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
 	no := s.guard.begin(cancel)
 	defer s.guardOver(ctx, no, bound)()
 	defer s.guard.end()
-	done := spawn(func() error { return f(inner) })
-	var err error
+	done := spawn(func() (T, error) { return f(inner) })
 	select {
 	case o := <-done:
-		err = o.result()
+		t, err = o.result()
 	case <-inner.Done():
 		grace := time.NewTimer(abandonAfter)
 		defer grace.Stop()
 		select {
 		case o := <-done:
-			err = o.result()
+			t, err = o.result()
 		case <-grace.C:
 			s.worsen(abandoned)
 			go func() {
 				<-done
 				<-s.sending
 			}()
-			return context.Cause(inner)
+			return t, context.Cause(inner)
 		}
 	}
 	if err != nil && inner.Err() != nil {
@@ -187,7 +171,7 @@ func (s *Session) aside(ctx context.Context, bound time.Duration, f func(context
 		err = context.Cause(inner)
 		s.worsen(gone)
 	}
-	return s.noted(err)
+	return t, s.noted(err)
 }
 
 // guardOver bounds statement no, more narrowly once ctx ends. end stops it from waiting for that.
@@ -228,7 +212,8 @@ func (s *Session) Interrupt(cause error) {
 }
 
 // An outcome is how a function on a goroutine of its own has ended.
-type outcome struct {
+type outcome[T any] struct {
+	value    T
 	err      error
 	panicked any
 }
@@ -237,38 +222,38 @@ type outcome struct {
 var ErrPanicked = errors.New("the driver panicked")
 
 // spawn runs f on a goroutine of its own.
-func spawn(f func() error) <-chan outcome {
-	done := make(chan outcome, 1)
+func spawn[T any](f func() (T, error)) <-chan outcome[T] {
+	done := make(chan outcome[T], 1)
 	go func() {
-		o := outcome{err: ErrPanicked}
+		o := outcome[T]{err: ErrPanicked}
 		defer func() {
 			o.panicked = recover()
 			done <- o
 		}()
-		o.err = f()
+		o.value, o.err = f()
 	}()
 	return done
 }
 
 // Soon runs f on a goroutine of its own, and waits a moment for it.
-func Soon(f func() error) {
-	done := spawn(f)
+func Soon(f func()) {
+	done := spawn(func() (struct{}, error) { f(); return struct{}{}, nil })
 	soon := time.NewTimer(abandonAfter)
 	defer soon.Stop()
 	select {
 	case o := <-done:
-		_ = o.result()
+		_, _ = o.result()
 	case <-soon.C:
-		go func() { _ = (<-done).result() }() // a panic is not swallowed
+		go func() { _, _ = (<-done).result() }() // a panic is not swallowed
 	}
 }
 
-// result returns the error, or has the panic propagate.
-func (o outcome) result() error {
+// result returns what the function has, or has the panic propagate.
+func (o outcome[T]) result() (T, error) {
 	if o.panicked != nil {
 		panic(o.panicked)
 	}
-	return o.err
+	return o.value, o.err
 }
 
 // execLeavable is ExecQuiet, but returns at once if ctx is canceled. The statement then goes on until
@@ -286,23 +271,20 @@ func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query s
 	if deadline, ok := ctx.Deadline(); ok {
 		inner, stop = context.WithDeadlineCause(inner, deadline, pgsql.NoAnswer{After: Grace})
 	}
-	var rows int64
-	done := spawn(func() (err error) {
+	done := spawn(func() (int64, error) {
 		defer s.give()
 		defer stop()
-		rows, err = s.exec(inner, bound, unwrap, query, nil)
-		return err
+		return run(inner, s, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, unwrap, query, nil) })
 	})
 	select {
 	case o := <-done:
-		return rows, o.result()
+		return o.result()
 	case <-ctx.Done():
 	}
 	if ctx.Err() == context.DeadlineExceeded {
-		o := <-done
-		return rows, o.result()
+		return (<-done).result()
 	}
 	s.left = true
-	go func() { _ = (<-done).result() }() // a panic is not swallowed
+	go func() { _, _ = (<-done).result() }() // a panic is not swallowed
 	return 0, context.Cause(ctx)
 }

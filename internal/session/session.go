@@ -234,7 +234,7 @@ func (s *Session) GiveUp(ctx context.Context, err error) {
 		}
 		return
 	}
-	end := func() error {
+	end := func() {
 		clean := false
 		defer func() {
 			if clean {
@@ -247,20 +247,19 @@ func (s *Session) GiveUp(ctx context.Context, err error) {
 			s.unwind()
 		}
 		if !s.stateKnown(ctx, err) {
-			return nil
+			return
 		}
 		// What a transaction held has gone with it. A statement that was left may have got its lock.
 		nothing := len(s.held) == 0 && !s.made && !s.left || s.place == pgsql.InTx
 		if !nothing {
 			if _, err := s.Exec(context.Background(), AnswerBound, s.Reset()+pgsql.UnlockAll); err != nil {
-				return nil
+				return
 			}
 		}
 		clean = true
-		return nil
 	}
 	if ctx.Err() == context.Canceled {
-		spawn(end)
+		spawn(func() (struct{}, error) { end(); return struct{}{}, nil })
 		return
 	}
 	Soon(end)
@@ -307,12 +306,12 @@ func (s *Session) Release() error {
 // FindRows finds out whether fn has left rows open on the connection, for Release. It is called
 // before fn's ctx ends: then database/sql closes them, and the driver the connection.
 func (s *Session) FindRows() {
-	open := false // until aside has returned
-	err := s.Run(context.Background(), ReleaseBound, 0, func(ctx context.Context) error {
-		return raw(s.conn, func(dc any) error {
+	open, err := Run(context.Background(), s, ReleaseBound, 0, func(ctx context.Context) (open bool, err error) {
+		err = raw(s.conn, func(dc any) error {
 			open = rowsOpen(ctx, unwrap(dc))
 			return nil
 		})
+		return open, err
 	})
 	s.rowsOpen = err == nil && open
 }

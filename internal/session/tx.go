@@ -22,9 +22,8 @@ type Tx struct {
 
 	// tx has a context of its own. At the end of the caller's, database/sql would roll back in its
 	// own time, and close the connection.
-	tx     *sql.Tx
-	failed error              // of BEGIN: there is no tx
-	abort  context.CancelFunc // ends the context of tx
+	tx    *sql.Tx            // nil: it has not begun
+	abort context.CancelFunc // ends the context of tx
 
 	rolledBack sync.Once
 	unclean    error // of the rollback
@@ -103,22 +102,18 @@ func (t *Tx) beginThenLock(ctx context.Context, k pgsql.Key, noWait bool, since 
 
 func (t *Tx) begin(ctx context.Context) error {
 	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
-	t.tx, t.failed, t.abort, t.rolledBack, t.unclean = nil, nil, abort, sync.Once{}, nil
-	var tx *sql.Tx // BEGIN's until it has returned
-	err := t.s.Run(ctx, AnswerBound, 0, func(context.Context) (err error) {
-		tx, err = t.s.conn.BeginTx(txCtx, t.opts)
-		return err
-	})
+	t.tx, t.abort, t.rolledBack, t.unclean = nil, abort, sync.Once{}, nil
+	tx, err := Run(ctx, t.s, AnswerBound, 0, func(context.Context) (*sql.Tx, error) { return t.s.conn.BeginTx(txCtx, t.opts) })
 	if err == nil {
 		t.tx = tx
 		return nil
 	}
-	abort()                                            // a driver that returns too late has begun nothing
+	abort() // a driver that returns too late has begun nothing
+	t.s.worsen(doubtful)
 	if pgsql.State(err) == pgsql.FeatureNotSupported { // lib/pq's BEGIN READ WRITE
 		err = fmt.Errorf("%w: %w", ErrStandby, err)
 	}
-	t.failed = fmt.Errorf("begin: %w", err)
-	return t.failed
+	return fmt.Errorf("begin: %w", err)
 }
 
 // Rollback rolls back, once, if the transaction has begun. If it cannot be sure that the server has
@@ -127,21 +122,17 @@ func (t *Tx) Rollback() error { return t.rollback(context.Background()) }
 
 func (t *Tx) rollback(ctx context.Context) error {
 	t.rolledBack.Do(func() {
+		if t.tx == nil {
+			return
+		}
 		t.unclean = ErrPanicked
 		defer func() {
-			if t.abort != nil {
-				t.abort()
-			}
+			t.abort()
 			if t.unclean != nil {
 				t.s.worsen(doubtful)
 			}
 		}()
-		t.unclean = t.s.Run(ctx, ReleaseBound, 0, func(context.Context) error {
-			if t.tx == nil {
-				return t.failed
-			}
-			return t.tx.Rollback()
-		})
+		t.unclean = t.s.Do(ctx, ReleaseBound, func(context.Context) error { return t.tx.Rollback() })
 	})
 	return t.unclean
 }
@@ -157,7 +148,7 @@ func (t *Tx) Commit(ctx context.Context) (err error) {
 		}
 	}()
 	defer context.AfterFunc(ctx, t.abort)()
-	return t.s.Run(ctx, 0, 0, func(context.Context) error { return t.tx.Commit() })
+	return t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
 }
 
 // End ends the session, whose transaction has ended. It returns an error if there was a
