@@ -133,20 +133,10 @@ func (a *acquisition) failure(err error) error {
 // who says who holds the lock, if one query can tell. One is sent at a time, on an idle connection: a
 // slow answer would cost a session that holds locks.
 func (a *acquisition) who() string {
-	m := a.m
-	idle := a.pool.DB.Stats().Idle > 0
-	m.mu.Lock()
-	ask := !m.asking && idle
-	m.asking = m.asking || ask
-	m.mu.Unlock()
 	ours := a.ours() // before the question, during which it may be released
 	var who string
-	if ask {
-		who = a.pool.HeldBy(a.ctx, a.at, func() {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			m.asking = false
-		})
+	if a.pool.DB.Stats().Idle > 0 && !a.m.asking.Swap(true) {
+		who = a.pool.HeldBy(a.ctx, a.at, func() { a.m.asking.Store(false) })
 	}
 	return cmp.Or(who, ours)
 }

@@ -32,9 +32,9 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (err error) {
 			pause = session.PauseMax // it is others' turn
 		}
 		a.search()
-		a.m.poll(1)
+		a.m.polling.Add(1)
 		session.Sleep(a.ctx, a.m.untilTick(pause))
-		a.m.poll(-1)
+		a.m.polling.Add(-1)
 		pause = min(2*pause, session.PauseMax)
 	}
 }
@@ -109,7 +109,7 @@ func (a *acquisition) wait(keys []pgsql.Key, q *queue) error {
 		s.Shared = a.Shared
 		a.equip(s)
 		s.SetSilence(a.Silence)
-		s.Yield = func() bool { return time.Since(began) > yieldAfter && m.othersPoll() }
+		s.Yield = func() bool { return time.Since(began) > yieldAfter && m.polling.Load() > 0 }
 		if err := s.Wait(a.ctx, a.at, a.began); err != nil {
 			return err
 		}

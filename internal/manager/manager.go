@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 	"weak"
 
@@ -29,8 +30,11 @@ type Manager struct {
 	// Checking is filled by the Check that is under way.
 	Checking chan struct{}
 
-	facts session.Facts
-	seed  uint64
+	facts   session.Facts
+	seed    uint64
+	polling atomic.Int32 // those who wait, and cannot in the server's queue
+	asking  atomic.Bool  // somebody asks who holds a lock
+	warned  atomic.Bool  // a Logger has been warned of a pool of one connection
 
 	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
 	mu        sync.Mutex
@@ -38,13 +42,10 @@ type Manager struct {
 	shared    *lockconn.Conn           // which new locks are tried on; nil: there is none at present
 	opening   *opening                 // of shared; nil: nobody opens it
 	sessions  int                      // the shared one, and those that wait in the server's queue or did
-	polling   int                      // those who wait, and do not have such a session
-	asking    bool                     // somebody asks who holds a lock
 	outage    *outage                  // that waits are in; nil: none are
 	nested    map[*nestedWait]struct{} // waits whose callers hold keys
 	detecting bool                     // somebody asks others for their waits
 	detected  time.Time                // when they had last answered
-	warned    bool                     // a Logger has been warned of a pool of one connection
 }
 
 // managers has the Manager of each *sql.DB. It does not keep the *sql.DB in memory. A Manager that
@@ -159,19 +160,6 @@ func (m *Manager) mayWait(pool session.Pool) bool {
 	return true
 }
 
-// poll counts those who cannot wait in the server's queue, and try again and again.
-func (m *Manager) poll(n int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.polling += n
-}
-
-func (m *Manager) othersPoll() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.polling > 0
-}
-
 // untilTick returns the time until the next tick of a clock that ticks every pause, or up to an eighth
 // later. All waits of m go by the same ticks, so that they try together; other processes have others.
 func (m *Manager) untilTick(pause time.Duration) time.Duration {
@@ -185,9 +173,9 @@ func (m *Manager) untilTick(pause time.Duration) time.Duration {
 func (m *Manager) String() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling == 0 && len(m.nested) == 0 {
+	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling.Load() == 0 && len(m.nested) == 0 {
 		return ""
 	}
 	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling, %d nested waits",
-		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling, len(m.nested))
+		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling.Load(), len(m.nested))
 }

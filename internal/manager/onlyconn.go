@@ -19,12 +19,7 @@ func (m *Manager) tookOnly(pool session.Pool, log *slog.Logger) {
 	if stats.MaxOpenConnections != 1 {
 		return
 	}
-	enabled := log.Enabled(context.Background(), slog.LevelWarn)
-	m.mu.Lock()
-	warn := enabled && !m.warned
-	m.warned = m.warned || warn
-	m.mu.Unlock()
-	if warn {
+	if log.Enabled(context.Background(), slog.LevelWarn) && !m.warned.Swap(true) {
 		log.Warn("advisory: fn cannot get a connection while the lock is held, because the pool is limited to one (SetMaxOpenConns)")
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"reflect"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -142,17 +141,6 @@ type breaker struct {
 
 	// longest is the length of the longest statement, in bytes, for which that is certain.
 	longest int
-}
-
-var breakers sync.Map // reflect.Type → breaker
-
-func breakerOf(dc any) breaker {
-	t := reflect.TypeOf(dc)
-	found, ok := breakers.Load(t)
-	if !ok {
-		found, _ = breakers.LoadOrStore(t, findBreaker(t))
-	}
-	return found.(breaker)
 }
 
 // findBreaker knows drivers by their connections' types: no driver is imported. The names of

@@ -4,7 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"log/slog"
+	"reflect"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -22,45 +24,22 @@ type Pool struct {
 
 // Facts are what is known of the server and the driver of a pool.
 type Facts struct {
-	mu      sync.Mutex
-	refused [2]bool // by refusal
+	noWaits, noChecks atomic.Bool // the server does not know pgsql.Wait, or the setting of pgsql.Settings.Check
 
-	driver sync.Once
-	caches bool // see caches
+	driver  sync.Once
+	breaker breaker
+	caches  bool // see caches
 }
 
-// caches tells whether the driver keeps statements that have arguments prepared. It asks one
-// connection of the pool, since all have the same configuration.
-func (p Pool) caches(dc any) bool {
-	p.Facts.driver.Do(func() { p.Facts.caches = caches(dc) })
-	return p.Facts.caches
-}
-
-// A refusal is a statement, or a setting, that not every server knows.
-type refusal int
-
-const (
-	waits  refusal = iota // pgsql.Wait
-	checks                // the setting of pgsql.Settings.Check
-)
-
-func (p Pool) refuses(r refusal) bool {
-	p.Facts.mu.Lock()
-	defer p.Facts.mu.Unlock()
-	return p.Facts.refused[r]
-}
-
-// refuse notes a refusal. It tells whether that is new.
-func (p Pool) refuse(r refusal) bool {
-	p.Facts.mu.Lock()
-	defer p.Facts.mu.Unlock()
-	before := p.Facts.refused[r]
-	p.Facts.refused[r] = true
-	return !before
+// ofDriver returns what is known of the driver. It asks one connection, since all of a pool have the same
+// driver and configuration.
+func (f *Facts) ofDriver(dc any) (breaker, bool) {
+	f.driver.Do(func() { f.breaker, f.caches = findBreaker(reflect.TypeOf(dc)), caches(dc) })
+	return f.breaker, f.caches
 }
 
 // RefusesWaits tells whether the server does not execute the statement that waits.
-func (p Pool) RefusesWaits() bool { return p.refuses(waits) }
+func (p Pool) RefusesWaits() bool { return p.Facts.noWaits.Load() }
 
 // Closed returns an error if the pool has been closed: a connection in use outlives it, and so
 // would a wait.

@@ -47,7 +47,7 @@ type Session struct {
 	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
 	conn    *sql.Conn   // the connection
 	dc      any         // the driver's
-	pool    Pool        // the zero Pool: the connection is the caller's
+	pool    Pool        // without a DB if the connection is the caller's
 	use     Use
 	log     *slog.Logger
 	sending chan struct{} // filled by who may send: a channel, because a wait for it ends with a context
@@ -72,7 +72,7 @@ type Session struct {
 
 // OnConn returns the session of a connection of the caller's.
 func OnConn(conn *sql.Conn, log *slog.Logger, shared bool) *Session {
-	s := newSession(conn, Pool{}, log, Callers)
+	s := newSession(conn, Pool{Facts: new(Facts)}, log, Callers)
 	s.place, s.Shared = pgsql.OnCalled, shared
 	return s
 }
@@ -85,14 +85,13 @@ func newSession(conn *sql.Conn, pool Pool, log *slog.Logger, use Use) *Session {
 			s.dc = dc
 			if use == ForLocks {
 				s.dc = unwrap(dc)
-				s.breaker = breakerOf(s.dc)
-				s.caches = pool.caches(s.dc)
+				s.breaker, s.caches = pool.Facts.ofDriver(s.dc)
 			}
 			return nil
 		})
 	}
 	if use == ForConn || use == ForTx {
-		s.settings.Check = !pool.refuses(checks)
+		s.settings.Check = !s.pool.Facts.noChecks.Load()
 	}
 	return s
 }

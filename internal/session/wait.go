@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -114,7 +115,7 @@ func timedOut(ctx context.Context) bool { return errors.Is(context.Cause(ctx), E
 func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) error {
 	s.refused = true
 	s.waiting()
-	if s.use == Callers || !s.pool.refuses(waits) {
+	if !s.pool.Facts.noWaits.Load() {
 		if err := s.Wait(ctx, k, since); !errors.Is(err, ErrWaitRefused) {
 			return err
 		}
@@ -248,7 +249,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 			return false, err
 		}
 		if !checkRefused && pgsql.RefusesWait(err) {
-			s.refuse(waits, "advisory: waits try again and again, because the server does not execute the statement that waits", err)
+			s.refuse(&s.pool.Facts.noWaits, "advisory: waits try again and again, because the server does not execute the statement that waits", err)
 			return false, ErrWaitRefused
 		}
 		return false, nil
@@ -276,13 +277,13 @@ func (s *Session) refusesCheck(err error) bool {
 		return false
 	}
 	s.settings.Check = false
-	s.refuse(checks, "advisory: a lock may outlive this process until the statement under way ends, because the server does not check its connections", err)
+	s.refuse(&s.pool.Facts.noChecks, "advisory: a lock may outlive this process until the statement under way ends, because the server does not check its connections", err)
 	return true
 }
 
 // refuse notes what the server refuses. The first time, that is reported to the Logger.
-func (s *Session) refuse(r refusal, message string, err error) {
-	if s.use == Callers || s.pool.refuse(r) {
+func (s *Session) refuse(fact *atomic.Bool, message string, err error) {
+	if !fact.Swap(true) {
 		s.log.Warn(message, "error", err)
 	}
 }
