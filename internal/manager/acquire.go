@@ -45,15 +45,27 @@ func (f *Failure) Unwrap() error { return f.Cause }
 
 // An acquisition is what one caller does to get its locks.
 type acquisition struct {
-	attempts
-	got     *Locks      // nil: the lock is on a session of the caller's own
-	at      pgsql.Key   // the one that it asks for now
-	holds   []pgsql.Key // what its caller holds, and what it has acquired
+	*Request
+	ctx   context.Context // ends with the Timeout, too
+	end   func(error)     // ends ctx, with a cause
+	m     *Manager
+	pool  session.Pool
+	began time.Time
+
+	got     *Locks      // so far; nil: the lock is on a session of the caller's own
+	at      pgsql.Key   // the one that it asks for now; zero: it asks for several, or has them all
+	refused bool        // the server has refused the lock: another has it
+	waited  bool        // it has begun to wait: another has the lock, or asks for it
 	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
 	tries   bool        // it waits by trying again and again, which no statement shows
-	end     func(error) // ends ctx, with a cause
 	yielded bool        // it has waited in the server's queue, and let others
 	slot    bool        // a session has been counted that is not open yet
+
+	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
+	lives  int       // how often a shared session, or a lock just granted, may still be lost
+	missed time.Time // when the server was first missed, while waiting
+	away   error     // why it cannot be reached; nil: it can, as far as is known
+	hint   string    // what to add to the error
 }
 
 func newAcquisition(ctx context.Context, db *sql.DB, r *Request) *acquisition {
@@ -67,25 +79,91 @@ func newAcquisition(ctx context.Context, db *sql.DB, r *Request) *acquisition {
 		ctx, cancel = context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
 		end = func(err error) { cause(err); cancel() }
 	}
-	return &acquisition{attempts: newAttempts(ctx, db, r), holds: r.Held, end: end}
+	m := For(db)
+	return &acquisition{Request: r, ctx: ctx, end: end, m: m, pool: m.Pool(db), began: time.Now(), stale: -1, lives: 3}
 }
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
-func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (*Locks, error) {
+func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (l *Locks, err error) {
 	a := newAcquisition(ctx, db, r)
 	a.got = &Locks{m: a.m, holder: h, shared: r.Shared}
 	defer a.end(nil)
+	defer func() {
+		if l == nil { // also if the driver panics, or the Logger
+			a.giveBack()
+		}
+	}()
 	for {
 		err := a.all()
 		if err == nil {
 			return a.got, nil
 		}
+		a.giveBack()
 		var lost lockconn.LostError
 		if !errors.As(err, &lost) {
 			return nil, a.failure(err)
 		}
 		if a.lives--; a.lives < 0 || errors.Is(err, session.ErrStandby) {
 			return nil, a.failure(lost.Cause)
+		}
+	}
+}
+
+// all acquires all the locks: in one statement, if nobody else of this process has one of them or wants
+// it, and otherwise one by one, in order. After an error, it may have some of them.
+func (a *acquisition) all() (err error) {
+	if waiters := a.enterIdle(); waiters != nil {
+		err = a.ask(a.Keys, waiters)
+	}
+	for err == nil && len(a.got.held) < len(a.Keys) {
+		err = a.one(a.Keys[len(a.got.held):][:1])
+	}
+	if err != nil {
+		return err
+	}
+	a.at = pgsql.Key{} // a failure from here on has no other holder
+	return a.prove()
+}
+
+// enterIdle enters the queues of all the keys, to ask the server, if nobody else is in them.
+func (a *acquisition) enterIdle() []waiter {
+	m := a.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if slices.ContainsFunc(a.Keys, func(k pgsql.Key) bool { q := m.queues[k.Lock()]; return q != nil && !q.Idle() }) {
+		return nil
+	}
+	waiters := make([]waiter, len(a.Keys))
+	for i, k := range a.Keys {
+		waiters[i] = waiter{Shared: a.Shared, NoWait: a.NoWait}
+		m.queueLocked(k).Enter(&waiters[i], time.Now())
+	}
+	return waiters
+}
+
+// one acquires the lock of one key.
+func (a *acquisition) one(keys []pgsql.Key) error {
+	a.at = keys[0]
+	defer a.forgetWait()
+	waiters := []waiter{{Shared: a.Shared, NoWait: a.NoWait}}
+	w := &waiters[0]
+	q, t := a.m.enter(a.at, w)
+	for {
+		var err error
+		switch t.To {
+		case keyqueue.Hold:
+			return a.join(q, t.Grant)
+		case keyqueue.Refuse:
+			return session.ErrRefused
+		case keyqueue.Ask:
+			return a.ask(keys, waiters)
+		case keyqueue.Look:
+			t, err = a.look(q, w, t.Grant)
+		case keyqueue.Await:
+			t, err = a.awaitTurn(q, w)
+		}
+		if err != nil {
+			return err
 		}
 	}
 }
@@ -157,84 +235,4 @@ func (a *acquisition) ours() string {
 		return "this process"
 	}
 	return ""
-}
-
-// all acquires all the locks, or none. A grant that comes too late is not used.
-func (a *acquisition) all() (err error) {
-	err = session.ErrPanicked
-	defer func() {
-		if err != nil { // also if the driver panics, or the Logger
-			a.giveBack()
-		}
-	}()
-	if len(a.Keys) > 1 {
-		if err := a.together(); err != nil {
-			return err
-		}
-	}
-	for n := len(a.got.held); n < len(a.Keys); n++ {
-		a.holds = append(slices.Clip(a.Held), a.Keys[:n]...)
-		if err := a.one(a.Keys[n : n+1]); err != nil {
-			return err
-		}
-	}
-	a.at = pgsql.Key{} // it holds them all: a failure from here on has no other holder
-	return a.prove()
-}
-
-// together tries to acquire all the locks in one statement. If another has one of them, or the session
-// is lost, it acquires none and returns nil: the locks are then acquired one by one, in order.
-func (a *acquisition) together() error {
-	m := a.m
-	waiters := make([]waiter, len(a.Keys))
-	m.mu.Lock()
-	in := 0
-	for ; in < len(a.Keys); in++ {
-		waiters[in] = waiter{Shared: a.Shared, NoWait: true}
-		if !m.queueLocked(a.Keys[in]).EnterIdle(&waiters[in]) {
-			break
-		}
-	}
-	m.mu.Unlock()
-	defer func() {
-		if len(a.got.held) == 0 {
-			for i := range in {
-				m.gaveUp(a.Keys[i], &waiters[i])
-			}
-		}
-	}()
-	if in < len(a.Keys) {
-		return nil // others of this process have it, or wait for it
-	}
-	err := a.try(a.Keys)
-	if errors.Is(err, session.ErrRefused) && !a.NoWait || errors.As(err, new(lockconn.LostError)) {
-		return nil
-	}
-	return err
-}
-
-// one acquires the lock of one key.
-func (a *acquisition) one(keys []pgsql.Key) error {
-	a.at = keys[0]
-	defer a.forgetWait()
-	w := &waiter{Shared: a.Shared, NoWait: a.NoWait}
-	q, t := a.m.enter(a.at, w)
-	for {
-		var err error
-		switch t.To {
-		case keyqueue.Hold:
-			return a.join(q, t.Grant)
-		case keyqueue.Refuse:
-			return session.ErrRefused
-		case keyqueue.Ask:
-			return a.ask(keys, q, w)
-		case keyqueue.Look:
-			t, err = a.look(q, w, t.Grant)
-		case keyqueue.Await:
-			t, err = a.awaitTurn(q, w)
-		}
-		if err != nil {
-			return err
-		}
-	}
 }

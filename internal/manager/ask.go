@@ -9,23 +9,34 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// ask acquires the lock from the server. The queue has told the caller to.
-func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (err error) {
-	err = session.ErrPanicked
+// ask acquires the locks of keys from the server, all or none. Their queues have told waiters to. It waits
+// for one lock, and not for several: it gets none of them then, and that is no error.
+func (a *acquisition) ask(keys []pgsql.Key, waiters []waiter) (err error) {
+	if len(keys) == 1 {
+		a.at = keys[0]
+	}
+	before := len(a.got.held)
 	defer func() {
-		if err != nil { // also if the driver panics, or the Logger
-			a.m.gaveUp(a.at, w)
+		a.forgetWait()
+		if len(a.got.held) == before { // also if the driver panics, or the Logger
+			for i, k := range keys {
+				a.m.gaveUp(k, &waiters[i])
+			}
 		}
 	}()
-	pause := session.PauseMin
-	for {
-		err := a.try(keys)
-		if errors.Is(err, session.ErrRefused) && !a.NoWait {
-			a.refused = true
-			a.noteWait()
-			err = a.wait(keys, q)
+	for pause := session.PauseMin; ; pause = min(2*pause, session.PauseMax) {
+		refused, err := a.try(keys)
+		switch {
+		case !refused:
+			return err
+		case a.NoWait:
+			return session.ErrRefused
+		case len(keys) > 1:
+			return nil
 		}
-		if !errors.Is(err, session.ErrYield) {
+		a.refused = true
+		a.noteWait()
+		if err := a.wait(keys); !errors.Is(err, session.ErrYield) {
 			return err
 		}
 		if a.yielded {
@@ -35,7 +46,31 @@ func (a *acquisition) ask(keys []pgsql.Key, q *queue, w *waiter) (err error) {
 		a.m.polling.Add(1)
 		session.Sleep(a.ctx, a.m.untilTick(pause))
 		a.m.polling.Add(-1)
-		pause = min(2*pause, session.PauseMax)
+	}
+}
+
+// try tries to acquire the locks of keys, all or none, on the shared session. It tells whether the server
+// has refused them.
+func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
+	for {
+		if err := a.ready(); err != nil {
+			return false, err
+		}
+		c, at, err := a.session()
+		if err == nil {
+			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
+			if err = c.Ask(a.ctx, r); err == nil && r.OK { // a request that was left may still be served
+				return false, a.granted(keys, c, r.Sent)
+			}
+			c.Leave()
+		}
+		if err == nil {
+			a.missed = time.Time{} // the server has answered
+			return true, nil
+		}
+		if err = a.again(err, at); err != nil {
+			return false, err
+		}
 	}
 }
 
@@ -56,43 +91,15 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 	return nil
 }
 
-// try tries to acquire the locks of keys, all or none, on the shared session.
-func (a *acquisition) try(keys []pgsql.Key) error {
-	for {
-		if err := session.Ended(a.ctx); err != nil {
-			return err
-		}
-		if err := a.joinUnderWay(); err != nil {
-			return err
-		}
-		c, at, err := a.session()
-		if err == nil {
-			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
-			err = c.Ask(a.ctx, r)
-			if err == nil && r.OK {
-				return a.granted(keys, c, r.Sent)
-			}
-			c.Leave()
-			if err == nil {
-				a.missed = time.Time{} // the server has answered
-				return session.ErrRefused
-			}
-		}
-		if err = a.again(err, at); err != nil {
-			return err
-		}
-	}
-}
-
 // yieldAfter is how long one waits in the server's queue while others cannot.
 const yieldAfter = time.Second
 
 // wait waits for the lock in the server's queue, on a session of its own. ErrYield means that it
 // cannot wait there, or has done so for long enough while others cannot.
-func (a *acquisition) wait(keys []pgsql.Key, q *queue) error {
+func (a *acquisition) wait(keys []pgsql.Key) error {
 	m := a.m
 	m.mu.Lock()
-	q.Refused()
+	m.queues[a.at.Lock()].Refused()
 	m.mu.Unlock()
 	if a.yielded = m.mayWait(a.pool); !a.yielded {
 		return session.ErrYield

@@ -44,7 +44,7 @@ type nestedWait struct {
 // the acquisition if the wait is part of a cycle in this process.
 func (a *acquisition) noteWait() {
 	a.waited = !a.NoWait // which waits for an answer that it shares, and not for the lock
-	if len(a.holds) == 0 || a.nested != nil && !a.Shared {
+	if len(a.Held) == 0 && (a.got == nil || len(a.got.held) == 0) || a.nested != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
 	}
 	m := a.m
@@ -63,7 +63,13 @@ func (a *acquisition) noteWait() {
 }
 
 func newNestedWait(a *acquisition) *nestedWait {
-	s := &nestedWait{of: a, holds: a.holds, wants: a.at, began: time.Now()}
+	holds := slices.Clone(a.Held)
+	if a.got != nil {
+		for _, h := range a.got.held {
+			holds = append(holds, h.key)
+		}
+	}
+	s := &nestedWait{of: a, holds: holds, wants: a.at, began: time.Now()}
 	s.Wait = waitgraph.Wait{ID: strconv.FormatUint(rand.Uint64(), 36), Since: s.began.UnixMilli(), Wanted: a.at.Text()}
 	if a.tries || a.pool.RefusesWaits() {
 		s.Since = math.MaxInt64 // no statement shows it, so that others do not see its cycles
@@ -244,7 +250,7 @@ func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
 // Waiting is called again and again by a wait that tries.
 func (c *Callers) Waiting() {
 	c.noteWait()
-	if len(c.holds) > 0 {
+	if len(c.Held) > 0 {
 		c.search()
 	}
 }
@@ -253,7 +259,7 @@ func (c *Callers) Waiting() {
 func (c *Callers) Equip(s *session.Session) {
 	c.tries = false
 	s.Waiting = c.noteWait
-	if len(c.holds) > 0 {
+	if len(c.Held) > 0 {
 		c.equip(s)
 	}
 }

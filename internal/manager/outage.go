@@ -41,7 +41,7 @@ type outage struct {
 
 // outlive waits until the server answers again. The wait has lost its session by err, or could not
 // open one.
-func (a *attempts) outlive(err error) error {
+func (a *acquisition) outlive(err error) error {
 	if a.missed.IsZero() {
 		a.missed = time.Now()
 	}
@@ -71,7 +71,7 @@ func (a *attempts) outlive(err error) error {
 }
 
 // joinUnderWay has a wait join the outage that others are in, if there is one.
-func (a *attempts) joinUnderWay() error {
+func (a *acquisition) joinUnderWay() error {
 	if !a.waited && !a.Lead {
 		return nil
 	}
@@ -88,7 +88,7 @@ func (a *attempts) joinUnderWay() error {
 }
 
 // joinOutage counts a wait, which has lost its session by err, among those that wait for the server.
-func (a *attempts) joinOutage(err error) *outage {
+func (a *acquisition) joinOutage(err error) *outage {
 	m, log := a.m, a.Log
 	m.mu.Lock()
 	o := m.outage

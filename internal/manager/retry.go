@@ -11,34 +11,6 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// attempts decides whether an acquisition, after a failed attempt, makes another.
-//
-//   - Connections in the pool may be dead, after a restart of the server, say: as database/sql
-//     does, such a one is dropped and the next one tried.
-//   - A wait outlives a restart or a failover of the server: see outage.
-//   - A session of several callers that dies is replaced.
-//   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
-type attempts struct {
-	*Request
-	ctx   context.Context // ends with the Timeout, too
-	m     *Manager
-	pool  session.Pool
-	began time.Time
-
-	stale   int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives   int       // how often a shared session, or a lock just granted, may still be lost
-	waited  bool      // it has begun to wait: another has the lock, or asks for it
-	missed  time.Time // when the server was first missed, while waiting
-	away    error     // why it cannot be reached; nil: it can, as far as is known
-	refused bool      // the server has refused the lock: another has it
-	hint    string    // what to add to the error of the acquisition
-}
-
-func newAttempts(ctx context.Context, db *sql.DB, r *Request) attempts {
-	m := For(db)
-	return attempts{Request: r, ctx: ctx, m: m, pool: m.Pool(db), began: time.Now(), stale: -1, lives: 3}
-}
-
 // A stage is where an attempt has failed.
 type stage uint8
 
@@ -50,16 +22,10 @@ const (
 
 // keepTrying opens sessions until attempt succeeds on one, or fails for a reason that another
 // session would not mend. It ends the sessions on which attempt failed.
-func (a *attempts) keepTrying(open func(context.Context) (*session.Session, error), attempt func(*session.Session) error) (*session.Session, error) {
+func (a *acquisition) keepTrying(open func(context.Context) (*session.Session, error), attempt func(*session.Session) error) (*session.Session, error) {
 	for {
-		if err := session.Ended(a.ctx); err != nil {
+		if err := a.ready(); err != nil {
 			return nil, err
-		}
-		if err := a.joinUnderWay(); err != nil {
-			return nil, err
-		}
-		if a.stale < 0 {
-			a.stale = a.pool.DB.Stats().Idle
 		}
 		at := nowhere
 		s, err := open(a.ctx)
@@ -79,6 +45,17 @@ func (a *attempts) keepTrying(open func(context.Context) (*session.Session, erro
 	}
 }
 
+// ready is called before each attempt. It returns an error if there is to be none.
+func (a *acquisition) ready() error {
+	if err := session.Ended(a.ctx); err != nil {
+		return err
+	}
+	if a.stale < 0 {
+		a.stale = a.pool.DB.Stats().Idle
+	}
+	return a.joinUnderWay()
+}
+
 // attemptOn has attempt run on s, which is closed if the driver panics.
 func attemptOn(s *session.Session, attempt func(*session.Session) error) error {
 	ok := false
@@ -94,7 +71,13 @@ func attemptOn(s *session.Session, attempt func(*session.Session) error) error {
 
 // again returns nil, perhaps after a pause, if there is to be another attempt after one that has
 // failed with err.
-func (a *attempts) again(err error, at stage) error {
+//
+//   - A wait outlives a restart or a failover of the server: see outage.
+//   - A session of several callers that dies is replaced.
+//   - Connections in the pool may be dead, after a restart of the server, say: as database/sql
+//     does, such a one is dropped and the next one tried.
+//   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
+func (a *acquisition) again(err error, at stage) error {
 	if a.ctx.Err() != nil {
 		return a.late(err, at)
 	}
@@ -124,7 +107,7 @@ func (a *attempts) again(err error, at stage) error {
 }
 
 // late returns the error of an attempt that has failed with err, after the end of ctx, and sets hint.
-func (a *attempts) late(err error, at stage) error {
+func (a *acquisition) late(err error, at stage) error {
 	cause := context.Cause(a.ctx)
 	switch {
 	case at == nowhere && a.pool.Exhausted():

@@ -54,9 +54,6 @@ func (m *Manager) openedLocked(o *opening, err error) {
 // it opens one, or waits for another who does.
 func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 	m := a.m
-	if a.stale < 0 {
-		a.stale = a.pool.DB.Stats().Idle
-	}
 	for {
 		m.mu.Lock()
 		if c := m.shared; c != nil && c.Use() {

@@ -58,8 +58,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	case keyqueue.Ask, keyqueue.Look:
 		q.GaveUp(w, now)
 	case keyqueue.Hold:
-		l := &Locks{m: m, holder: a.got.holder, shared: a.Shared, held: []held{{key: a.at, q: q, grant: t.Grant}}}
-		go l.Release()
+		a.got.held = append(a.got.held, held{key: a.at, q: q, grant: t.Grant}) // to be given back
 	}
 	return turn{}, err
 }
