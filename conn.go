@@ -79,27 +79,14 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	if err = ctx.Err(); err == nil { // otherwise nothing is sent
-		w := callersWait(ctx, &cfg, keys)
-		defer w.Done()
-		s := session.OnConn(conn, cfg.logger, cfg.shared)
-		w.Equip(s)
-		if err = s.Lock(w.Ctx, key.key, cfg.noWait, time.Now()); err != nil {
-			s.GiveUp(w.Ctx, err)
-			err = w.Failure(err)
-		}
+		db, _ := held(ctx, nil) // taken for conn's
+		err = manager.OnConn(ctx, db, conn, cfg.request(ctx, nil, keys))
 	}
 	if err != nil {
 		err = acquireError(ctx, keys, &cfg, err)
 	}
 	o.acquireEnd(ctx, err)
 	return err
-}
-
-// callersWait returns a wait on a session or in a transaction of the caller's. Its database is
-// taken for that of the locks that ctx carries.
-func callersWait(ctx context.Context, cfg *config, keys []Key) *manager.Callers {
-	db, _ := held(ctx, nil)
-	return manager.NewCallers(ctx, db, cfg.request(ctx, nil, keys))
 }
 
 // ReleaseConn releases what [AcquireConn] took on conn, once. It needs the same [Shared]

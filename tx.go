@@ -153,10 +153,9 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	w := callersWait(ctx, &cfg, keys)
-	defer w.Done()
-	if err = session.LockTx(w.Ctx, tx, key.key, cfg.shared, cfg.noWait, w.Waiting); err != nil {
-		err = acquireError(ctx, keys, &cfg, w.Failure(err))
+	db, _ := held(ctx, nil) // taken for tx's
+	if err = manager.InTx(ctx, db, tx, cfg.request(ctx, nil, keys)); err != nil {
+		err = acquireError(ctx, keys, &cfg, err)
 	}
 	o.acquireEnd(ctx, err)
 	return err

@@ -106,19 +106,13 @@ func (c *Conn) leave(uses int) {
 
 // handBack hands the connection back, if it can be cleaned.
 func (c *Conn) handBack() {
-	clean := false
-	defer func() {
-		if clean { // false also if the driver panics
-			c.s.HandBack()
-		} else {
-			c.s.Discard()
+	c.s.End(func() bool {
+		err := c.clean()
+		if err != nil && !pgsql.Gone(err) { // that the server is away is reported by those who wait for it
+			c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
 		}
-	}()
-	err := c.clean()
-	if err != nil && !pgsql.Gone(err) { // that the server is away is reported by those who wait for it
-		c.log.Warn("advisory: session discarded, because it could not be cleaned", "error", err)
-	}
-	clean = err == nil
+		return err == nil
+	})
 }
 
 // clean undoes what was made for the locks.

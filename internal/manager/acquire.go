@@ -58,8 +58,7 @@ type acquisition struct {
 	waited  bool        // it has begun to wait: another has the lock, or asks for it
 	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
 	tries   bool        // it waits by trying again and again, which no statement shows
-	yielded bool        // it has waited in the server's queue, and let others
-	slot    bool        // a session has been counted that is not open yet
+	queued  bool        // its last wait was in the server's queue
 
 	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
 	lives  int       // how often a shared session, or a lock just granted, may still be lost

@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"context"
 	"errors"
 	"time"
 
@@ -39,7 +40,7 @@ func (a *acquisition) ask(keys []pgsql.Key, waiters []waiter) (err error) {
 		if err := a.wait(keys); !errors.Is(err, session.ErrYield) {
 			return err
 		}
-		if a.yielded {
+		if a.queued {
 			pause = session.PauseMax // it is others' turn
 		}
 		a.search()
@@ -101,18 +102,15 @@ func (a *acquisition) wait(keys []pgsql.Key) error {
 	m.mu.Lock()
 	m.queues[a.at.Lock()].Refused()
 	m.mu.Unlock()
-	if a.yielded = m.mayWait(a.pool); !a.yielded {
-		return session.ErrYield
-	}
-	a.slot = true
-	defer func() {
-		if a.slot {
-			a.slot = false
-			m.count(-1)
-		}
-	}()
+	a.queued = false
 	began := time.Now()
-	s, err := a.keepTrying(a.open, func(s *session.Session) error {
+	s, err := a.keepTrying(func(ctx context.Context) (*session.Session, error) {
+		if !m.mayWait(a.pool) {
+			return nil, session.ErrYield
+		}
+		a.queued = true
+		return a.open(ctx)
+	}, func(s *session.Session) error {
 		s.Shared = a.Shared
 		a.equip(s)
 		s.SetSilence(a.Silence)

@@ -1,9 +1,6 @@
 package manager
 
 import (
-	"context"
-	"database/sql"
-	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -230,52 +227,4 @@ func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) 
 			graph = waitgraph.New(append(m.waitsLocked(all), others...))
 		}
 	}
-}
-
-// A Callers is a wait on a session, or in a transaction, of the caller's. It takes part in finding
-// deadlocks if the caller holds other locks, which are of db.
-type Callers struct {
-	*acquisition
-	Ctx context.Context // ends with the Timeout, or a deadlock
-}
-
-// NewCallers returns the wait that r asks for. Until Equip, it waits by trying. db may be nil if the
-// caller holds nothing.
-func NewCallers(ctx context.Context, db *sql.DB, r *Request) *Callers {
-	c := &Callers{acquisition: newAcquisition(ctx, db, r)}
-	c.Ctx, c.at, c.tries = c.ctx, r.Keys[0], true
-	return c
-}
-
-// Waiting is called again and again by a wait that tries.
-func (c *Callers) Waiting() {
-	c.noteWait()
-	if len(c.Held) > 0 {
-		c.search()
-	}
-}
-
-// Equip has s, which waits in the server's queue, look for deadlocks.
-func (c *Callers) Equip(s *session.Session) {
-	c.tries = false
-	s.Waiting = c.noteWait
-	if len(c.Held) > 0 {
-		c.equip(s)
-	}
-}
-
-// Failure returns the error of the wait. Nobody asks who holds the lock: a question that takes long
-// would cost the caller's session or transaction.
-func (c *Callers) Failure(err error) error {
-	if cause := session.Ended(c.ctx); cause != nil && !errors.Is(err, cause) {
-		err = errors.Join(cause, err)
-	}
-	held := errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrTimeout) && c.waited
-	return &Failure{Cause: err, Held: held}
-}
-
-// Done ends the wait.
-func (c *Callers) Done() {
-	c.forgetWait()
-	c.end(nil)
 }

@@ -120,11 +120,11 @@ func (m *Manager) lost(c *lockconn.Conn) {
 	}
 }
 
-// count counts a session, or uncounts one that has ended.
-func (m *Manager) count(n int) {
+// uncount uncounts a session that was not opened.
+func (m *Manager) uncount() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.sessions += n
+	m.sessions--
 }
 
 // ended is told that a session has ended.

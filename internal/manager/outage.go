@@ -170,16 +170,15 @@ func probe(ctx context.Context, pool session.Pool) error {
 		if err != nil {
 			return err
 		}
-		rows, err := s.ExecQuiet(ctx, probeBound, pgsql.Probe)
-		if err == nil {
-			s.HandBack()
-			if rows == pgsql.OnStandby {
-				return session.ErrStandby
-			}
-			return nil
-		}
-		s.Discard()
-		if dead <= 0 || ctx.Err() != nil {
+		var rows int64
+		s.End(func() bool {
+			rows, err = s.ExecQuiet(ctx, probeBound, pgsql.Probe)
+			return err == nil
+		})
+		switch {
+		case err == nil && rows == pgsql.OnStandby:
+			return session.ErrStandby
+		case err == nil || dead <= 0 || ctx.Err() != nil:
 			return err
 		}
 	}

@@ -89,7 +89,7 @@ func (a *acquisition) again(err error, at stage) error {
 	}
 	passes := gone || at == nowhere && (a.waited || a.Lead) && pgsql.MayPass(err)
 	switch {
-	case !passes || errors.Is(err, session.ErrRefused) || pgsql.PoolClosed(err):
+	case !passes || errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrYield) || pgsql.PoolClosed(err):
 		return err
 	case a.waited:
 		return a.outlive(err)

@@ -8,19 +8,15 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// open opens a session, which is counted until it has ended.
+// open opens a session, which has been counted, and is until it has ended.
 func (a *acquisition) open(ctx context.Context) (*session.Session, error) {
-	if !a.slot {
-		a.m.count(1)
-	}
-	a.slot = false
 	opened := false
 	var s *session.Session
 	defer func() {
 		if opened {
 			return
 		}
-		a.m.count(-1) // also if the driver panics
+		a.m.uncount() // also if the driver panics
 		if s != nil { // the Logger has
 			s.Discard()
 		}
@@ -68,6 +64,7 @@ func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 		if o == nil {
 			o = &opening{done: make(chan struct{})}
 			m.opening = o
+			m.sessions++
 			m.mu.Unlock()
 			return a.openShared(o)
 		}

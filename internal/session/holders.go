@@ -107,18 +107,17 @@ func (p Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 }
 
 func (p Pool) heldBy(k pgsql.Key) string {
-	ctx, cancel := context.WithTimeout(context.Background(), Grace)
+	soon, cancel := context.WithTimeout(context.Background(), Grace)
 	defer cancel()
-	s, err := p.Open(ctx, silent, ForLocks)
+	s, err := p.Open(soon, silent, ForLocks)
 	if err != nil {
 		return ""
 	}
-	holders, err := Run(context.Background(), s, AnswerBound, len(pgsql.Holders), func(ctx context.Context) ([]Holder, error) { return Holders(ctx, s.conn, k) })
-	if err != nil && pgsql.State(err) == "" {
-		s.Discard()
-		return ""
-	}
-	s.HandBack()
+	var holders []Holder
+	s.End(func() bool {
+		holders, err = Run(context.Background(), s, AnswerBound, 0, func(ctx context.Context) ([]Holder, error) { return Holders(ctx, s.conn, k) })
+		return err == nil || pgsql.Answered(err)
+	})
 	if err != nil || len(holders) == 0 || !holders[0].Granted {
 		return ""
 	}
@@ -160,16 +159,10 @@ func (p Pool) Waits(ctx context.Context) (all []Statement, err error) {
 	if err != nil {
 		return nil, err
 	}
-	known := false
-	defer func() {
-		if known {
-			s.HandBack()
-		} else { // also if the driver panics
-			s.Discard()
-		}
-	}()
-	all, err = s.Waits(ctx)
-	known = err == nil || pgsql.State(err) != ""
+	s.End(func() bool {
+		all, err = s.Waits(ctx)
+		return err == nil || pgsql.Answered(err)
+	})
 	return all, err
 }
 

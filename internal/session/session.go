@@ -170,6 +170,19 @@ func (s *Session) HandBack() {
 	s.end()
 }
 
+// End ends a session that clean cleans. If that returns false, or panics, the connection is discarded.
+func (s *Session) End(clean func() bool) {
+	cleaned := false
+	defer func() {
+		if cleaned {
+			s.HandBack()
+		} else {
+			s.Discard()
+		}
+	}()
+	cleaned = clean()
+}
+
 func (s *Session) end() {
 	s.guard.stop()
 	if s.OnEnd != nil {
@@ -233,35 +246,25 @@ func (s *Session) GiveUp(ctx context.Context, err error) {
 		}
 		return
 	}
-	end := func() {
-		clean := false
-		defer func() {
-			if clean {
-				s.HandBack()
-			} else { // also if the driver panics
-				s.Discard()
-			}
-		}()
+	clean := func() bool {
 		if s.unwind != nil {
 			s.unwind()
 		}
 		if !s.stateKnown(ctx, err) {
-			return
+			return false
 		}
 		// What a transaction held has gone with it. A statement that was left may have got its lock.
-		nothing := len(s.held) == 0 && !s.made && !s.left || s.place == pgsql.InTx
-		if !nothing {
-			if _, err := s.Exec(context.Background(), AnswerBound, s.Reset()+pgsql.UnlockAll); err != nil {
-				return
-			}
+		if len(s.held) == 0 && !s.made && !s.left || s.place == pgsql.InTx {
+			return true
 		}
-		clean = true
+		_, err := s.Exec(context.Background(), AnswerBound, s.Reset()+pgsql.UnlockAll)
+		return err == nil
 	}
 	if ctx.Err() == context.Canceled {
-		spawn(func() (struct{}, error) { end(); return struct{}{}, nil })
+		spawn(func() (struct{}, error) { s.End(clean); return struct{}{}, nil })
 		return
 	}
-	Soon(end)
+	Soon(func() { s.End(clean) })
 }
 
 // stateKnown tells whether an acquisition under ctx that has failed with err has left a session

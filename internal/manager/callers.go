@@ -1,0 +1,63 @@
+package manager
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+
+	"github.com/pgadvisory/advisory/internal/session"
+)
+
+// OnConn takes the lock of r's only key on a connection of the caller's. Its wait takes part in finding
+// deadlocks if the caller holds other locks, which are of db. The error is a *Failure.
+func OnConn(ctx context.Context, db *sql.DB, conn *sql.Conn, r *Request) error {
+	a := newCallers(ctx, db, r)
+	s := session.OnConn(conn, r.Log, r.Shared)
+	s.Waiting = a.noteWait
+	if len(a.Held) > 0 { // otherwise nothing but the lock is asked for on conn
+		a.equip(s)
+	}
+	return a.endCallers(func() error {
+		err := s.Lock(a.ctx, a.at, a.NoWait, a.began)
+		if err != nil {
+			s.GiveUp(a.ctx, err)
+		}
+		return err
+	})
+}
+
+// InTx is OnConn in a transaction of the caller's.
+func InTx(ctx context.Context, db *sql.DB, tx *sql.Tx, r *Request) error {
+	a := newCallers(ctx, db, r)
+	a.tries = true
+	return a.endCallers(func() error {
+		return session.LockTx(a.ctx, tx, a.at, a.Shared, a.NoWait, func() {
+			a.noteWait()
+			if len(a.Held) > 0 {
+				a.search()
+			}
+		})
+	})
+}
+
+func newCallers(ctx context.Context, db *sql.DB, r *Request) *acquisition {
+	a := newAcquisition(ctx, db, r)
+	a.at = r.Keys[0]
+	return a
+}
+
+// endCallers ends an acquisition with what lock returns. Nobody asks who holds the lock: a question that
+// takes long would cost the caller's session or transaction.
+func (a *acquisition) endCallers(lock func() error) error {
+	defer a.end(nil)
+	defer a.forgetWait()
+	err := lock()
+	if err == nil {
+		return nil
+	}
+	if cause := session.Ended(a.ctx); cause != nil && !errors.Is(err, cause) {
+		err = errors.Join(cause, err)
+	}
+	held := errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrTimeout) && a.waited
+	return &Failure{Cause: err, Held: held}
+}
