@@ -53,6 +53,8 @@ type Waiter[S comparable] struct {
 
 	// Turns has the turn of a waiter that has been told to Await. It has room for one.
 	Turns chan Turn[S]
+
+	holds bool // it is dedicated, and has the lock
 }
 
 // A Turn is what a waiter gets.
@@ -187,8 +189,19 @@ func (q *Queue[S]) Looked(w *Waiter[S], looked Grant[S], others bool, now time.T
 	return Turn[S]{To: Await}
 }
 
-// GaveUp ends the turn of a waiter who was to Ask or to Look, and does not hold the lock.
+// GrantedDedicated is the server's grant to w, who is dedicated and was to Ask.
+func (q *Queue[S]) GrantedDedicated(w *Waiter[S]) {
+	w.holds = true
+	q.owners++
+}
+
+// GaveUp ends the turn of a waiter who was to Ask or to Look, and does not hold the grant. If w is
+// dedicated, that is also the end of its hold.
 func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time) {
+	if w.holds {
+		w.holds = false
+		q.owners--
+	}
 	if w.Dedicated {
 		q.dedicated--
 	} else {
@@ -217,16 +230,6 @@ func (q *Queue[S]) Unlocked(g Grant[S], now time.Time) {
 	if q.current(g) {
 		q.end(now)
 	}
-}
-
-// GrantedDedicated is the server's grant to a dedicated waiter who was to Ask.
-func (q *Queue[S]) GrantedDedicated() { q.owners++ }
-
-// ReleaseDedicated ends the hold of a dedicated holder.
-func (q *Queue[S]) ReleaseDedicated(now time.Time) {
-	q.owners--
-	q.dedicated--
-	q.advance(now)
 }
 
 // Lost says that a session has died. A grant that was on it is over.

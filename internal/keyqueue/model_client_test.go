@@ -223,7 +223,7 @@ func (t *trial) try(c *client, givesUp bool) {
 		switch {
 		case t.server.try(c.claim):
 			c.phase = atHold
-			t.q.GrantedDedicated()
+			t.q.GrantedDedicated(&c.w)
 			if t.lock != nil {
 				t.seen["dedicated beside the grant"]++
 			}
@@ -300,7 +300,7 @@ func (t *trial) waits(c *client, givesUp bool) {
 	case !t.server.holds(c.claim):
 	case c.w.Dedicated:
 		c.phase = atHold
-		t.q.GrantedDedicated()
+		t.q.GrantedDedicated(&c.w)
 	default:
 		t.seen["granted from the server's queue"]++
 		c.on, c.claim = t.newSession(c.claim), nil
@@ -343,7 +343,7 @@ func (t *trial) giveUp(c *client) {
 func (t *trial) releaseDedicated(c *client) {
 	t.say("%v leaves", c)
 	c.phase = atNothing
-	t.q.ReleaseDedicated(t.now)
+	t.q.GaveUp(&c.w, t.now)
 	t.collect()
 }
 

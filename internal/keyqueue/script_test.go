@@ -63,7 +63,7 @@ var actionNames = map[keyqueue.Action]string{
 //	a sees others                Looked; a sees nobody: there are no others
 //	a sees others, as of b       the same, of the grant that b has or had
 //	a cancels                    Cancel
-//	a releases                   Release, or ReleaseDedicated
+//	a releases                   Release, or GaveUp of a dedicated one
 //	a unlocked                   Unlocked
 //	lost                         the session with the grant dies
 //	another lost                 another session dies
@@ -116,7 +116,7 @@ func (d *desk) tell(words []string) string {
 		return d.turn(name, d.q.Enter(w, d.now))
 	case "granted":
 		if w.Dedicated {
-			d.q.GrantedDedicated()
+			d.q.GrantedDedicated(w)
 			return ""
 		}
 		at := d.now
@@ -139,7 +139,7 @@ func (d *desk) tell(words []string) string {
 		return strconv.FormatBool(d.q.Cancel(w, d.now))
 	case "releases":
 		if w.Dedicated {
-			d.q.ReleaseDedicated(d.now)
+			d.q.GaveUp(w, d.now)
 		} else if d.q.Release(d.grants[name], d.now) {
 			return "unlock"
 		}

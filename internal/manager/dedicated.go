@@ -16,10 +16,9 @@ const turnBound = 250 * time.Millisecond
 // A dedicated is an acquisition of one lock on a session of its own.
 type dedicated struct {
 	*acquisition
-	q       *queue
-	w       *waiter
-	has     bool // it has its turn in q
-	granted bool // it has the lock
+	q   *queue
+	w   *waiter
+	has bool // it has its turn in q
 }
 
 // Dedicated takes the lock of r's only key on a session of its own, for use. It waits in the key's
@@ -58,8 +57,7 @@ func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, loc
 func (d *dedicated) own() {
 	d.m.mu.Lock()
 	defer d.m.mu.Unlock()
-	d.granted = true
-	d.q.GrantedDedicated()
+	d.q.GrantedDedicated(d.w)
 }
 
 // enter waits for the turn.
@@ -77,19 +75,11 @@ func (d *dedicated) enter() error {
 	return err
 }
 
-// leave ends the turn.
+// leave ends the turn, or the hold.
 func (d *dedicated) leave() {
-	if !d.has {
-		return
-	}
-	d.has = false
-	d.m.mu.Lock()
-	defer d.m.mu.Unlock()
-	defer d.m.tidyLocked(d.at)
-	if d.granted {
-		d.q.ReleaseDedicated(time.Now())
-	} else {
-		d.q.GaveUp(d.w, time.Now())
+	if d.has {
+		d.has = false
+		d.m.gaveUp(d.at, d.w)
 	}
 }
 

@@ -19,7 +19,7 @@ func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
 	return q, q.Enter(w, time.Now())
 }
 
-// gaveUp ends the turn of w, who does not hold the lock.
+// gaveUp ends the turn of w, who does not hold the grant.
 func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
