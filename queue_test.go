@@ -13,8 +13,8 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// Within 20 ms of the grant a lock is handed on without the server, which is asked by the
-// release whether it was held; then it goes back to the server's queue.
+// For 20 ms after a try has asked for it, a lock is handed on without the server, which is asked by
+// the release whether it was held; then it goes back to the server's queue.
 func TestALockIsHandedOnForAMoment(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

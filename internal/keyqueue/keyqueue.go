@@ -8,8 +8,9 @@ import (
 	"time"
 )
 
-// HandOffFor is how long after its grant a lock is handed on within the process, before it is
-// given back to the server, in whose queue other processes wait.
+// HandOffFor is for how long a lock is handed on within the process before it goes back to the server,
+// in whose queue other processes wait. It counts from when the lock was asked for, by a try, or granted,
+// after a wait; and anew from a look that has found nobody there.
 const HandOffFor = 20 * time.Millisecond
 
 // A Queue is what this process knows of one key: who holds it, and who waits. One waiter at a
@@ -24,15 +25,18 @@ const HandOffFor = 20 * time.Millisecond
 type Queue[S comparable] struct {
 	grant    Grant[S]  // the current one, or the last
 	granted  bool      // there is a current one
-	until    time.Time // until then it is handed on and shared
+	until    time.Time // the end of HandOffFor: until then it is handed on and shared
 	holders  int       // of the grant
 	closed   bool      // others wait in the server's queue: it is not handed on or shared any more
 	releases bool      // its last holder has released it: it goes back to the server
 
-	requester *Waiter[S] // asks the server for a grant, or whether others wait for it
-	refused   bool       // the server has refused, and the requester waits there
-	dedicated int        // those who hold the lock, or ask for it, on sessions of their own
-	owners    int        // of these, those who hold it
+	// The requester asks the server for a grant, or whether others wait for it. Granted and Refused are
+	// the answers to the requester: it is not nil then.
+	requester *Waiter[S]
+	refused   bool // the server has refused, and the requester waits there
+
+	dedicated int // those who hold the lock, or ask for it, on sessions of their own
+	owners    int // of these, those who hold it
 
 	exclusive bool // those inside (holders, requester, dedicated) hold or want an exclusive lock
 	waiters   []*Waiter[S]
@@ -139,8 +143,8 @@ func (q *Queue[S]) advance(now time.Time) {
 	}
 }
 
-// Granted is the server's grant to the requester, who holds it from then on. It was asked for at
-// the time at.
+// Granted is the server's grant to the requester, who holds it from then on. HandOffFor counts from
+// the time at: when the lock was asked for, or, after a wait, granted.
 func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
 	q.requester, q.refused = nil, false
 	q.grant = Grant[S]{on, q.grant.No + 1}
