@@ -104,30 +104,40 @@ func (q *Queue[S]) EnterIdle(w *Waiter[S]) bool {
 	return true
 }
 
-// start lets in w, the first in line, if it can be there together with those inside.
+// start lets in w, the first in line, if it can be there together with those inside. Otherwise it
+// returns Await, and nothing has changed.
 func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
+	await, ask := Turn[S]{To: Await}, Turn[S]{To: Ask}
 	inside := q.holders > 0 || q.dedicated > 0 || q.requester != nil
 	fits := !inside || w.Shared && !q.exclusive
+	otherMode := q.exclusive == w.Shared // the grant, if there is one, is not of w's mode
 	switch {
-	case q.releases || !fits:
-	case w.Dedicated && q.granted && q.holders == 0: // the grant goes back first
+	case q.releases:
+		return await // the grant is on its way back
+	case !fits:
+		return await // those inside go first
+	case w.Dedicated && q.granted && q.holders == 0:
+		return await // the grant goes back first
 	case w.Dedicated:
 		q.dedicated++
 		q.exclusive = !w.Shared
-		return Turn[S]{To: Ask}
-	case q.requester != nil: // w waits for the same answer
+		return ask
+	case q.requester != nil:
+		return await // the requester's answer is w's, too
 	case !q.granted:
 		q.requester, q.exclusive = w, !w.Shared
-		return Turn[S]{To: Ask}
-	case q.closed, q.exclusive == w.Shared: // the grant goes back first
+		return ask
+	case q.closed, otherMode:
+		return await // the grant goes back first
 	case now.Before(q.until):
 		q.holders++
 		return Turn[S]{Hold, q.grant}
 	case q.holders > 0:
 		q.requester = w
 		return Turn[S]{Look, q.grant}
+	default:
+		return await // its time is over: the grant goes back first
 	}
-	return Turn[S]{To: Await}
 }
 
 // advance lets in whoever can be.
