@@ -141,7 +141,8 @@ func TestSharedHoldersShareTheServersLock(t *testing.T) {
 		}
 		wg.Wait()
 		synctest.Wait()
-		if lines := srvs[0].lines(); count(lines, unlockShared) != 1+count(lines, "RESET")-0 && count(lines, unlockShared) != 2 {
+		// Once for the four, who had one lock, and once for the one who came after the other process.
+		if lines := srvs[0].lines(); count(lines, unlockShared) != 2 {
 			t.Errorf("log: %q", lines)
 		}
 		wantIdle(t, db)
