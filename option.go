@@ -155,9 +155,13 @@ const (
 	optLogger
 	optObserve
 	optAtLeast
+
+	optionCount = iota
 )
 
-var optionNames = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger", "Observe", "AtLeast"}
+// optionNames has the name of each option, in the order of the constants above. One too many or too
+// few does not compile.
+var optionNames [optionCount]string = [...]string{"Shared", "NoWait", "Timeout", "Heartbeat", "HolderTimeout", "TxOptions", "Logger", "Observe", "AtLeast"}
 
 // What each function takes.
 const (
