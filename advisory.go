@@ -85,7 +85,7 @@ func (l *Lock) Context() context.Context { return &l.hold.marked }
 // the lock.
 func (l *Lock) Token(ctx context.Context) (int64, error) {
 	defer runtime.KeepAlive(l)
-	return l.hold.token.get(ctx)
+	return l.hold.askToken(ctx)
 }
 
 // Release ends the lock's Context and releases the lock. It takes ten seconds or so at most,

@@ -3,9 +3,11 @@ package advisory
 import (
 	"context"
 	"database/sql"
+	"sync"
 	"sync/atomic"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 // A marked is a context whose caller holds locks, and what it knows of them.
@@ -14,8 +16,12 @@ type marked struct {
 	outer *marked // the next one that the context is made from; nil: none
 	db    *sql.DB
 	keys  []Key
-	token tokenSource
 	ended atomic.Bool // the locks are not held any more
+
+	on      *session.Session // the session that has the locks
+	tx      *sql.Tx          // that of WithTxLock; nil: none
+	tokenMu sync.Mutex       // guards token, and is held while it is asked for
+	token   int64            // 0: not asked for yet
 }
 
 type markKey struct{}
@@ -33,10 +39,10 @@ func innermost(ctx context.Context) *marked {
 	return m
 }
 
-// mark makes m the context of one who holds locks on keys, made from ctx.
-func (m *marked) mark(ctx context.Context, db *sql.DB, keys []Key) {
-	m.Context, m.outer, m.db, m.keys = ctx, innermost(ctx), db, keys
-	m.token.mark = m
+// mark makes m the context of one who holds locks on keys, made from ctx. The locks are on the
+// session on, and in tx unless that is nil.
+func (m *marked) mark(ctx context.Context, db *sql.DB, keys []Key, on *session.Session, tx *sql.Tx) {
+	m.Context, m.outer, m.db, m.keys, m.on, m.tx = ctx, innermost(ctx), db, keys, on, tx
 }
 
 // checkReentrant returns an error if ctx says that its caller holds one of keys already. A

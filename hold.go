@@ -72,8 +72,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 func (h *hold) begin(ctx context.Context, db *sql.DB, keys []Key, s *session.Session) {
 	var inner context.Context
 	inner, h.cancel = context.WithCancelCause(ctx)
-	h.marked.mark(inner, db, keys)
-	h.token.session = s
+	h.mark(inner, db, keys, s, nil)
 }
 
 // lost ends the hold's context. The release is still to come.

@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"strconv"
-	"sync"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
@@ -38,44 +37,34 @@ func Token(ctx context.Context) (int64, error) {
 	if m == nil {
 		return 0, errors.New("advisory: token: ctx carries no lock; use the one that fn was given")
 	}
-	return m.token.get(ctx)
+	return m.askToken(ctx)
 }
 
 var errHoldEnded = errors.New("it is not held any more")
 
-// A tokenSource asks for the token of the locks of one holder, once.
-type tokenSource struct {
-	session *session.Session
-	tx      *sql.Tx // to ask in; nil: on the session's connection
-	mark    *marked
-
-	mu sync.Mutex // guards no, and is held while it is asked for
-	no int64      // 0: not asked for yet
-}
-
-func (t *tokenSource) get(ctx context.Context) (int64, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.mark.ended.Load() {
-		return 0, lostError("token of", t.mark.keys, errHoldEnded)
+// askToken returns the token of m's locks, and asks the server for it once.
+func (m *marked) askToken(ctx context.Context) (int64, error) {
+	m.tokenMu.Lock()
+	defer m.tokenMu.Unlock()
+	if m.ended.Load() {
+		return 0, lostError("token of", m.keys, errHoldEnded)
 	}
-	if t.no != 0 {
-		return t.no, nil
+	if m.token != 0 {
+		return m.token, nil
 	}
 	if err := ctx.Err(); err != nil {
-		return 0, &Error{Op: "token of", Keys: t.mark.keys, msg: context.Cause(ctx).Error(), errs: []error{err, context.Cause(ctx)}}
+		return 0, &Error{Op: "token of", Keys: m.keys, msg: context.Cause(ctx).Error(), errs: []error{err, context.Cause(ctx)}}
 	}
 	// Not under ctx: a driver that breaks off a statement closes the session.
-	text, err := session.Run(context.WithoutCancel(ctx), t.session, session.AnswerBound, len(pgsql.Token), func(ctx context.Context) (text string, err error) {
-		// It is this question's turn on the session; a release may have been before it.
-		if t.mark.ended.Load() {
+	ask := m.on.Conn().QueryRowContext
+	if m.tx != nil {
+		ask = m.tx.QueryRowContext
+	}
+	text, err := session.Run(context.WithoutCancel(ctx), m.on, session.AnswerBound, len(pgsql.Token), func(ctx context.Context) (text string, err error) {
+		if m.ended.Load() { // by a release before this question's turn on the session
 			return "", errHoldEnded
 		}
-		if t.tx != nil {
-			err = t.tx.QueryRowContext(ctx, pgsql.Token).Scan(&text)
-		} else {
-			err = t.session.Conn().QueryRowContext(ctx, pgsql.Token).Scan(&text)
-		}
+		err = ask(ctx, pgsql.Token).Scan(&text)
 		return text, err
 	})
 	var no int64
@@ -84,11 +73,11 @@ func (t *tokenSource) get(ctx context.Context) (int64, error) {
 	}
 	switch {
 	case err == nil:
-		t.no = no
+		m.token = no
 		return no, nil
 	case pgsql.Gone(err), errors.Is(err, errHoldEnded), errors.Is(err, sql.ErrTxDone), errors.Is(err, sql.ErrConnDone):
-		return 0, lostError("token of", t.mark.keys, err)
+		return 0, lostError("token of", m.keys, err)
 	default:
-		return 0, &Error{Op: "token of", Keys: t.mark.keys, msg: pgsql.Explain(err), errs: []error{err}}
+		return 0, &Error{Op: "token of", Keys: m.keys, msg: pgsql.Explain(err), errs: []error{err}}
 	}
 }

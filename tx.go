@@ -57,8 +57,7 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	ctx, _ = o.acquired(ctx, nil, func() { _ = t.Rollback(); s.Discard() })
 	fnCtx, cancel := context.WithCancel(ctx)
 	m := new(marked)
-	m.mark(fnCtx, db, keys)
-	m.token.session, m.token.tx = s, t.Tx()
+	m.mark(fnCtx, db, keys, s, t.Tx())
 	return runTx(ctx, t, keys, &cfg, o, func() error {
 		defer cancel()
 		defer m.ended.Store(true)
