@@ -32,7 +32,7 @@ const (
 // program start, and in tests of a deployment.
 //
 // Check uses two connections at a time, of four that it makes and closes again, and sends
-// about a dozen statements. It leaves nothing behind. Several at a time, in one process or in
+// about twenty statements. It leaves nothing behind. Several at a time, in one process or in
 // many, do not wait for each other's connections for ever: one that does not get its second
 // gives back its first, and begins anew.
 //
@@ -86,70 +86,53 @@ var errNoSecond = errors.New("no second connection was to be had, and it takes t
 // checkOnce checks with connections of its own. It waits for the second one, and for each one after
 // that, for as long as patience.
 func checkOnce(ctx context.Context, pool session.Pool, cfg *config, patience time.Duration) error {
-	holder, err := openHolder(ctx, pool, cfg)
+	holder, err := openMarked(ctx, pool, cfg)
 	if err != nil {
 		return err
 	}
 	defer holder.Discard()
 	keys := []pgsql.Key{{Space: pgsql.Bigint, ID: rand.Int64()}}
-	for i := range checkOthers {
-		other, err := openOther(ctx, pool, cfg, patience, keys[0], i)
-		if err != nil {
-			return err
-		}
-		if i == 0 {
-			err = checkSame(ctx, holder, other)
-			if err == nil {
-				err = step(ctx, holder, pgsql.Try(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work")
-			}
-		}
-		if err == nil && i == 0 {
-			err = checkWait(ctx, other, keys[0])
-		}
-		if err == nil && i == checkOthers-1 {
-			err = checkRelease(ctx, holder, other, keys)
-		}
-		other.Discard()
-		if err != nil {
-			return err
-		}
+	for i := 0; i < checkOthers && err == nil; i++ {
+		err = checkOther(ctx, pool, cfg, patience, holder, keys, i)
 	}
-	return nil
+	return err
 }
 
-// openHolder opens a session, marks it, and checks that it leads to a primary.
-func openHolder(ctx context.Context, pool session.Pool, cfg *config) (*session.Session, error) {
-	return openChecked(ctx, pool, cfg, func(s *session.Session) error {
-		return step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes)
-	})
-}
-
-// openOther opens the session of the other number i, within patience. It marks the first one.
-// On the others, it tries the lock of k, which the holder has.
-func openOther(ctx context.Context, pool session.Pool, cfg *config, patience time.Duration, k pgsql.Key, i int) (*session.Session, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
+// checkOther opens the session of the other number i, within patience, and checks that it has to
+// wait for the lock of keys. The holder takes that lock when the first other is there, and releases
+// it for the last one.
+func checkOther(ctx context.Context, pool session.Pool, cfg *config, patience time.Duration, holder *session.Session, keys []pgsql.Key, i int) error {
+	opening, cancel := context.WithTimeoutCause(ctx, patience, errNoSecond)
 	defer cancel()
-	if i == 0 {
-		return openHolder(ctx, pool, cfg)
+	other, err := openMarked(opening, pool, cfg)
+	if err != nil {
+		return err
 	}
-	return openChecked(ctx, pool, cfg, func(s *session.Session) error {
-		return step(ctx, s, pgsql.TryOther(k), 0, both(i))
-	})
+	defer other.Discard()
+	if i == 0 {
+		err = checkSame(ctx, holder, other)
+		if err == nil {
+			err = step(ctx, holder, pgsql.Try(keys, false), 1, "the server refuses a lock that nobody can hold: its advisory lock functions do not work")
+		}
+	}
+	if err == nil {
+		err = checkWait(ctx, other, keys[0], i)
+	}
+	if err == nil && i == checkOthers-1 {
+		err = checkRelease(ctx, holder, other, keys)
+	}
+	return err
 }
 
-// both says that the first connection and the other number i have the same lock.
-func both(i int) string {
-	return fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
-}
-
-// openChecked opens a session. Its first statement also finds the dead connections of the pool.
-func openChecked(ctx context.Context, pool session.Pool, cfg *config, first func(*session.Session) error) (*session.Session, error) {
+// openMarked opens a session, marks it, and checks that it leads to a primary. The mark, its first
+// statement, also finds the dead connections of the pool.
+func openMarked(ctx context.Context, pool session.Pool, cfg *config) (*session.Session, error) {
 	for stale := pool.DB.Stats().OpenConnections; ; stale-- {
 		s, err := pool.Open(ctx, cfg.logger, session.ForLocks)
 		if err != nil {
 			return nil, err
 		}
-		if err = first(s); err == nil {
+		if err = step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes); err == nil {
 			return s, nil
 		}
 		s.Discard()
@@ -192,9 +175,11 @@ func checkSame(ctx context.Context, sessions ...*session.Session) error {
 	return nil
 }
 
-// checkWait checks that a session has to wait for the lock that another has.
-func checkWait(ctx context.Context, s *session.Session, k pgsql.Key) error {
-	err := step(ctx, s, pgsql.Wait(pgsql.OnOwn, "", k, false, time.Millisecond, pgsql.Settings{}), 0, both(0))
+// checkWait checks that the session of the other number i has to wait for the lock of k, which the
+// first connection has.
+func checkWait(ctx context.Context, s *session.Session, k pgsql.Key, i int) error {
+	both := fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
+	err := step(ctx, s, pgsql.Wait(pgsql.OnOwn, "", k, false, time.Millisecond, pgsql.Settings{}), 0, both)
 	if pgsql.RefusesWait(err) {
 		err = fmt.Errorf("the server does not execute the statement that waits, and waits would try again and again: %w", err)
 	}

@@ -121,9 +121,6 @@ const LeftOpen = "SELECT WHERE true"
 // Probe is answered with one row by a primary.
 var Probe = answer("true")
 
-// TryOther is Try of one lock, with OnStandby rows on a standby: for Check.
-func TryOther(k Key) string { return answer("pg_catalog.pg_try_advisory_lock(" + k.SQL() + ")") }
-
 // Look has one row if somebody waits for the lock in the server's queue.
 func Look(k Key) string {
 	return "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + k.Row() + " AND NOT granted" + inThisDatabase + ")"

@@ -85,7 +85,6 @@ func TestStatementsOfASession(t *testing.T) {
 		{"Ping", pgsql.Ping, "SELECT"},
 		{"LeftOpen", pgsql.LeftOpen, "SELECT WHERE true"},
 		{"Probe", pgsql.Probe, answers + "true THEN 1 ELSE 0 END)"},
-		{"TryOther", pgsql.TryOther(id(42)), answers + "pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"},
 		{"Look", pgsql.Look(id(42)), "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + row42 + " AND NOT granted" + inThisDatabase + ")"},
 		{"Look, a pair", pgsql.Look(pair(-7, 42)), "SELECT WHERE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + rowPair + " AND NOT granted" + inThisDatabase + ")"},
 		{"Row", id(42).Row(), row42},
