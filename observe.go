@@ -56,7 +56,7 @@ type observation struct {
 	*Observer
 	info  LockInfo
 	start time.Time       // of the acquisition, then of the hold
-	hold  context.Context // what HoldStart returned
+	hold  context.Context // the context of Lost and HoldEnd: what HoldStart returned
 }
 
 func observe(ctx context.Context, function string, keys []Key, cfg *config) (context.Context, *observation) {
@@ -85,9 +85,12 @@ func (o *observation) acquired(ctx context.Context, err error, abandon func()) (
 		}
 	}()
 	o.acquireEnd(ctx, err)
-	if err == nil {
-		ctx = o.holdStart(ctx)
+	if err == nil && o.HoldStart != nil {
+		if c := o.HoldStart(ctx, o.info); c != nil {
+			ctx = c
+		}
 	}
+	o.hold = ctx
 	told = true
 	return ctx, err
 }
@@ -101,16 +104,6 @@ func (o *observation) acquireEnd(ctx context.Context, err error) {
 		o.AcquireEnd(ctx, o.info, now.Sub(o.start), err)
 	}
 	o.start = now
-}
-
-func (o *observation) holdStart(ctx context.Context) context.Context {
-	if o.HoldStart != nil {
-		if c := o.HoldStart(ctx, o.info); c != nil {
-			ctx = c
-		}
-	}
-	o.hold = ctx
-	return ctx
 }
 
 // lost does not wait for Lost: other holders are still to be told.
