@@ -53,10 +53,10 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 // The statements that wait for key: TestStatementsThatWait has them verbatim.
 var (
-	armedWaitQuery  = pgsql.Wait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"})
-	ownWaitQuery    = pgsql.Wait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{})
-	calledWaitQuery = pgsql.Wait(pgsql.OnCalled, "", key.key, false, sliceMin, pgsql.Settings{})
-	waitTxQuery     = pgsql.Wait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{})
+	armedWaitQuery  = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"})
+	ownWaitQuery    = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{})
+	calledWaitQuery = commentedWait(pgsql.OnCalled, "", key.key, false, sliceMin, pgsql.Settings{})
+	waitTxQuery     = commentedWait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{})
 )
 
 // newMock is for statements verbatim, but for nonces and bounds, and in order, and none but those.
@@ -84,7 +84,7 @@ func TestStatementsThatWait(t *testing.T) {
 	minute, exposed := watched, watched
 	minute.Silence, exposed.Exposed = time.Minute, true
 	wait := func(on pgsql.Place, restart string, k Key, shared bool, w pgsql.Settings) string {
-		return pgsql.Wait(on, restart, k.key, shared, 100*time.Millisecond, w)
+		return commentedWait(on, restart, k.key, shared, 100*time.Millisecond, w)
 	}
 	withLock := func(ctx context.Context, on target, k Key, opts ...Option) error {
 		return WithLock(ctx, on.db, k, nothing, opts...)
@@ -187,4 +187,9 @@ func TestStatementsOfWithLock(t *testing.T) {
 			}
 		})
 	}
+}
+
+// commentedWait is pgsql.Wait with the comment that it has where nothing else waits.
+func commentedWait(on pgsql.Place, restart string, k pgsql.Key, shared bool, bound time.Duration, w pgsql.Settings) string {
+	return pgsql.Comment([]pgsql.Key{k}) + pgsql.Wait(on, restart, k, shared, bound, w)
 }

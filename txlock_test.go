@@ -29,7 +29,7 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 			" THEN " + current + " ELSE '1s' END, "
 		own = "SELECT " + check + "true); "
 	)
-	wait := pgsql.Wait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{Check: true})
+	wait := commentedWait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{Check: true})
 	for _, test := range []struct {
 		name   string
 		opts   []Option
@@ -80,7 +80,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 	died, mine := io.ErrUnexpectedEOF, errors.New("mine")
 	readCommitted, serializable := isolation(sql.LevelReadCommitted), isolation(sql.LevelSerializable)
 	const setLocal = "SET LOCAL idle_in_transaction_session_timeout = 60000; "
-	setWait := pgsql.Wait(pgsql.InTx, pgsql.Restart+setLocal, key.key, false, sliceMin, pgsql.Settings{})
+	setWait := commentedWait(pgsql.InTx, pgsql.Restart+setLocal, key.key, false, sliceMin, pgsql.Settings{})
 	commit := func(_ context.Context, tx *sql.Tx) error { return tx.Commit() }
 	for _, test := range []struct {
 		name    string

@@ -95,15 +95,6 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 	return Turn[S]{To: Await}
 }
 
-// EnterIdle is the arrival of a waiter who asks the server, if there is nobody else.
-func (q *Queue[S]) EnterIdle(w *Waiter[S]) bool {
-	if !q.Idle() {
-		return false
-	}
-	q.requester, q.exclusive = w, !w.Shared
-	return true
-}
-
 // start lets in w, the first in line, if it can be there together with those inside. Otherwise it
 // returns Await, and nothing has changed.
 func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {

@@ -56,7 +56,7 @@ var actionNames = map[keyqueue.Action]string{
 //
 //	19ms                         time goes by
 //	a in [shared] [dedicated] [nowait]
-//	a in idle [shared]           EnterIdle
+//	a in idle [shared]           Enter, if the queue is Idle
 //	a granted [20ms ago]         Granted, of what was asked for now or then, or GrantedDedicated
 //	a refused                    the server refuses it
 //	a gives up                   GaveUp
@@ -111,7 +111,7 @@ func (d *desk) tell(words []string) string {
 		d.waiters[name] = w
 		d.names = append(d.names, name)
 		if has("idle") {
-			return strconv.FormatBool(d.q.EnterIdle(w))
+			return strconv.FormatBool(d.q.Idle() && d.q.Enter(w, d.now).To == keyqueue.Ask)
 		}
 		return d.turn(name, d.q.Enter(w, d.now))
 	case "granted":

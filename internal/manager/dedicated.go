@@ -85,14 +85,14 @@ func (d *dedicated) leave() {
 
 // open opens a session. If a limited pool has no connection within turnBound, others have their turn.
 func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session, error) {
-	if d.pool.DB.Stats().MaxOpenConnections == 0 {
-		return d.pool.Open(ctx, d.Log, use) // which waits for nobody
-	}
 	for {
 		if !d.has { // it was left, by this attempt or by one that failed
 			if err := d.enter(); err != nil {
 				return nil, err
 			}
+		}
+		if d.pool.DB.Stats().MaxOpenConnections == 0 {
+			return d.pool.Open(ctx, d.Log, use) // which waits for nobody
 		}
 		s, inTurn, err := d.openInTurn(ctx, use)
 		if err != nil || inTurn || d.enterNow() {

@@ -31,15 +31,8 @@ const (
 // end of the one that waited before.
 //
 // The block's text is constant, and what it needs is in settings, so that pg_stat_statements
-// has one entry for all keys.
-//
-// Wait begins with the Comment of k, which BareWait leaves to its caller.
+// has one entry for all keys. A Comment is to be put before it.
 func Wait(on Place, restart string, k Key, shared bool, bound time.Duration, w Settings) string {
-	return Comment([]Key{k}) + BareWait(on, restart, k, shared, bound, w)
-}
-
-// BareWait is Wait without a comment, which is to be put before it.
-func BareWait(on Place, restart string, k Key, shared bool, bound time.Duration, w Settings) string {
 	t := waitText{on: on}
 	if on == InTx {
 		// The SELECT takes the comment: to pg_stat_statements, up to PostgreSQL 15, a ROLLBACK with one

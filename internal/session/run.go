@@ -165,7 +165,7 @@ func aside[T any](ctx context.Context, s *Session, bound time.Duration, f func(c
 			return t, context.Cause(inner)
 		}
 	}
-	if err != nil && inner.Err() != nil {
+	if err != nil && inner.Err() != nil { // otherwise the driver has let go of inner, and the connection is sound
 		// Whatever the driver makes of it: it may report a statement that it has cancelled as the
 		// server's error, on a connection that it has closed.
 		err = context.Cause(inner)

@@ -154,8 +154,8 @@ func (s *Session) WasReset() {
 	s.made = false
 }
 
-// HandBack returns the connection, which is clean, to the pool. One that has been broken off, if only in
-// the moment of its last answer, is discarded.
+// HandBack returns the connection, which is clean, to the pool. One that has been broken off is discarded,
+// even if its answer came in that moment.
 func (s *Session) HandBack() {
 	if s.use == Callers {
 		return

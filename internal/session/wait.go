@@ -232,7 +232,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 	if s.Comment != nil {
 		comment = s.Comment()
 	}
-	rows, err := s.execLeavable(ctx, bound+AnswerBound, comment+pgsql.BareWait(s.place, s.restart, k, s.Shared, bound, settings))
+	rows, err := s.execLeavable(ctx, bound+AnswerBound, comment+pgsql.Wait(s.place, s.restart, k, s.Shared, bound, settings))
 	checkRefused := s.refusesCheck(err)
 	switch {
 	case err == nil && rows == pgsql.OnStandby:
