@@ -34,7 +34,7 @@ func tries(srv *server) *[]time.Duration {
 	at := new([]time.Duration)
 	srv.script = func(_ context.Context, _ int, query string) (int64, error) {
 		switch query {
-		case tryTxQuery:
+		case callersTryQuery:
 			*at = append(*at, time.Since(start))
 			return 0, nil
 		case deadlockQuery:
@@ -49,7 +49,7 @@ func tries(srv *server) *[]time.Duration {
 func TestAcquireTx(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
-	const shared = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock_shared(42) END"
+	shared := strings.Replace(callersTryQuery, "xact_lock(", "xact_lock_shared(", 1)
 	for _, test := range []struct {
 		name    string
 		replies []reply
@@ -57,19 +57,19 @@ func TestAcquireTx(t *testing.T) {
 		want    []string // after BEGIN
 		wants   []any
 	}{
-		{"granted", nil, nil, []string{tryTxQuery}, nil},
+		{"granted", nil, nil, []string{callersTryQuery}, nil},
 		{"shared", nil, []Option{Shared()}, []string{shared}, nil},
-		{"granted after waiting", []reply{refused, refused}, nil, []string{tryTxQuery, tryTxQuery, tryTxQuery}, nil},
+		{"granted after waiting", []reply{refused, refused}, nil, []string{callersTryQuery, callersTryQuery, callersTryQuery}, nil},
 		{"shared, granted after waiting", []reply{refused}, []Option{Shared()}, []string{shared, shared}, nil},
-		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{tryTxQuery}, []any{ErrHeld}},
+		{"NoWait refused", []reply{refused}, []Option{NoWait()}, []string{callersTryQuery}, []any{ErrHeld}},
 		{
 			"Timeout, with a last try", []reply{refused, refused}, []Option{Timeout(time.Millisecond)},
-			[]string{tryTxQuery, tryTxQuery}, []any{ErrHeld, "not acquired within 1ms"},
+			[]string{callersTryQuery, callersTryQuery}, []any{ErrHeld, "not acquired within 1ms"},
 		},
-		{"the last try is granted", []reply{refused, granted}, []Option{Timeout(time.Millisecond)}, []string{tryTxQuery, tryTxQuery}, nil},
-		{"the try fails", []reply{fails(died)}, nil, []string{tryTxQuery}, []any{died}},
-		{"the second try fails", []reply{refused, fails(died)}, nil, []string{tryTxQuery, tryTxQuery}, []any{died}},
-		{"the server refuses the second try", []reply{refused, fails(err57014)}, nil, []string{tryTxQuery, tryTxQuery}, []any{err57014}},
+		{"the last try is granted", []reply{refused, granted}, []Option{Timeout(time.Millisecond)}, []string{callersTryQuery, callersTryQuery}, nil},
+		{"the try fails", []reply{fails(died)}, nil, []string{callersTryQuery}, []any{died}},
+		{"the second try fails", []reply{refused, fails(died)}, nil, []string{callersTryQuery, callersTryQuery}, []any{died}},
+		{"the server refuses the second try", []reply{refused, fails(err57014)}, nil, []string{callersTryQuery, callersTryQuery}, []any{err57014}},
 	} {
 		bubble(t, test.name, func(t *testing.T) {
 			tx, srv := beginTx(t)
@@ -137,7 +137,7 @@ func TestTheEndOfCtxEndsAWaitOfAcquireTxWithoutCancelling(t *testing.T) {
 // If the holder waits for the transaction that waits for it, neither gets anywhere.
 func TestADeadlockThatTheServerDoesNotSeeEndsAcquireTx(t *testing.T) {
 	t.Parallel()
-	question := []string{tryTxQuery, savepointQuery, deadlockQuery, rollbackToQuery}
+	question := []string{callersTryQuery, savepointQuery, deadlockQuery, rollbackToQuery}
 	twice := slices.Concat(question, question)
 	died := io.ErrUnexpectedEOF
 	for _, test := range []struct {
@@ -155,7 +155,7 @@ func TestADeadlockThatTheServerDoesNotSeeEndsAcquireTx(t *testing.T) {
 		{"the connection dies", deadlockQuery, died, nil, question[:3], time.Second, []any{died}},
 		{"the savepoint fails", savepointQuery, pgError("53200"), nil, question[:2], time.Second, []any{pgError("53200")}},
 		{"the rollback fails", rollbackToQuery, died, []int64{0}, question, time.Second, []any{died}},
-		{"it may not be asked for", deadlockQuery, pgError("42501"), nil, append(slices.Clone(twice), tryTxQuery), 3 * time.Second, nil},
+		{"it may not be asked for", deadlockQuery, pgError("42501"), nil, append(slices.Clone(twice), callersTryQuery), 3 * time.Second, nil},
 	} {
 		bubble(t, test.name, func(t *testing.T) {
 			tx, srv := beginTx(t)
@@ -165,9 +165,9 @@ func TestADeadlockThatTheServerDoesNotSeeEndsAcquireTx(t *testing.T) {
 				switch {
 				case query == test.failing:
 					return 0, test.err
-				case query == tryTxQuery && time.Since(start) > 2900*time.Millisecond && test.wants == nil:
+				case query == callersTryQuery && time.Since(start) > 2900*time.Millisecond && test.wants == nil:
 					return 1, nil
-				case query == tryTxQuery:
+				case query == callersTryQuery:
 					return 0, nil
 				case query == deadlockQuery:
 					rows := answers[0]
@@ -229,7 +229,7 @@ func TestAServerThatDoesNotAnswerAcquireTxIsGivenUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		srv.script = script(when(tryTxQuery, hangs))
+		srv.script = script(when(callersTryQuery, hangs))
 		start := time.Now()
 		wantError(t, AcquireTx(t.Context(), tx, key), "no answer from the server within 10s")
 		wantTook(t, start, session.AnswerBound, session.AnswerBound)

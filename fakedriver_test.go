@@ -122,11 +122,8 @@ func unchecked(query string) string {
 	} {
 		query = strings.Replace(query, c.old, c.new, 1)
 	}
-	return callersTry.ReplaceAllString(query, "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE $1 END")
+	return query
 }
-
-// callersTry is pgsql.TryCallersTx, which is as good as pgsql.TryTx.
-var callersTry = regexp.MustCompile(`SELECT FROM pg_catalog\.generate_series\(1, CASE WHEN pg_catalog\.pg_is_in_recovery\(\) THEN 2 WHEN (pg_catalog\.pg_try_advisory_xact_lock(?:_shared)?\([^()]*\)) THEN 1 ELSE 0 END\)`)
 
 var (
 	nonces = regexp.MustCompile(`('advisory\.(?:session|nonce)', |'advisory\.session', true\) OPERATOR\(pg_catalog\.=\) )'[0-9a-z]+'`)

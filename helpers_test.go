@@ -121,7 +121,7 @@ var closures = []struct {
 		"WithTxLock", func(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 			return WithTxLock(ctx, db, key, func(ctx context.Context, _ *sql.Tx) error { return fn(ctx) }, opts...)
 		},
-		[]string{"open", "BEGIN", tryFirstQuery}, []string{"COMMIT"}, []string{"ROLLBACK"},
+		[]string{"open", "BEGIN", tryTxQuery}, []string{"COMMIT"}, []string{"ROLLBACK"},
 	},
 	{
 		"WithTxLock at REPEATABLE READ", func(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {

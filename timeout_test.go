@@ -28,7 +28,7 @@ func TestTimeoutIsKeptByTheServerAndCostsNoConnection(t *testing.T) {
 			sent := [][]string{
 				0: {"open", tryQuery, armedWaitQuery, holdersQuery},
 				3: {"open", tryQuery, ownWaitQuery, holdersQuery},
-				4: {"open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", holdersQuery},
+				4: {"open", "BEGIN", tryTxQuery, waitTxQuery, "ROLLBACK", holdersQuery},
 			}[[]int{0, 0, 0, 3, 4, 3}[i]]
 			if diff := cmp.Diff(on(1, sent...), slices.Compact(srv.lines())); diff != "" {
 				t.Errorf("log of the server, slices in a row as one (-want +got):\n%s", diff)

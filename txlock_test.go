@@ -37,19 +37,19 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 	}{
 		{"by default", nil, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec(own + tryFirstQuery).WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(own + tryTxQuery).WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
 		}},
 		{"at READ COMMITTED, shared", []Option{isolation(sql.LevelReadCommitted), Shared()}, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec(own + "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_xact_lock_shared(42) END").WithoutArgs().WillReturnResult(one)
+			m.ExpectExec(own + strings.Replace(tryTxQuery, "xact_lock(", "xact_lock_shared(", 1)).WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
 			m.ExpectCommit()
 		}},
 		{"contended", nil, func(m sqlmock.Sqlmock) {
 			m.ExpectBegin()
-			m.ExpectExec(own + tryFirstQuery).WithoutArgs().WillReturnResult(none)
+			m.ExpectExec(own + tryTxQuery).WithoutArgs().WillReturnResult(none)
 			m.ExpectExec(wait).WithoutArgs().WillReturnResult(none)
 			m.ExpectExec(wait).WithoutArgs().WillReturnResult(one)
 			m.ExpectExec("UPDATE t SET i = i + 1").WillReturnResult(one)
@@ -100,11 +100,11 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"read-only", nil, []Option{TxOptions(&sql.TxOptions{ReadOnly: true})}, noTx,
-			on(1, "open", "BEGIN READ ONLY", tryFirstQuery, "COMMIT"), nil,
+			on(1, "open", "BEGIN READ ONLY", tryTxQuery, "COMMIT"), nil,
 		},
 		{
 			"TxOptions nil is the default", nil, []Option{TxOptions(nil)}, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT"), nil,
+			on(1, "open", "BEGIN", tryTxQuery, "COMMIT"), nil,
 		},
 		{
 			"SERIALIZABLE: the lock is taken before the snapshot", nil, []Option{serializable}, noTx,
@@ -112,49 +112,49 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"the server's default is REPEATABLE READ", []reply{done, {rows: 2}}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, "BEGIN", "COMMIT", unlockQuery), nil,
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", tryQuery, "BEGIN", "COMMIT", unlockQuery), nil,
 		},
 		{
 			"and another holds it", []reply{done, {rows: 2}, done, refused, refused, granted}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, ownWaitQuery, ownWaitQuery, "BEGIN", "COMMIT", unlockQuery), nil,
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", tryQuery, ownWaitQuery, ownWaitQuery, "BEGIN", "COMMIT", unlockQuery), nil,
 		},
 		{
 			"and the session dies: the next one knows it", []reply{done, {rows: 2}, done, refused, fails(died)}, nil, noTx,
 			slices.Concat(
-				on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", tryQuery, ownWaitQuery, "close"),
+				on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", tryQuery, ownWaitQuery, "close"),
 				on(2, "open", probeQuery, tryQuery, "BEGIN", "COMMIT", unlockQuery),
 			), nil,
 		},
 		{
 			"NoWait refused", []reply{done, refused}, []Option{NoWait()}, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK"), []any{ErrHeld},
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK"), []any{ErrHeld},
 		},
 		{
 			"NoWait refused, rollback fails", []reply{done, refused, fails(died)}, []Option{NoWait()}, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{ErrHeld},
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", "close"), []any{ErrHeld},
 		},
 		{
 			"granted after three slices, one of which is cancelled", []reply{done, refused, refused, fails(err57014)}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, "ROLLBACK AND CHAIN", waitTxQuery, "COMMIT"), nil,
+			on(1, "open", "BEGIN", tryTxQuery, waitTxQuery, waitTxQuery, "ROLLBACK AND CHAIN", waitTxQuery, "COMMIT"), nil,
 		},
 		{
 			"the session dies in the second slice: the next one begins anew", []reply{done, refused, refused, fails(died)}, nil, noTx,
 			slices.Concat(
-				on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, waitTxQuery, "ROLLBACK", "close"),
-				on(2, "open", probeQuery, "BEGIN", tryFirstQuery, "COMMIT"),
+				on(1, "open", "BEGIN", tryTxQuery, waitTxQuery, waitTxQuery, "ROLLBACK", "close"),
+				on(2, "open", probeQuery, "BEGIN", tryTxQuery, "COMMIT"),
 			), nil,
 		},
 		{
 			"a slice fails", []reply{done, refused, fails(pgError("53200"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{pgError("53200")},
+			on(1, "open", "BEGIN", tryTxQuery, waitTxQuery, "ROLLBACK", "close"), []any{pgError("53200")},
 		},
 		{
 			"a standby", []reply{done, refused, {rows: 2}}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{"hot standby", "primary"},
+			on(1, "open", "BEGIN", tryTxQuery, waitTxQuery, "ROLLBACK", "close"), []any{"hot standby", "primary"},
 		},
 		{
 			"a deadlock", []reply{done, refused, fails(pgError("40P01"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, waitTxQuery, "ROLLBACK", "close"), []any{ErrDeadlock},
+			on(1, "open", "BEGIN", tryTxQuery, waitTxQuery, "ROLLBACK", "close"), []any{ErrDeadlock},
 		},
 		{
 			"BEGIN fails", []reply{fails(died)}, nil, noTx,
@@ -170,11 +170,11 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"the try fails", []reply{done, fails(died)}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{died},
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", "close"), []any{died},
 		},
 		{
 			"the try is refused", []reply{done, fails(pgError("53200"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{pgError("53200"), "max_locks_per_transaction"},
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", "close"), []any{pgError("53200"), "max_locks_per_transaction"},
 		},
 		{
 			"the connection dies under BEGIN", []reply{fails(driver.ErrBadConn)}, nil, noTx,
@@ -182,7 +182,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"HolderTimeout", nil, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal+tryFirstQuery, "COMMIT"), nil,
+			on(1, "open", "BEGIN", setLocal+tryTxQuery, "COMMIT"), nil,
 		},
 		{
 			"HolderTimeout at SERIALIZABLE", nil, []Option{HolderTimeout(time.Minute), serializable}, noTx,
@@ -190,15 +190,15 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"HolderTimeout after a wait", []reply{done, refused, refused}, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal+tryFirstQuery, setWait, setWait, "COMMIT"), nil,
+			on(1, "open", "BEGIN", setLocal+tryTxQuery, setWait, setWait, "COMMIT"), nil,
 		},
 		{
 			"HolderTimeout cannot be set", []reply{done, fails(pgError("42704"))}, []Option{HolderTimeout(time.Minute)}, noTx,
-			on(1, "open", "BEGIN", setLocal+tryFirstQuery, "ROLLBACK", "close"), []any{pgError("42704")},
+			on(1, "open", "BEGIN", setLocal+tryTxQuery, "ROLLBACK", "close"), []any{pgError("42704")},
 		},
 		{
 			"COMMIT is refused: the server has rolled back", []reply{done, granted, fails(pgError("40001"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT"), []any{pgError("40001"), "advisory: commit bigint 42: "},
+			on(1, "open", "BEGIN", tryTxQuery, "COMMIT"), []any{pgError("40001"), "advisory: commit bigint 42: "},
 		},
 		{
 			"COMMIT is refused under a session-level lock", []reply{granted, done, fails(pgError("40001"))}, []Option{serializable}, noTx,
@@ -210,7 +210,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"COMMIT fails: nobody knows", []reply{done, granted, fails(died)}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close"), []any{died, "commit bigint 42"},
+			on(1, "open", "BEGIN", tryTxQuery, "COMMIT", "close"), []any{died, "commit bigint 42"},
 		},
 		{
 			"COMMIT fails under a session-level lock", []reply{granted, done, fails(died)}, []Option{serializable}, noTx,
@@ -218,7 +218,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"the server shuts down at COMMIT", []reply{done, granted, fails(pgError("57P01"))}, nil, noTx,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close"), []any{pgError("57P01")},
+			on(1, "open", "BEGIN", tryTxQuery, "COMMIT", "close"), []any{pgError("57P01")},
 		},
 		{
 			"unlock refused after COMMIT", []reply{granted, done, done, refused}, []Option{serializable}, noTx,
@@ -230,7 +230,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"fn fails, and so does ROLLBACK", []reply{done, granted, fails(died)}, nil, func(context.Context, *sql.Tx) error { return mine },
-			on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK", "close"), []any{mine},
+			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", "close"), []any{mine},
 		},
 		{
 			"fn fails, and unlock is refused", []reply{granted, done, done, refused}, []Option{serializable}, func(context.Context, *sql.Tx) error { return mine },
@@ -238,7 +238,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 		},
 		{
 			"fn commits", nil, nil, commit,
-			on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
+			on(1, "open", "BEGIN", tryTxQuery, "COMMIT", "close"), []any{sql.ErrTxDone, "must leave that to WithTxLock"},
 		},
 		{
 			"fn rolls back", nil, []Option{serializable}, func(_ context.Context, tx *sql.Tx) error { return tx.Rollback() },
@@ -340,7 +340,7 @@ func TestFnReturnsInTheMomentInWhichCtxEnds(t *testing.T) {
 			return nil
 		}), context.Canceled)
 		wantIdle(t, db)
-		if want := on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK"); !slices.Equal(want, srv.lines()) {
+		if want := on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK"); !slices.Equal(want, srv.lines()) {
 			t.Fatalf("log: %q", srv.lines())
 		}
 	}
@@ -358,7 +358,7 @@ func TestAStatementOfFnAfterTheEndOfCtxIsNotSent(t *testing.T) {
 			_, err := tx.ExecContext(context.Background(), "mine")
 			return err
 		}), sql.ErrTxDone)
-		srv.want(t, on(1, "open", "BEGIN", tryFirstQuery, "ROLLBACK")...)
+		srv.want(t, on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK")...)
 	})
 }
 
@@ -398,7 +398,7 @@ func TestAfterTheEndOfCtxNoWaitGoesOut(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		db, srv := newServer(t)
 		srv.script = func(_ context.Context, _ int, query string) (int64, error) {
-			if query == tryFirstQuery {
+			if query == tryTxQuery {
 				cancel()
 				return 0, nil
 			}
@@ -414,7 +414,7 @@ func TestAfterTheEndOfCtxNoWaitGoesOut(t *testing.T) {
 // In real time, because database/sql waits for its own locks here.
 func TestADriverThatDoesNotReturnInATransactionIsLeft(t *testing.T) {
 	t.Parallel()
-	for _, stuckIn := range []string{tryFirstQuery, waitTxQuery} {
+	for _, stuckIn := range []string{tryTxQuery, waitTxQuery} {
 		db, srv := newServer(t)
 		free := stuck(srv, stuckIn)
 		script := srv.script
@@ -456,7 +456,7 @@ func TestADriverThatDoesNotReturnFromCommitIsAbandonedWithCtx(t *testing.T) {
 		wantTook(t, start, time.Hour, time.Hour+session.Grace+2*abandonAfter)
 		close(back)
 		synctest.Wait()
-		srv.want(t, on(1, "open", "BEGIN", tryFirstQuery, "COMMIT", "close")...)
+		srv.want(t, on(1, "open", "BEGIN", tryTxQuery, "COMMIT", "close")...)
 	})
 }
 

@@ -62,7 +62,7 @@ const (
 	CalledInTx = 3 // the session is in a transaction
 	CalledHeld = 4 // the session holds the lock already
 
-	// Of TryFirst alone.
+	// Of TryTx alone.
 	OneSnapshot = 2 // the transaction has one snapshot for all its statements
 )
 
@@ -143,19 +143,14 @@ func Marked(nonce string) string {
 
 // The transaction-scoped statements. COMMIT and ROLLBACK release the locks.
 
-// TryTx has one row if the lock was granted.
-func TryTx(k Key, shared bool) string {
-	return calls("SELECT WHERE "+onPrimary, "pg_try_advisory_xact_lock", []Key{k}, shared) + " END"
-}
-
 // TryCallersTx has one row if the lock was granted, and OnStandby rows on a standby.
 func TryCallersTx(k Key, shared bool) string {
 	return answer(calls("", "pg_try_advisory_xact_lock", []Key{k}, shared))
 }
 
-// TryFirst is TryTx, but has OneSnapshot rows, and does not try, if the server's default
-// (default_transaction_isolation) gives the transaction one snapshot.
-func TryFirst(k Key, shared bool) string {
+// TryTx has one row if the lock was granted. It has OneSnapshot rows, and does not try, if the server's
+// default (default_transaction_isolation) gives the transaction one snapshot.
+func TryTx(k Key, shared bool) string {
 	return calls("SELECT FROM pg_catalog.generate_series(1, CASE"+
 		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2"+
 		" WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"

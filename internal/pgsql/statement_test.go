@@ -127,12 +127,10 @@ func TestStatementsOfATransaction(t *testing.T) {
 			" WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN pg_catalog." + lock + " THEN 1 ELSE 0 END)"
 	}
 	check(t, []verbatim{
-		{"TryTx", pgsql.TryTx(id(42), false), onPrimary + "pg_catalog.pg_try_advisory_xact_lock(42) END"},
-		{"TryTx, shared, a pair", pgsql.TryTx(pair(-7, 42), true), onPrimary + "pg_catalog.pg_try_advisory_xact_lock_shared(-7, 42) END"},
 		{"TryCallersTx", pgsql.TryCallersTx(id(42), false), answers + "pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"},
 		{"TryCallersTx, shared, a pair", pgsql.TryCallersTx(pair(-7, 42), true), answers + "pg_catalog.pg_try_advisory_xact_lock_shared(-7, 42) THEN 1 ELSE 0 END)"},
-		{"TryFirst", pgsql.TryFirst(id(42), false), first("pg_try_advisory_xact_lock(42)")},
-		{"TryFirst, shared, a pair", pgsql.TryFirst(pair(-7, 42), true), first("pg_try_advisory_xact_lock_shared(-7, 42)")},
+		{"TryTx", pgsql.TryTx(id(42), false), first("pg_try_advisory_xact_lock(42)")},
+		{"TryTx, shared, a pair", pgsql.TryTx(pair(-7, 42), true), first("pg_try_advisory_xact_lock_shared(-7, 42)")},
 		{"Deadlock", pgsql.Deadlock(id(42)), "SELECT FROM pg_catalog.pg_locks WHERE " + row42 + " AND granted" + inThisDatabase +
 			" AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"},
 		{"Deadlock, a pair", pgsql.Deadlock(pair(-7, 42)), "SELECT FROM pg_catalog.pg_locks WHERE " + rowPair + " AND granted" + inThisDatabase +

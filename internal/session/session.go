@@ -60,14 +60,14 @@ type Session struct {
 	settings   pgsql.Settings
 	made       bool // the settings may have been made
 
-	place    pgsql.Place
-	restart  string      // begins a new transaction, in one
-	held     []pgsql.Key // what Lock or Wait has taken
-	refused  bool        // the server has refused the lock: another has it
-	sent     time.Time   // when the last statement that takes a lock went out
-	left     bool        // the caller has left a statement that takes the lock
-	rowsOpen bool        // fn has left rows open
-	unwind   func()      // ends what was begun before the lock was asked for; nil: nothing was
+	place     pgsql.Place
+	txSilence string      // in a transaction: put before its first statement
+	held      []pgsql.Key // what Lock or Wait has taken
+	refused   bool        // the server has refused the lock: another has it
+	sent      time.Time   // when the last statement that takes a lock went out
+	left      bool        // the caller has left a statement that takes the lock
+	rowsOpen  bool        // fn has left rows open
+	unwind    func()      // ends what was begun before the lock was asked for; nil: nothing was
 }
 
 // OnConn returns the session of a connection of the caller's.

@@ -47,57 +47,30 @@ func (t *Tx) Tx() *sql.Tx { return t.tx }
 // up, which rolls back.
 func (t *Tx) Begin(ctx context.Context, k pgsql.Key, noWait bool, since time.Time) error {
 	if !t.OneSnapshot {
-		if err := t.beginThenLock(ctx, k, noWait, since); err != nil {
-			return err
-		}
-	}
-	if t.OneSnapshot {
-		if err := t.s.Lock(ctx, k, noWait, since); err != nil {
-			return err
-		}
+		t.s.place, t.s.txSilence = pgsql.InTx, t.silence
 		if err := t.begin(ctx); err != nil {
 			return err
 		}
-		if t.silence != "" {
-			if _, err := t.s.Exec(ctx, AnswerBound, t.silence); err != nil {
-				return err
-			}
+		if err := t.s.Lock(ctx, k, noWait, since); err != errOneSnapshot {
+			return err
 		}
-	}
-	return Ended(ctx) // a grant that comes too late is not used
-}
-
-// beginThenLock takes the transaction-scoped lock. If it finds that the transaction has one
-// snapshot, it sets OneSnapshot and leaves nothing behind.
-func (t *Tx) beginThenLock(ctx context.Context, k pgsql.Key, noWait bool, since time.Time) error {
-	t.s.place, t.s.restart = pgsql.InTx, pgsql.Restart+t.silence
-	if err := t.begin(ctx); err != nil {
-		return err
-	}
-	if err := Ended(ctx); err != nil {
-		return err
-	}
-	try := pgsql.TryTx
-	if t.opts.Isolation == sql.LevelDefault {
-		try = pgsql.TryFirst
-	}
-	query := t.silence + t.s.settings.SetCheck() + try(k, t.s.Shared)
-	rows, err := t.s.Exec(ctx, AnswerBound, query)
-	switch {
-	case t.s.refusesCheck(err):
+		t.OneSnapshot, t.s.place = true, pgsql.OnOwn
 		if err := t.rollback(ctx); err != nil {
 			return err
 		}
-		return t.beginThenLock(ctx, k, noWait, since)
-	case err != nil || rows == 1:
-		return err
-	case rows == pgsql.OneSnapshot:
-		t.OneSnapshot, t.s.place, t.s.restart = true, pgsql.OnOwn, ""
-		return t.rollback(ctx)
-	case noWait:
-		return ErrRefused
 	}
-	return t.s.waitOrTry(ctx, k, since)
+	if err := t.s.Lock(ctx, k, noWait, since); err != nil {
+		return err
+	}
+	if err := t.begin(ctx); err != nil {
+		return err
+	}
+	if t.silence != "" {
+		if _, err := t.s.Exec(ctx, AnswerBound, t.silence); err != nil {
+			return err
+		}
+	}
+	return Ended(ctx) // a grant that comes too late is not used
 }
 
 func (t *Tx) begin(ctx context.Context) error {

@@ -35,6 +35,7 @@ var (
 	ErrHeld          = error(verdict{msg: "conn's session holds it already, and one ReleaseConn would leave it behind"})
 	ErrInTransaction = error(verdict{msg: "conn is in a transaction: take the lock before that begins, or use AcquireTx"})
 
+	errOneSnapshot = error(verdict{msg: "the transaction has one snapshot for all its statements"})
 	ErrWaitRefused = error(verdict{msg: "the server does not execute the statement that waits"})
 )
 
@@ -134,7 +135,7 @@ func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error
 	case s.place == pgsql.OnCalled:
 		query = pgsql.TryCalled(k, s.Shared)
 	case s.place == pgsql.InTx:
-		query = s.restart + s.settings.SetCheck() + pgsql.TryTx(k, s.Shared)
+		query = s.restart() + s.settings.SetCheck() + pgsql.TryTx(k, s.Shared)
 	default:
 		query = pgsql.TryWith(s.settings, k, s.Shared)
 		s.made = !s.settings.None()
@@ -143,7 +144,7 @@ func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error
 	rows, err := s.Exec(ctx, AnswerBound, query)
 	if s.refusesCheck(err) {
 		// The lock was taken before the setting was refused.
-		if _, err := s.Exec(ctx, AnswerBound, pgsql.UnlockAll); err != nil {
+		if _, err := s.Exec(ctx, AnswerBound, s.undo(k)); err != nil {
 			return false, err
 		}
 		s.made = made
@@ -159,10 +160,26 @@ func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error
 			return false, ErrStandby
 		}
 	}
+	if s.place == pgsql.InTx && rows == pgsql.OneSnapshot {
+		return false, errOneSnapshot
+	}
 	if err == nil && rows == 0 {
 		s.made = made
 	}
 	return rows > 0, err
+}
+
+// restart returns what begins a statement that takes a lock in a transaction. Once the lock has been
+// refused, that is a new transaction.
+func (s *Session) restart() string {
+	switch {
+	case s.place != pgsql.InTx:
+		return ""
+	case !s.refused:
+		return s.txSilence
+	default:
+		return pgsql.Restart + s.txSilence
+	}
 }
 
 // Wait waits for the lock of k in the server's queue. The acquisition began at since, and a try has
@@ -232,7 +249,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 	if s.Comment != nil {
 		comment = s.Comment()
 	}
-	rows, err := s.execLeavable(ctx, bound+AnswerBound, comment+pgsql.Wait(s.place, s.restart, k, s.Shared, bound, settings))
+	rows, err := s.execLeavable(ctx, bound+AnswerBound, comment+pgsql.Wait(s.place, s.restart(), k, s.Shared, bound, settings))
 	checkRefused := s.refusesCheck(err)
 	switch {
 	case err == nil && rows == pgsql.OnStandby:
