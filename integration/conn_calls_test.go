@@ -269,7 +269,7 @@ func leaveRows(t testing.TB, ctx context.Context, conn *sql.Conn, n, read int) e
 
 func TestWhatFnLeavesOnItsConnIsAnErrorThatSaysSo(t *testing.T) {
 	t.Parallel()
-	allowLog(t, "STATEMENT:  SELECT n, repeat('x', 100)") // the connection ends while the server sends them
+	allowLog(t, "STATEMENT:  SELECT n, repeat('x', 100)", clientGone) // the connection ends while the server sends them
 	bothDrivers(t, func(t *testing.T, d driver) {
 		for _, l := range leavings {
 			for _, limit := range []int{0, 1} {

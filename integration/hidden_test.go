@@ -42,8 +42,8 @@ func TestGrantHiddenByTimeoutIsFound(t *testing.T) {
 				waiter := make(chan error, 1)
 				pid := waitSeen(t, key, waiter, func() { waiter <- w.with(soon(t), db, key, heldOnce(t, key), opts...) })
 				require(t, "a server on this machine", syscall.Kill(pid, syscall.SIGSTOP))
-				// The timeout will have come by then.
-				time.AfterFunc(bound, func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+				// The timeout will have come by then: a young wait's statement waits for little over 100 ms.
+				time.AfterFunc(bound/2, func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 				release()
 				g.Go(func() error {
 					err := <-waiter
