@@ -191,10 +191,12 @@ func TestWithLocksThatWaitsForLongHasNotLostWhatItHolds(t *testing.T) {
 
 func TestNoWaitForSeveralSharedLocksOfWhichThisProcessHoldsOne(t *testing.T) {
 	t.Parallel()
-	db, _ := newServer(t)
-	wantError(t, WithLock(t.Context(), db, ID(1), func(context.Context) error {
-		return WithLocks(t.Context(), db, []Key{ID(1), ID(2)}, nothing, Shared(), NoWait())
-	}, Shared()))
+	synctest.Test(t, func(t *testing.T) {
+		db, _ := newServer(t)
+		wantError(t, WithLock(t.Context(), db, ID(1), func(context.Context) error {
+			return WithLocks(t.Context(), db, []Key{ID(1), ID(2)}, nothing, Shared(), NoWait())
+		}, Shared()))
+	})
 }
 
 // A session is lost while two of its requests are not answered, and one of them is the

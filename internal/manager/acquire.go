@@ -111,6 +111,8 @@ func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (l
 // all acquires all the locks: in one statement, if nobody else of this process has one of them or wants
 // it, and otherwise one by one, in order. After an error, it may have some of them.
 func (a *acquisition) all() (err error) {
+	a.at, a.refused = pgsql.Key{}, false // if it begins again
+	_ = a.got.holder.TakeLoss()
 	if waiters := a.enterIdle(); waiters != nil {
 		err = a.ask(a.Keys, waiters)
 	}
@@ -171,11 +173,11 @@ func (a *acquisition) one(keys []pgsql.Key) error {
 // first of several may have been granted long ago, while the last were waited for.
 func (a *acquisition) prove() error {
 	var err error
-	for _, h := range a.got.held {
-		err = errors.Join(err, h.grant.On.ProveFresh(a.ctx, a.Heartbeat))
+	for i := 0; err == nil && i < len(a.got.held); i++ {
+		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.Heartbeat)
 	}
-	if c := a.got.held[0].grant.On; a.Lead && !c.Watched() {
-		err = errors.Join(err, c.Prove(a.ctx))
+	if c := a.got.held[0].grant.On; err == nil && a.Lead && !c.Watched() {
+		err = c.Prove(a.ctx)
 	}
 	cause := a.got.holder.TakeLoss()
 	if err != nil && session.Ended(a.ctx) == nil {

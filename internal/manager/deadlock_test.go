@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -117,5 +118,36 @@ func TestAPanicOfTheDriverLeavesNoWaitBehind(t *testing.T) {
 			t.Errorf("asked %d times", asked)
 		}
 		wantState(t, db, 0, 0)
+	})
+}
+
+// A shared waiter that looks whether others wait may be let in: it closes no cycle.
+func TestALookIsNoWaitOfADeadlock(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		srv.answer = func(_ context.Context, _ int, q string) (int64, error) {
+			if strings.Contains(q, "NOT granted") {
+				time.Sleep(10 * time.Millisecond)
+				return 0, nil
+			}
+			return 1, nil
+		}
+		shared := func(r *manager.Request) *manager.Request { r.Shared = true; return r }
+		one := take(t, db, key(1))
+		two, err := acquire(t.Context(), db, shared(request(key(2))))
+		wantError(t, err, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		between := waitFor(ctx, db, request(key(2)))
+		a := waitFor(t.Context(), db, shared(holding(key(1), key(2))))
+		time.Sleep(1500 * time.Millisecond)
+		cancel()
+		wantError(t, <-between, context.Canceled)
+		time.Sleep(5 * time.Millisecond) // a looks, and will be let in
+		b := waitFor(t.Context(), db, holding(key(2), key(1)))
+		wantError(t, <-a, nil)
+		wantError(t, one.Release(), nil)
+		wantError(t, <-b, nil)
+		wantError(t, two.Release(), nil)
 	})
 }

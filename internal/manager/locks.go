@@ -94,6 +94,13 @@ func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
 			m.tidyLocked(h.key)
 		}
 	}
+	if err == nil {
+		return nil
+	}
+	var lost lockconn.LostError
+	if errors.As(err, &lost) { // which to Acquire means that it is to begin again
+		return lost.Cause
+	}
 	return err
 }
 

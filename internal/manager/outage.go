@@ -45,8 +45,11 @@ func (a *acquisition) outlive(err error) error {
 	if a.missed.IsZero() {
 		a.missed = time.Now()
 	}
-	o := a.joinOutage(err)
+	o, missed := a.joinOutage(err)
 	defer a.m.leaveOutage(o)
+	if missed != nil {
+		tellMissed(a.Log, missed)
+	}
 	ctx := a.ctx
 	if !a.Lead {
 		var cancel context.CancelFunc
@@ -87,8 +90,9 @@ func (a *acquisition) joinUnderWay() error {
 	return a.outlive(missed)
 }
 
-// joinOutage counts a wait, which has lost its session by err, among those that wait for the server.
-func (a *acquisition) joinOutage(err error) *outage {
+// joinOutage counts a wait, which has lost its session by err, among those that wait for the server. It
+// returns why the server was missed, if the wait's Logger is to be told.
+func (a *acquisition) joinOutage(err error) (*outage, error) {
 	m, log := a.m, a.Log
 	m.mu.Lock()
 	o := m.outage
@@ -101,14 +105,12 @@ func (a *acquisition) joinOutage(err error) *outage {
 		})
 	}
 	o.waits++
-	missed := o.missed
-	tell := missed != nil && !o.loggers[log]
-	o.loggers[log] = missed != nil
-	m.mu.Unlock()
-	if tell {
-		tellMissed(log, missed)
+	defer m.mu.Unlock()
+	if o.loggers[log] {
+		return o, nil
 	}
-	return o
+	o.loggers[log] = o.missed != nil
+	return o, o.missed
 }
 
 // leaveOutage uncounts a wait. An outage that nobody waits out is forgotten.

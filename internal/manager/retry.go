@@ -78,6 +78,9 @@ func attemptOn(s *session.Session, attempt func(*session.Session) error) error {
 //     does, such a one is dropped and the next one tried.
 //   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
 func (a *acquisition) again(err error, at stage) error {
+	if errors.Is(err, session.ErrYield) { // the caller goes on, and finds the end of ctx itself
+		return err
+	}
 	if a.ctx.Err() != nil {
 		return a.late(err, at)
 	}
@@ -89,7 +92,7 @@ func (a *acquisition) again(err error, at stage) error {
 	}
 	passes := gone || at == nowhere && (a.waited || a.Lead) && pgsql.MayPass(err)
 	switch {
-	case !passes || errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrYield) || pgsql.PoolClosed(err):
+	case !passes || errors.Is(err, session.ErrRefused) || pgsql.PoolClosed(err):
 		return err
 	case a.waited:
 		return a.outlive(err)

@@ -37,6 +37,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 		select {
 		case t := <-w.Turns:
 			a.missed = time.Time{}
+			a.forgetWait() // it is about to end, or begins anew
 			return t, nil
 		case <-a.ctx.Done():
 			err = context.Cause(a.ctx)
