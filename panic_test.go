@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/keyqueue"
+	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
@@ -196,6 +197,51 @@ func TestADriversPanicAtTheEndOfATransaction(t *testing.T) {
 				})
 				wantError(t, WithLock(t.Context(), dbs[1], key, nothing, Timeout(10*time.Second)))
 				p.clean()
+			})
+		}
+	}
+}
+
+// A driver's panic in Token, which fn recovers from, keeps no release for ever. No bubble: database/sql
+// never lets go of such a connection.
+func TestADriversPanicInToken(t *testing.T) {
+	t.Parallel()
+	for _, direct := range []bool{false, true} {
+		for name, run := range map[string]func(ctx context.Context, db *sql.DB, fn func(context.Context) error) error{
+			"WithLock": func(ctx context.Context, db *sql.DB, fn func(context.Context) error) error {
+				return WithLock(ctx, db, key, fn)
+			},
+			"WithConnLock": func(ctx context.Context, db *sql.DB, fn func(context.Context) error) error {
+				return WithConnLock(ctx, db, key, func(ctx context.Context, _ *sql.Conn) error { return fn(ctx) })
+			},
+			"WithTxLock": func(ctx context.Context, db *sql.DB, fn func(context.Context) error) error {
+				return WithTxLock(ctx, db, key, func(ctx context.Context, _ *sql.Tx) error { return fn(ctx) })
+			},
+		} {
+			t.Run(fmt.Sprintf("%s, direct %v", name, direct), func(t *testing.T) {
+				t.Parallel()
+				_, dbs, srvs := newTable(t, 1)
+				srvs[0].direct = direct
+				answer := srvs[0].script
+				srvs[0].script = func(ctx context.Context, conn int, query string) (int64, error) {
+					if query == pgsql.Token {
+						panic("driver")
+					}
+					return answer(ctx, conn, query)
+				}
+				done := make(chan error, 1)
+				go func() {
+					done <- run(context.Background(), dbs[0], func(ctx context.Context) error {
+						defer func() { _ = recover() }()
+						_, _ = Token(ctx)
+						return nil
+					})
+				}()
+				select {
+				case <-done:
+				case <-time.After(20 * time.Second):
+					t.Errorf("the release has not returned after 20s")
+				}
 			})
 		}
 	}

@@ -45,7 +45,7 @@ func (c *Conn) portionLocked() int {
 	n, locks := 0, 0
 	for _, r := range c.pending {
 		locks += max(1, len(r.Keys))
-		if n > 0 && locks > batchLimit {
+		if n > 0 && (locks > batchLimit || !r.joins() || !c.pending[0].joins()) {
 			break
 		}
 		n++
@@ -57,6 +57,9 @@ func (c *Conn) portionLocked() int {
 	}
 	return n
 }
+
+// joins tells whether r is answered together with others. A Ping then asks for nothing: any answer will do.
+func (r *Request) joins() bool { return r.Op != Look && r.Op != beat }
 
 // gather lets those n who have had an answer, after a round trip of rtt, come with their next
 // request, so that it goes out with the others': otherwise each waits for the other half's trip as
@@ -80,22 +83,10 @@ func (c *Conn) gather(n int, rtt time.Duration) {
 // answerAll answers requests. If it returns an error, the session is lost.
 func (c *Conn) answerAll(reqs []*Request) error {
 	ctx := context.Background()
-	var together, alone []*Request
+	if len(reqs) > 1 && c.batches(ctx) {
+		return c.answerTogether(ctx, reqs)
+	}
 	for _, r := range reqs {
-		if r.Op == Look || r.Op == beat {
-			alone = append(alone, r)
-		} else {
-			together = append(together, r) // a Ping asks for nothing: any answer will do
-		}
-	}
-	if len(together) > 1 && c.batches(ctx) {
-		if err := c.answerTogether(ctx, together); err != nil {
-			return err
-		}
-	} else {
-		alone = append(alone, together...)
-	}
-	for _, r := range alone {
 		if err := c.answer(ctx, r); err != nil {
 			return err
 		}
@@ -306,6 +297,10 @@ func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 		return nil
 	default: // those that it has got with others that it has not
 		rows, err := c.s.Exec(ctx, session.ReleaseBound, pgsql.Unlock(yes, r.Shared))
+		if pgsql.Answered(err) { // pg_cancel_backend, say
+			_, err = c.s.Exec(ctx, session.ReleaseBound, pgsql.UnlockHeld(yes, r.Shared))
+			return err
+		}
 		if err == nil && rows == 0 {
 			err = session.ErrNotHeld
 		}

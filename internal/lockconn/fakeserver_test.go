@@ -137,10 +137,10 @@ func (s stmt) QueryContext(_ context.Context, args []driver.NamedValue) (driver.
 	s.srv.write("batch " + ops + " " + keys)
 	time.Sleep(s.srv.rtt)
 	if s.srv.batch == nil {
-		return &row{strings.Repeat("1", 1+strings.Count(ops, ","))}, nil
+		return &row{answer: strings.Repeat("1", 1+strings.Count(ops, ","))}, nil
 	}
 	answer, err := s.srv.batch(ops, keys)
-	return &row{answer}, err
+	return &row{answer: answer}, err
 }
 
 func (s stmt) Close() error                             { _, err := s.srv.send(context.Background(), "deallocate"); return err }
@@ -148,16 +148,19 @@ func (stmt) NumInput() int                              { return 2 }
 func (stmt) Exec([]driver.Value) (driver.Result, error) { return nil, errors.New("executed") }
 func (stmt) Query([]driver.Value) (driver.Rows, error)  { return nil, errors.New("without a context") }
 
-type row struct{ answer string }
+type row struct {
+	answer string
+	done   bool
+}
 
 func (*row) Columns() []string { return []string{"answer"} }
 func (*row) Close() error      { return nil }
 
 func (r *row) Next(dest []driver.Value) error {
-	if r.answer == "" {
+	if r.done {
 		return io.EOF
 	}
-	dest[0], r.answer = r.answer, ""
+	dest[0], r.done = r.answer, true
 	return nil
 }
 

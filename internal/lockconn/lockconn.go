@@ -243,10 +243,18 @@ func (c *Conn) queueLocked(r *Request) {
 	if r.leavable() {
 		c.pending = append(c.pending, r)
 	} else { // it goes first, within the bounds of a release
-		c.pending = slices.Insert(c.pending, 0, r)
+		c.pending = slices.Insert(c.pending, c.releasesLocked(), r)
 		c.s.Hasten(session.ReleaseBound)
 	}
 	c.serveLocked()
+}
+
+// releasesLocked returns how many of the pending requests, the first ones, are releases.
+func (c *Conn) releasesLocked() int {
+	if i := slices.IndexFunc(c.pending, (*Request).leavable); i >= 0 {
+		return i
+	}
+	return len(c.pending)
 }
 
 // serveLocked has the pending requests served, if nobody does.
@@ -315,8 +323,8 @@ func (c *Conn) serve(reqs []*Request) {
 			if err != nil {
 				r.OK, r.err = false, cmp.Or(r.err, error(LostError{err}))
 			}
-			if r.answered = !r.left; r.left && r.Op == Try && r.OK { // what it got is given back first
-				c.pending = slices.Insert(c.pending, 0, &Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared, done: make(chan struct{})})
+			if r.answered = !r.left; r.left && r.Op == Try && r.OK && !c.closed { // what it got is given back first
+				c.pending = slices.Insert(c.pending, c.releasesLocked(), &Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared, done: make(chan struct{})})
 			}
 		}
 		c.mu.Unlock()

@@ -27,6 +27,7 @@ type Facts struct {
 	noWaits, noChecks atomic.Bool // the server does not know pgsql.Wait, or the setting of pgsql.Settings.Check
 
 	driver  sync.Once
+	of      reflect.Type // of the driver's connections
 	breaker breaker
 	caches  bool // see caches
 }
@@ -34,7 +35,10 @@ type Facts struct {
 // ofDriver returns what is known of the driver. It asks one connection, since all of a pool have the same
 // driver and configuration.
 func (f *Facts) ofDriver(dc any) (breaker, bool) {
-	f.driver.Do(func() { f.breaker, f.caches = findBreaker(reflect.TypeOf(dc)), caches(dc) })
+	f.driver.Do(func() { f.of, f.breaker, f.caches = reflect.TypeOf(dc), findBreaker(reflect.TypeOf(dc)), caches(dc) })
+	if t := reflect.TypeOf(dc); t != f.of { // of a connector that has several drivers
+		return findBreaker(t), caches(dc)
+	}
 	return f.breaker, f.caches
 }
 

@@ -122,13 +122,20 @@ func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Co
 }
 
 // run is Run for one who has the right to send: on this goroutine, if the statement can be broken off.
-func run[T any](ctx context.Context, s *Session, bound time.Duration, length int, f func(context.Context) (T, error)) (T, error) {
+func run[T any](ctx context.Context, s *Session, bound time.Duration, length int, f func(context.Context) (T, error)) (t T, err error) {
+	err = ErrPanicked
+	defer func() {
+		if err == ErrPanicked { // database/sql may never let go of the Conn, so that it cannot be handed back
+			s.guard.end()
+			s.worsen(gone)
+		}
+	}()
 	if s.breaker.breaks == nil || length > s.breaker.longest {
 		return aside(ctx, s, bound, f)
 	}
 	no := s.guard.begin(func(error) { s.breaker.breaks(s.dc) })
 	defer s.guardOver(ctx, no, bound)()
-	t, err := f(context.WithoutCancel(ctx))
+	t, err = f(context.WithoutCancel(ctx))
 	if cause := s.guard.end(); cause != nil {
 		s.worsen(gone) // even if the answer came: the connection is of no use
 		if err != nil {

@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"fmt"
 	"sync"
 	"time"
@@ -120,6 +121,9 @@ func (t *Tx) Commit(ctx context.Context) (err error) {
 			t.s.worsen(doubtful)
 		}
 	}()
+	if t.s.cond.Load() >= gone { // by a panic of Token's in tx, say, for which database/sql would wait for ever
+		return driver.ErrBadConn
+	}
 	defer context.AfterFunc(ctx, t.abort)()
 	return t.s.Do(ctx, 0, func(context.Context) error { return t.tx.Commit() })
 }
