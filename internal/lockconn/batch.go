@@ -37,7 +37,7 @@ func (c *Conn) take() []*Request {
 	defer c.mu.Unlock()
 	n := c.portionLocked()
 	reqs := slices.Clone(c.pending[:n])
-	c.pending = slices.Delete(c.pending, 0, n)
+	c.pending, c.first = slices.Delete(c.pending, 0, n), max(0, c.first-n)
 	return reqs
 }
 
@@ -162,6 +162,7 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 			return err
 		}
 	}
+	c.note(reqs...)
 	return nil
 }
 
@@ -226,14 +227,17 @@ func (c *Conn) answer(ctx context.Context, r *Request) error {
 	case r.Op == Look:
 		r.OK = rows > 0
 		return nil
-	case r.Op == Unlock && rows > 0:
+	}
+	yes := r.Keys[:min(int(rows), len(r.Keys))]
+	if r.Op == Unlock && rows > 0 { // one row for all
+		yes = r.Keys
 		if resets {
 			c.s.WasReset()
 		}
-		return c.accept(ctx, r, r.Keys)
-	default:
-		return c.accept(ctx, r, r.Keys[:min(int(rows), len(r.Keys))])
 	}
+	err = c.accept(ctx, r, yes)
+	c.note(r)
+	return err
 }
 
 // answerBeat answers a heartbeat.
@@ -277,18 +281,19 @@ func (c *Conn) afterError(ctx context.Context, r *Request, err error) error {
 	}
 	c.alive(r.Sent)
 	if r.Op == Unlock { // until then the session has held them, for as long as it lives
-		return c.accept(ctx, r, r.Keys)
+		r.OK = true
+		c.note(r)
+		return nil
 	}
 	r.err = err
 	return nil
 }
 
-// accept notes the answer to r, which is yes for some of its keys.
+// accept takes the answer to r, which is yes for some of its keys. If that is all of them, note is to follow.
 func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 	r.OK = len(yes) == len(r.Keys)
 	switch {
 	case r.OK:
-		c.note(r)
 		return nil
 	case r.Op == Unlock:
 		r.err = session.ErrNotHeld
@@ -308,17 +313,23 @@ func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 	}
 }
 
-// note notes what r has changed, and that the session was alive when it was sent.
-func (c *Conn) note(r *Request) {
+// note notes what those of reqs have changed that are OK, and that the session was alive when they were sent.
+// It takes the mutex once for all: thousands who release at a time may be waiting for that.
+func (c *Conn) note(reqs ...*Request) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.watch.proof = r.Sent
-	for _, k := range r.Keys {
-		switch l := (lock{k.Lock(), r.Shared}); r.Op {
-		case Try:
-			c.locks[l] = k.Name
-		case Unlock:
-			delete(c.locks, l)
+	for _, r := range reqs {
+		if !r.OK {
+			continue
+		}
+		c.watch.proof = r.Sent
+		for _, k := range r.Keys {
+			switch l := (lock{k.Lock(), r.Shared}); r.Op {
+			case Try:
+				c.locks[l] = k.Name
+			case Unlock:
+				delete(c.locks, l)
+			}
 		}
 	}
 }

@@ -33,7 +33,8 @@ type Conn struct {
 	lost    error      // why, if it is lost
 	users   int        // those between Use and Leave
 	serving bool
-	pending []*Request // wait to be served
+	pending []*Request // wait to be served: first the releases
+	first   int        // how many of pending are releases
 	locks   map[lock]string
 	holders map[*Holder]struct{}
 	watch   watch
@@ -140,7 +141,7 @@ func (c *Conn) lose(cause error) {
 	c.closed, c.lost = true, cause
 	c.watch.alarm.Stop()
 	holders, pending := c.holders, c.pending
-	c.holders, c.pending = nil, nil
+	c.holders, c.pending, c.first = nil, nil, 0
 	c.mu.Unlock()
 	for h := range holders {
 		h.lose(cause)
@@ -243,18 +244,16 @@ func (c *Conn) queueLocked(r *Request) {
 	if r.leavable() {
 		c.pending = append(c.pending, r)
 	} else { // it goes first, within the bounds of a release
-		c.pending = slices.Insert(c.pending, c.releasesLocked(), r)
+		c.goesFirstLocked(r)
 		c.s.Hasten(session.ReleaseBound)
 	}
 	c.serveLocked()
 }
 
-// releasesLocked returns how many of the pending requests, the first ones, are releases.
-func (c *Conn) releasesLocked() int {
-	if i := slices.IndexFunc(c.pending, (*Request).leavable); i >= 0 {
-		return i
-	}
-	return len(c.pending)
+// goesFirstLocked puts a release behind the releases that are pending, and before all others.
+func (c *Conn) goesFirstLocked(r *Request) {
+	c.pending = slices.Insert(c.pending, c.first, r)
+	c.first++
 }
 
 // serveLocked has the pending requests served, if nobody does.
@@ -324,7 +323,7 @@ func (c *Conn) serve(reqs []*Request) {
 				r.OK, r.err = false, cmp.Or(r.err, error(LostError{err}))
 			}
 			if r.answered = !r.left; r.left && r.Op == Try && r.OK && !c.closed { // what it got is given back first
-				c.pending = slices.Insert(c.pending, c.releasesLocked(), &Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared, done: make(chan struct{})})
+				c.goesFirstLocked(&Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared, done: make(chan struct{})})
 			}
 		}
 		c.mu.Unlock()
