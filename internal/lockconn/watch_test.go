@@ -148,6 +148,69 @@ func TestEveryAnswerIsAProof(t *testing.T) {
 	}
 }
 
+// A proof is as old as the statement that was answered, and not as its answer: the server may have ended
+// the session meanwhile. So a slow answer puts off no loss.
+func TestAProofIsAsOldAsItsStatement(t *testing.T) {
+	t.Parallel()
+	const slow, silence = 900 * time.Millisecond, 3 * time.Second // of which two thirds count
+	silent := func(ctx context.Context, _ int, _ string) (int64, error) { <-ctx.Done(); return 0, ctx.Err() }
+	asked := func(t *testing.T) *fixture {
+		f := newConn(t, 0)
+		f.must(t, lockconn.Try, id(1)...)
+		f.srv.rtt = slow
+		return f
+	}
+	batches := func(t *testing.T) *fixture {
+		f := prepared(t)
+		f.srv.rtt = slow / 2
+		return f
+	}
+	refused := func(ops, _ string) (string, error) { return strings.Repeat("0", 1+strings.Count(ops, ",")), nil }
+	together := func(t *testing.T, f *fixture) { f.together(t, lockconn.Try, 1, 2) } // behind a Ping
+	for _, test := range []struct {
+		name   string
+		conn   func(*testing.T) *fixture // that holds a lock
+		answer func(ctx context.Context, query string) (int64, error)
+		batch  func(ops, keys string) (string, error)
+		ask    func(*testing.T, *fixture)
+		sent   time.Duration // when the last proof went out, since the lock is watched
+	}{
+		{"a heartbeat", asked, beats(func(ctx context.Context, no int, query string) (int64, error) {
+			if no > 1 {
+				return silent(ctx, no, query)
+			}
+			return 1, nil
+		}), nil, nil, time.Second},
+		{"a grant after a wait", func(t *testing.T) *fixture { return newConnOn(t, &server{rtt: slow}, silence) }, beats(silent), nil, nil, -slow},
+		{"a request", asked, beats(silent), nil, func(t *testing.T, f *fixture) { f.must(t, lockconn.Try, id(2)...) }, 0},
+		{"a request that is refused", asked, func(ctx context.Context, query string) (int64, error) {
+			if isBeat(query) {
+				return silent(ctx, 1, query)
+			}
+			return 0, nil
+		}, nil, func(t *testing.T, f *fixture) {
+			_, err := f.ask(t.Context(), lockconn.Try, id(2)...)
+			wantError(t, err, nil)
+		}, 0},
+		{"a batch", batches, beats(silent), nil, together, slow / 2},
+		{"a batch that is refused", batches, beats(silent), refused, together, slow / 2},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := test.conn(t)
+				f.srv.answer, f.srv.batch = test.answer, test.batch
+				start := time.Now()
+				_, tells := f.hold(t, time.Second, silence)
+				if test.ask != nil {
+					test.ask(t, f)
+				}
+				<-tells
+				wantTook(t, start, test.sent+2*time.Second)
+			})
+		})
+	}
+}
+
 // A process that was frozen for so long that the server may have let go of its locks knows that by
 // its clock alone. It sends no heartbeat, which might come back well.
 func TestAProcessThatWasFrozenHasLostItsLock(t *testing.T) {
