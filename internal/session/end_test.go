@@ -41,6 +41,39 @@ func TestHandBackSendsNothing(t *testing.T) {
 	})
 }
 
+// A session whose state is in doubt does not go back to the pool: HandBack closes its connection.
+func TestHandBackClosesWhatIsInDoubt(t *testing.T) {
+	t.Parallel()
+	exec := func(s *session.Session) { _, _ = s.Exec(context.Background(), time.Second, "mine") }
+	for _, test := range []struct {
+		name   string
+		direct bool
+		answer func(context.Context, string) (int64, error)
+		before func(*session.Session)
+		sent   []string
+	}{
+		{"gone", false, gives(0, died), exec, []string{"mine"}},
+		{"not answered", false, hangs, exec, []string{"mine"}},
+		{"broken off in the moment of the answer", true, after(1001 * time.Millisecond), exec, []string{"mine"}},
+		{"broken off", false, nil, func(s *session.Session) { s.Interrupt(died) }, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				pool, srv := newPool(t)
+				srv.direct, srv.answer = test.direct, test.answer
+				s := open(t, pool, session.ForLocks)
+				var ends atomic.Int32
+				s.OnEnd = func() { ends.Add(1) }
+				test.before(s)
+				s.HandBack()
+				time.Sleep(time.Minute) // until the driver has returned
+				srv.want(t, append(test.sent, "close")...)
+				wantEnded(t, pool, &ends, false)
+			})
+		})
+	}
+}
+
 // Discard frees the locks, and undoes the settings, before it closes the connection: what a driver's
 // Close does is not certain. It does not if the session is gone, and waits only a moment.
 func TestDiscardFreesTheLocksAndClosesTheConnection(t *testing.T) {
