@@ -267,6 +267,28 @@ func TestALossTellsTheHoldersFirst(t *testing.T) {
 	})
 }
 
+// A loss breaks off the statement that is under way: its caller is told at once, and the connection is closed
+// at once, which frees the locks.
+func TestALossBreaksOffTheStatementUnderWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		start := time.Now()
+		f.must(t, lockconn.Try, id(1)...)
+		f.srv.answer = func(ctx context.Context, _ string) (int64, error) { <-ctx.Done(); return 0, ctx.Err() }
+		_, tells := f.hold(t, time.Second, time.Minute)
+		if _, err := f.ask(t.Context(), lockconn.Try, id(2)...); !pgsql.IsNoAnswer(err) {
+			t.Errorf("error: %v", err)
+		}
+		wantTook(t, start, 2*time.Second)
+		if loss := <-tells; loss.at.Sub(start) != 2*time.Second {
+			t.Errorf("lost after %v", loss.at.Sub(start))
+		}
+		synctest.Wait()
+		f.srv.want(t, try(1), try(2), "close")
+	})
+}
+
 // A holder that begins after a loss is told at once, unless it has been taken.
 func TestAHolderThatBeginsAfterALoss(t *testing.T) {
 	t.Parallel()
