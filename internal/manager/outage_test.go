@@ -3,6 +3,7 @@ package manager_test
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"errors"
 	"io"
 	"log/slog"
@@ -20,6 +21,7 @@ var errDown = errors.New("connection refused")
 // An outage is a server that goes away while five of a process wait for locks that another has.
 type outage struct {
 	*server
+	db             *sql.DB
 	down, back     atomic.Bool
 	dials, atOnce  atomic.Int32
 	waits          sync.WaitGroup
@@ -32,7 +34,7 @@ type outage struct {
 func goDown(t *testing.T) *outage {
 	db, srv := newDB(t)
 	db.SetMaxIdleConns(0)
-	o := &outage{server: srv}
+	o := &outage{server: srv, db: db}
 	srv.dial = func() error {
 		if !o.down.Load() {
 			return nil
@@ -68,7 +70,9 @@ func goDown(t *testing.T) *outage {
 			r.Log = log
 			locks, err := acquire(ctx, db, r)
 			if err != nil {
-				wantError(t, err, context.Canceled)
+				if !errors.Is(err, errDown) {
+					wantError(t, err, context.Canceled)
+				}
 				o.ended.Add(1)
 				return
 			}
@@ -106,6 +110,38 @@ func TestWaitsGoThroughAnOutageTogether(t *testing.T) {
 		if strings.Count(log, "cannot be reached") != 1 || strings.Count(log, "the server is back") != 1 || strings.Count(log, "\n") != 2 {
 			t.Errorf("log: %s", log)
 		}
+	})
+}
+
+// A Lead that comes during an outage joins those that wait for the server, and does not try to reach it by
+// itself.
+func TestLeadJoinsAnOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := goDown(t)
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		before := o.dials.Load()
+		o.waits.Go(func() {
+			r := request(key(6))
+			r.Lead = true
+			locks, err := acquire(t.Context(), o.db, r)
+			wantError(t, err, nil)
+			if err == nil {
+				wantError(t, locks.Release(), nil)
+			}
+		})
+		synctest.Wait()
+		if n := o.dials.Load() - before; n != 0 {
+			t.Errorf("tried %d times by itself", n)
+		}
+		time.Sleep(time.Minute) // the others give up, and Lead does not
+		if n := o.ended.Load() + o.granted.Load(); n != 5 {
+			t.Errorf("%d have ended", n)
+		}
+		o.back.Store(true)
+		o.down.Store(false)
+		o.waits.Wait()
 	})
 }
 
