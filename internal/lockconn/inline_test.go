@@ -2,12 +2,15 @@ package lockconn_test
 
 import (
 	"context"
+	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 
 	"github.com/pgadvisory/advisory/internal/lockconn"
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
 // A release has been answered when it returns, also of several that begin in one moment.
@@ -71,6 +74,64 @@ func TestAForgottenStatementIsSentAsItStands(t *testing.T) {
 				"SELECT WHERE pg_catalog.pg_advisory_unlock($1)",
 				"SELECT WHERE pg_catalog.pg_advisory_unlock(7)")
 			f.Leave()
+		})
+	}
+}
+
+// The server's own error to a request is no loss where the session holds others' locks: what the request may
+// have got, or still has, is unlocked. Where it holds none, it ends with the error.
+func TestTheServersErrorToOneRequest(t *testing.T) {
+	t.Parallel()
+	const full = serverError("53200")
+	held := pgsql.UnlockHeld(id(2), false)
+	for _, test := range []struct {
+		name   string
+		op     lockconn.Op
+		others bool
+		ok     bool
+		err    error
+		sent   []string // after the statement of the request
+	}{
+		{"try", lockconn.Try, true, false, full, []string{held}},
+		{"unlock", lockconn.Unlock, true, true, nil, []string{held}},
+		{"look", lockconn.Look, true, false, full, nil},
+		{"ping", lockconn.Ping, true, true, nil, nil},
+		{"try, alone", lockconn.Try, false, false, full, []string{pgsql.UnlockAll, "close"}},
+		{"unlock, alone", lockconn.Unlock, false, false, full, []string{pgsql.UnlockAll, "close"}},
+		{"ping, alone", lockconn.Ping, false, true, nil, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newConn(t, 0)
+				if test.others {
+					f.must(t, lockconn.Try, id(1)...)
+				}
+				if test.op == lockconn.Unlock {
+					f.must(t, lockconn.Try, id(2)...)
+				}
+				f.srv.clear()
+				f.srv.answer = func(_ context.Context, query string) (int64, error) {
+					if query == held || query == pgsql.UnlockAll {
+						return 1, nil
+					}
+					return 0, full
+				}
+				ok, err := f.ask(t.Context(), test.op, id(2)...)
+				if ok != test.ok || !errors.Is(err, test.err) {
+					t.Errorf("%t, %v", ok, err)
+				}
+				synctest.Wait()
+				if lines := f.srv.lines(); !slices.Equal(lines[1:], test.sent) {
+					t.Errorf("log: %q", lines)
+				}
+				lost := f.Lost()
+				if want := slices.Contains(test.sent, "close"); want != (lost != nil) {
+					t.Errorf("lost: %v", lost)
+				}
+				if lost == nil {
+					f.s.Discard()
+				}
+			})
 		})
 	}
 }
