@@ -144,6 +144,9 @@ func openMarked(ctx context.Context, pool session.Pool, cfg *config) (*session.S
 
 // step sends a statement, and returns an error if its answer does not have as many rows as wanted.
 func step(ctx context.Context, s *session.Session, query string, want int64, otherwise string) error {
+	if err := session.Ended(ctx); err != nil {
+		return err
+	}
 	rows, err := s.Exec(ctx, session.AnswerBound, query)
 	switch {
 	case err != nil:

@@ -318,3 +318,26 @@ func TestCheckOfNothing(t *testing.T) {
 	wantError(t, Check(noCtx, db), "advisory: check: nil ctx")
 	srv.want(t)
 }
+
+// Once ctx has ended, Check asks for nothing more, and its error is ctx's.
+func TestCheckAsksNothingAfterTheEndOfCtx(t *testing.T) {
+	t.Parallel()
+	for step := 1; step <= 16; step++ {
+		bubble(t, fmt.Sprint("step ", step), func(t *testing.T) {
+			db, srv := newServer(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			good := locks(nil)
+			asked := 0
+			srv.script = func(c context.Context, conn int, query string) (int64, error) {
+				if ctx.Err() != nil && query != freeQuery {
+					t.Errorf("asked: %s", query)
+				}
+				if asked++; asked == step {
+					defer cancel()
+				}
+				return good(c, conn, query)
+			}
+			wantError(t, Check(ctx, db), context.Canceled)
+		})
+	}
+}
