@@ -58,7 +58,7 @@ func (c *Conn) portionLocked() int {
 	return n
 }
 
-// joins tells whether r is answered together with others. A Ping then asks for nothing: any answer will do.
+// joins tells whether r is answered together with others.
 func (r *Request) joins() bool { return r.Op != Look && r.Op != beat }
 
 // gather lets those n who have had an answer, after a round trip of rtt, come with their next
@@ -83,13 +83,23 @@ func (c *Conn) gather(n int, rtt time.Duration) {
 // answerAll answers requests. If it returns an error, the session is lost.
 func (c *Conn) answerAll(reqs []*Request) error {
 	ctx := context.Background()
-	if len(reqs) > 1 && c.batches(ctx) {
-		return c.answerTogether(ctx, reqs)
+	asks := slices.DeleteFunc(slices.Clone(reqs), func(r *Request) bool { return r.Op == Ping })
+	if len(asks) == 0 {
+		asks = reqs[:1]
 	}
-	for _, r := range reqs {
-		if err := c.answer(ctx, r); err != nil {
+	if len(asks) > 1 && c.batches(ctx) {
+		if err := c.answerTogether(ctx, asks); err != nil {
 			return err
 		}
+	} else {
+		for _, r := range asks {
+			if err := c.answer(ctx, r); err != nil {
+				return err
+			}
+		}
+	}
+	for _, r := range reqs {
+		r.OK = r.OK || r.Op == Ping // any answer will do for that
 	}
 	return nil
 }

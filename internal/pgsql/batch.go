@@ -1,9 +1,6 @@
 package pgsql
 
-import (
-	"strconv"
-	"strings"
-)
+import "strconv"
 
 // An Op is what a Batch does to a key.
 type Op uint8
@@ -51,7 +48,7 @@ func (a *BatchArgs) Add(op Op, keys []Key, shared bool) {
 	}
 }
 
-// Args returns the two arrays.
+// Args returns the two arrays, of one element at least.
 func (a *BatchArgs) Args() (ops, keys string) {
-	return "{" + strings.TrimPrefix(string(a.ops), ",") + "}", "{" + strings.TrimPrefix(string(a.keys), ",") + "}"
+	return "{" + string(a.ops[1:]) + "}", "{" + string(a.keys[1:]) + "}"
 }
