@@ -177,7 +177,7 @@ type Request struct {
 
 	panicked any // by the driver
 
-	done chan struct{} // closed with the answer; nil: nobody waits on it
+	done chan struct{} // closed with the answer; nil: it is answered where it is asked for
 
 	// Guarded by Conn.mu.
 	left     bool // its caller has left
