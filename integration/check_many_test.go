@@ -17,7 +17,7 @@ import (
 
 func TestTwoChecksOfAPoolOfTwo(t *testing.T) {
 	t.Parallel()
-	const rounds, limit = 5, 5 * time.Second
+	const rounds, limit = 5, 30 * time.Second // those who waited for each other would do so for ever
 	bothDrivers(t, func(t *testing.T, d driver) {
 		for range rounds {
 			db := d.open(t, server.DSN())
@@ -116,11 +116,16 @@ func TestCheckSendsFewStatements(t *testing.T) {
 				w := newWire(t)
 				db := d.open(t, w.dsn)
 				db.SetMaxOpenConns(limit)
-				if err := advisory.Check(t.Context(), db); err != nil {
-					t.Fatal(err)
+				var sent []string
+				// It begins anew where a connection takes a second to be made.
+				for began := time.Now().Add(-time.Hour); time.Since(began) > time.Second; {
+					began = time.Now()
+					if err := advisory.Check(t.Context(), db); err != nil {
+						t.Fatal(err)
+					}
+					sent = w.take()
+					t.Logf("%d statements in %v", len(sent), time.Since(began).Round(time.Millisecond))
 				}
-				sent := w.take()
-				t.Logf("%d statements", len(sent))
 				if len(sent) > most {
 					t.Errorf("Check sends %d statements, want %d at most:\n%s", len(sent), most, strings.Join(sent, "\n"))
 				}

@@ -42,16 +42,19 @@ func (c *Conn) take() []*Request {
 }
 
 func (c *Conn) portionLocked() int {
-	n, locks := 0, 0
+	n, locks, asks := 0, 0, 0
 	for _, r := range c.pending {
 		locks += max(1, len(r.Keys))
 		if n > 0 && (locks > batchLimit || !r.joins() || !c.pending[0].joins()) {
 			break
 		}
 		n++
+		if r.Op != Ping { // any answer will do for that
+			asks++
+		}
 	}
-	if n > 1 && c.stmt == nil {
-		if c.waited += n - 1; c.unknown || c.waited < prepareAfter {
+	if asks > 1 && c.stmt == nil {
+		if c.waited += asks - 1; c.unknown || c.waited < prepareAfter {
 			return 1
 		}
 	}
