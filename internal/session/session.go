@@ -184,7 +184,6 @@ func (s *Session) End(clean func() bool) {
 }
 
 func (s *Session) end() {
-	s.guard.stop()
 	if s.OnEnd != nil {
 		s.OnEnd()
 	}
