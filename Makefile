@@ -74,5 +74,7 @@ vuln: ## known vulnerabilities in what is called; without a network, a line that
 fmt:
 	gofmt -w .
 
-tidy:
+tidy: ## go mod tidy, which knows nothing of the command's go.work
+	cd cmd/advisory && $(GO) mod edit -replace github.com/pgadvisory/advisory=../..
 	for m in $(MODULES); do (cd $$m && $(GO) mod tidy) || exit 1; done
+	cd cmd/advisory && $(GO) mod edit -dropreplace github.com/pgadvisory/advisory
