@@ -133,7 +133,7 @@ func acquireError(ctx context.Context, keys []Key, cfg *config, err error) error
 		e.msg, e.errs = deadlock.Error(), []error{ErrDeadlock, deadlock}
 	case errors.Is(err, session.ErrDeadlock):
 		e.msg, e.errs = err.Error(), []error{ErrDeadlock}
-	case errors.Is(err, session.ErrHeld):
+	case errors.Is(err, session.ErrReentrant):
 		e.msg, e.errs = err.Error(), []error{ErrReentrant}
 	case pgsql.State(err) == pgsql.DeadlockDetected:
 		e.msg, e.errs = pgsql.Explain(err), []error{ErrDeadlock, err}

@@ -60,7 +60,7 @@ func (m *marked) askToken(ctx context.Context) (int64, error) {
 	if m.tx != nil {
 		ask = m.tx.QueryRowContext
 	}
-	text, err := session.Run(context.WithoutCancel(ctx), m.on, session.AnswerBound, len(pgsql.Token), func(ctx context.Context) (text string, err error) {
+	text, err := session.Run(context.WithoutCancel(ctx), &m.on.Sender, session.AnswerBound, len(pgsql.Token), func(ctx context.Context) (text string, err error) {
 		if m.ended.Load() { // by a release before this question's turn on the session
 			return "", errHoldEnded
 		}

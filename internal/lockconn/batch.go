@@ -112,7 +112,7 @@ func (c *Conn) batches(ctx context.Context) bool {
 	if c.stmt != nil || c.unknown {
 		return c.stmt != nil
 	}
-	stmt, err := session.Run(ctx, c.s, session.AnswerBound, len(pgsql.Batch), func(ctx context.Context) (*sql.Stmt, error) {
+	stmt, err := session.Run(ctx, &c.s.Sender, session.AnswerBound, len(pgsql.Batch), func(ctx context.Context) (*sql.Stmt, error) {
 		return c.s.Conn().PrepareContext(ctx, pgsql.Batch)
 	})
 	c.stmt = stmt
@@ -151,7 +151,7 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 		bound = session.ReleaseBound
 	}
 	sent := time.Now()
-	answer, err := session.Run(ctx, c.s, bound, len(ops)+len(keys), func(ctx context.Context) (answer string, err error) {
+	answer, err := session.Run(ctx, &c.s.Sender, bound, len(ops)+len(keys), func(ctx context.Context) (answer string, err error) {
 		err = c.stmt.QueryRowContext(ctx, ops, keys).Scan(&answer)
 		return answer, err
 	})

@@ -25,7 +25,7 @@ var ErrDeadlock = error(verdict{msg: "the holder of the lock waits for this tran
 // INDEX CONCURRENTLY that has met the transaction while it waited would wait for all of it. waiting is
 // called when a try is refused, and may end ctx.
 func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, waiting func()) error {
-	c := callersTx{s: &Session{sending: make(chan struct{}, 1)}, tx: tx}
+	c := callersTx{tx: tx, sender: newSender()}
 	lookAt := time.Now().Add(deadlockPause)
 	suspect := false
 	for pause := PauseMin; ; pause = min(2*pause, txPauseMax) {
@@ -65,12 +65,12 @@ func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, w
 
 // A callersTx sends statements in a transaction of the caller's.
 type callersTx struct {
-	s  *Session // bounds them; it has no connection
-	tx *sql.Tx
+	tx     *sql.Tx
+	sender Sender
 }
 
-func (c callersTx) exec(ctx context.Context, query string) (rows int64, err error) {
-	return Run(ctx, c.s, AnswerBound, 0, func(ctx context.Context) (int64, error) {
+func (c *callersTx) exec(ctx context.Context, query string) (rows int64, err error) {
+	return Run(ctx, &c.sender, AnswerBound, 0, func(ctx context.Context) (int64, error) {
 		return rowsAffected(c.tx.ExecContext(ctx, query))
 	})
 }
@@ -78,7 +78,7 @@ func (c callersTx) exec(ctx context.Context, query string) (rows int64, err erro
 // deadlocked tells whether a holder of the lock waits for this transaction. It asks under a
 // savepoint: a question that fails must not cost the transaction. The error is that of a
 // transaction that may be lost all the same.
-func (c callersTx) deadlocked(ctx context.Context, k pgsql.Key) (bool, error) {
+func (c *callersTx) deadlocked(ctx context.Context, k pgsql.Key) (bool, error) {
 	if _, err := c.exec(ctx, pgsql.Savepoint); err != nil {
 		return false, err
 	}

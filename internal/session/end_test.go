@@ -265,7 +265,7 @@ func TestTheCallersConnectionIsLeftAlone(t *testing.T) {
 		{"refused", acquire, 0, nil, []string{tryCalled}, session.ErrRefused},
 		{"in a transaction", acquire, pgsql.CalledInTx, nil, []string{tryCalled}, session.ErrInTransaction},
 		{"in a failed transaction", acquire, 0, serverError("25P02"), []string{tryCalled}, session.ErrInTransaction},
-		{"held already", acquire, pgsql.CalledHeld, nil, []string{tryCalled}, session.ErrHeld},
+		{"held already", acquire, pgsql.CalledHeld, nil, []string{tryCalled}, session.ErrReentrant},
 		{"the server's error", acquire, 0, serverError("53200"), []string{tryCalled, pgsql.UnlockAll, "close"}, serverError("53200")},
 		{"gone", acquire, 0, died, []string{tryCalled, "close"}, died},
 		{"released", release, 1, nil, []string{held}, nil},
@@ -281,7 +281,6 @@ func TestTheCallersConnectionIsLeftAlone(t *testing.T) {
 				s := session.OnConn(conn, slog.New(slog.DiscardHandler), false)
 				srv.answer = first(gives(test.rows, test.err))
 				wantError(t, test.does(t.Context(), s), test.want)
-				s.HandBack() // of what is not the pool's yet
 				srv.want(t, test.sent...)
 				_, err = conn.ExecContext(t.Context(), "the caller's")
 				if closed := test.sent[len(test.sent)-1] == "close"; errors.Is(err, sql.ErrConnDone) != closed {

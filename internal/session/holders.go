@@ -115,7 +115,7 @@ func (p Pool) heldBy(k pgsql.Key) string {
 	}
 	var holders []Holder
 	s.End(func() bool {
-		holders, err = Run(context.Background(), s, AnswerBound, 0, func(ctx context.Context) ([]Holder, error) { return Holders(ctx, s.conn, k) })
+		holders, err = Run(context.Background(), &s.Sender, AnswerBound, 0, func(ctx context.Context) ([]Holder, error) { return Holders(ctx, s.conn, k) })
 		return err == nil || pgsql.Answered(err)
 	})
 	if err != nil || len(holders) == 0 || !holders[0].Granted {
@@ -134,7 +134,7 @@ type Statement struct {
 // Waits returns the statements that wait for locks in the session's database. It returns at most Grace
 // and abandonAfter past the end of ctx.
 func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
-	all, err := Run(ctx, s, AnswerBound, len(pgsql.Waits), func(ctx context.Context) (all []Statement, err error) {
+	all, err := Run(ctx, &s.Sender, AnswerBound, len(pgsql.Waits), func(ctx context.Context) (all []Statement, err error) {
 		rawErr := raw(s.conn, func(dc any) error {
 			all, err = waitsOn(ctx, unwrap(dc))
 			return nil

@@ -73,7 +73,7 @@ func (p Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, er
 	if err != nil {
 		return nil, err
 	}
-	return newSession(conn, p, log, use), nil
+	return borrowed(conn, p, log, use), nil
 }
 
 // conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection,

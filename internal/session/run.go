@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql/driver"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -40,7 +41,20 @@ const (
 	abandoned                  // the driver has not returned from a statement: nothing more is sent
 )
 
-func (s *Session) worsen(to condition) {
+// A Sender sends statements over one connection: one at a time, from any goroutine, and each of them
+// bounded. It knows nothing of what they are.
+type Sender struct {
+	sending chan struct{} // filled by who may send: a channel, because a wait for it ends with a context
+	cond    atomic.Int32  // a condition
+	guard   guard
+	breaker breaker       // of the driver's connection dc; zero: statements go out on goroutines of their own
+	dc      any           // the driver's connection
+	grace   time.Duration // how long past the end of ctx a statement may go unanswered
+}
+
+func newSender() Sender { return Sender{sending: make(chan struct{}, 1), grace: Grace} }
+
+func (s *Sender) worsen(to condition) {
 	for {
 		is := s.cond.Load()
 		if is >= to || s.cond.CompareAndSwap(is, to) {
@@ -56,7 +70,7 @@ func (abandonedError) Error() string        { return "the driver has not returne
 func (abandonedError) Is(target error) bool { return target == driver.ErrBadConn }
 
 // take waits for the right to send a statement, until give.
-func (s *Session) take(ctx context.Context, bound time.Duration) error {
+func (s *Sender) take(ctx context.Context, bound time.Duration) error {
 	select {
 	case s.sending <- struct{}{}:
 		return s.usable()
@@ -79,7 +93,7 @@ func (s *Session) take(ctx context.Context, bound time.Duration) error {
 }
 
 // usable gives the right to send back if the statement before was abandoned.
-func (s *Session) usable() error {
+func (s *Sender) usable() error {
 	if s.cond.Load() == abandoned {
 		<-s.sending
 		return abandonedError{}
@@ -88,7 +102,7 @@ func (s *Session) usable() error {
 }
 
 // give gives back the right to send. That of an abandoned statement comes back when the driver returns.
-func (s *Session) give() {
+func (s *Sender) give() {
 	if s.cond.Load() != abandoned {
 		<-s.sending
 	}
@@ -98,16 +112,16 @@ func (s *Session) give() {
 // the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
 // After an error that is not the server's, the session can only be given up.
 func (s *Session) Exec(ctx context.Context, bound time.Duration, query string, args ...int64) (rows int64, err error) {
-	return Run(ctx, s, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, direct, query, args) })
+	return Run(ctx, &s.Sender, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, direct, query, args) })
 }
 
 // ExecQuiet is Exec past the wrappers that trace statements: nobody has asked for this one.
 func (s *Session) ExecQuiet(ctx context.Context, bound time.Duration, query string) (rows int64, err error) {
-	return Run(ctx, s, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, unwrap, query, nil) })
+	return Run(ctx, &s.Sender, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, unwrap, query, nil) })
 }
 
 // Run runs f, which sends one statement of length bytes, when nobody else sends. It is bounded like Exec.
-func Run[T any](ctx context.Context, s *Session, bound time.Duration, length int, f func(context.Context) (T, error)) (t T, err error) {
+func Run[T any](ctx context.Context, s *Sender, bound time.Duration, length int, f func(context.Context) (T, error)) (t T, err error) {
 	if err := s.take(ctx, bound); err != nil {
 		return t, err
 	}
@@ -117,12 +131,12 @@ func Run[T any](ctx context.Context, s *Session, bound time.Duration, length int
 
 // Do is Run for an f without a result.
 func (s *Session) Do(ctx context.Context, bound time.Duration, f func(context.Context) error) error {
-	_, err := Run(ctx, s, bound, 0, func(ctx context.Context) (struct{}, error) { return struct{}{}, f(ctx) })
+	_, err := Run(ctx, &s.Sender, bound, 0, func(ctx context.Context) (struct{}, error) { return struct{}{}, f(ctx) })
 	return err
 }
 
 // run is Run for one who has the right to send: on this goroutine, if the statement can be broken off.
-func run[T any](ctx context.Context, s *Session, bound time.Duration, length int, f func(context.Context) (T, error)) (t T, err error) {
+func run[T any](ctx context.Context, s *Sender, bound time.Duration, length int, f func(context.Context) (T, error)) (t T, err error) {
 	err = ErrPanicked
 	defer func() {
 		if err == ErrPanicked { // database/sql may never let go of the Conn, so that it cannot be handed back
@@ -147,7 +161,7 @@ func run[T any](ctx context.Context, s *Session, bound time.Duration, length int
 
 // aside runs f on a goroutine of its own, whose context is ended to break the statement off. If f
 // does not return even then, the session is abandoned.
-func aside[T any](ctx context.Context, s *Session, bound time.Duration, f func(context.Context) (T, error)) (t T, err error) {
+func aside[T any](ctx context.Context, s *Sender, bound time.Duration, f func(context.Context) (T, error)) (t T, err error) {
 	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
 	no := s.guard.begin(cancel)
@@ -182,7 +196,7 @@ func aside[T any](ctx context.Context, s *Session, bound time.Duration, f func(c
 }
 
 // guardOver bounds statement no, more narrowly once ctx ends. end stops it from waiting for that.
-func (s *Session) guardOver(ctx context.Context, no uint64, bound time.Duration) (end func() bool) {
+func (s *Sender) guardOver(ctx context.Context, no uint64, bound time.Duration) (end func() bool) {
 	if bound > 0 {
 		s.guard.bound(no, bound, nil)
 	}
@@ -190,19 +204,16 @@ func (s *Session) guardOver(ctx context.Context, no uint64, bound time.Duration)
 		return func() bool { return true }
 	}
 	return context.AfterFunc(ctx, func() {
-		grace, why := Grace, context.Cause(ctx)
-		if s.use == Callers { // whose waits are not left
-			grace += sliceMin
-		}
+		why := context.Cause(ctx)
 		if timedOut(ctx) {
 			why = nil
 		}
-		s.guard.bound(no, grace, why)
+		s.guard.bound(no, s.grace, why)
 	})
 }
 
 // noted notes an error that says that the session has ended.
-func (s *Session) noted(err error) error {
+func (s *Sender) noted(err error) error {
 	if err != nil && pgsql.Gone(err) {
 		s.worsen(gone)
 	}
@@ -210,10 +221,10 @@ func (s *Session) noted(err error) error {
 }
 
 // Hasten leaves no more than d to the statement under way.
-func (s *Session) Hasten(d time.Duration) { s.guard.bound(0, d, nil) }
+func (s *Sender) Hasten(d time.Duration) { s.guard.bound(0, d, nil) }
 
 // Interrupt breaks off the statement under way: the session is lost.
-func (s *Session) Interrupt(cause error) {
+func (s *Sender) Interrupt(cause error) {
 	s.worsen(gone)
 	s.guard.bound(0, 0, cause)
 }
@@ -267,7 +278,7 @@ func (o outcome[T]) result() (T, error) {
 // the answer, and nobody else sends: to break it off would cost the connection. On a connection of
 // the caller's, it is ExecQuiet.
 func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query string) (int64, error) {
-	if ctx.Done() == nil || s.use == Callers {
+	if ctx.Done() == nil || s.callers() {
 		return s.ExecQuiet(ctx, bound, query)
 	}
 	if err := s.take(ctx, bound); err != nil {
@@ -281,7 +292,7 @@ func (s *Session) execLeavable(ctx context.Context, bound time.Duration, query s
 	done := spawn(func() (int64, error) {
 		defer s.give()
 		defer stop()
-		return run(inner, s, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, unwrap, query, nil) })
+		return run(inner, &s.Sender, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, unwrap, query, nil) })
 	})
 	select {
 	case o := <-done:

@@ -17,25 +17,24 @@ import (
 	"reflect"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
-// A Use is what a session is for.
+// A Use is what a borrowed session is for.
 type Use uint8
 
 const (
 	ForLocks Use = iota // it holds locks, and nobody else sends statements
 	ForConn             // fn uses the connection: WithConnLock
 	ForTx               // fn uses a transaction on it: WithTxLock
-	Callers             // it is a connection of the caller's: AcquireConn
 )
 
 // A Session is one connection, and the locks on it. Exec, Run and Do are safe to call from several
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 type Session struct {
+	Sender
 	Shared bool // the lock is shared
 
 	// Comment returns the comment that begins a statement that waits; nil: it has the key. Waiting is
@@ -43,18 +42,13 @@ type Session struct {
 	Comment func() string
 	Waiting func()
 
-	Yield   func() bool // tells whether a wait yields to others; nil: it does not
-	OnEnd   func()      // is told when a borrowed connection has been handed back or closed
-	conn    *sql.Conn   // the connection
-	dc      any         // the driver's
-	pool    Pool        // without a DB if the connection is the caller's
-	use     Use
-	log     *slog.Logger
-	sending chan struct{} // filled by who may send: a channel, because a wait for it ends with a context
-	cond    atomic.Int32  // a condition
-	guard   guard
-	breaker breaker
-	caches  bool // the driver keeps statements that have arguments prepared
+	Yield  func() bool // tells whether a wait yields to others; nil: it does not
+	OnEnd  func()      // is told when a borrowed connection has been handed back or closed
+	conn   *sql.Conn
+	pool   Pool // without a DB if the connection is the caller's
+	use    Use
+	log    *slog.Logger
+	caches bool // the driver keeps statements that have arguments prepared
 
 	settingsMu sync.Mutex // guards settings and made on a lock connection, which has several users
 	settings   pgsql.Settings
@@ -72,29 +66,34 @@ type Session struct {
 
 // OnConn returns the session of a connection of the caller's.
 func OnConn(conn *sql.Conn, log *slog.Logger, shared bool) *Session {
-	s := newSession(conn, Pool{Facts: new(Facts)}, log, Callers)
+	s := newSession(conn, Pool{Facts: new(Facts)}, log, ForConn)
 	s.place, s.Shared = pgsql.OnCalled, shared
+	s.grace += sliceMin // its waits are not left
+	return s
+}
+
+// borrowed returns the session of a connection of pool.
+func borrowed(conn *sql.Conn, pool Pool, log *slog.Logger, use Use) *Session {
+	s := newSession(conn, pool, log, use)
+	s.settings = pgsql.Settings{Nonce: strconv.FormatUint(rand.Uint64(), 36), Exposed: use == ForConn}
+	s.settings.Check = use != ForLocks && !pool.Facts.noChecks.Load()
+	_ = raw(conn, func(dc any) error {
+		s.dc = dc
+		if use == ForLocks {
+			s.dc = unwrap(dc)
+			s.breaker, s.caches = pool.Facts.ofDriver(s.dc)
+		}
+		return nil
+	})
 	return s
 }
 
 func newSession(conn *sql.Conn, pool Pool, log *slog.Logger, use Use) *Session {
-	s := &Session{conn: conn, pool: pool, log: log, use: use, sending: make(chan struct{}, 1)}
-	s.settings = pgsql.Settings{Nonce: strconv.FormatUint(rand.Uint64(), 36), Exposed: use == ForConn}
-	if use != Callers {
-		_ = raw(conn, func(dc any) error {
-			s.dc = dc
-			if use == ForLocks {
-				s.dc = unwrap(dc)
-				s.breaker, s.caches = pool.Facts.ofDriver(s.dc)
-			}
-			return nil
-		})
-	}
-	if use == ForConn || use == ForTx {
-		s.settings.Check = !s.pool.Facts.noChecks.Load()
-	}
-	return s
+	return &Session{Sender: newSender(), conn: conn, pool: pool, log: log, use: use}
 }
+
+// callers tells whether the connection is the caller's.
+func (s *Session) callers() bool { return s.place == pgsql.OnCalled }
 
 // Conn returns the connection.
 func (s *Session) Conn() *sql.Conn { return s.conn }
@@ -157,9 +156,6 @@ func (s *Session) WasReset() {
 // HandBack returns the connection, which is clean, to the pool. One that has been broken off is discarded,
 // even if its answer came in that moment.
 func (s *Session) HandBack() {
-	if s.use == Callers {
-		return
-	}
 	if s.cond.Load() != known {
 		s.Discard()
 		return
@@ -167,7 +163,7 @@ func (s *Session) HandBack() {
 	if err := s.conn.Close(); err != nil && !errors.Is(err, sql.ErrConnDone) {
 		s.log.Warn("advisory: connection not handed back to the pool", "error", err)
 	}
-	s.end()
+	s.ended()
 }
 
 // End ends a session that clean cleans. If that returns false, or panics, the connection is discarded.
@@ -183,7 +179,7 @@ func (s *Session) End(clean func() bool) {
 	cleaned = clean()
 }
 
-func (s *Session) end() {
+func (s *Session) ended() {
 	if s.OnEnd != nil {
 		s.OnEnd()
 	}
@@ -205,9 +201,9 @@ func (s *Session) Discard() {
 		if !errors.Is(err, driver.ErrBadConn) && !errors.Is(err, sql.ErrConnDone) {
 			s.log.Warn("advisory: connection not discarded", "error", err)
 		}
-		if s.use != Callers {
+		if !s.callers() {
 			_ = s.conn.Close() // sql.ErrConnDone by now
-			s.end()
+			s.ended()
 		}
 	}()
 	t := time.NewTimer(abandonAfter)
@@ -239,7 +235,7 @@ func (s *Session) clear(dc any) {
 // GiveUp ends a session on which an acquisition under ctx has failed with err. If its state is known, it
 // is cleaned and handed back, or left to the caller whose it is. Otherwise it is discarded.
 func (s *Session) GiveUp(ctx context.Context, err error) {
-	if s.use == Callers {
+	if s.callers() {
 		if !s.stateKnown(ctx, err) {
 			s.Discard()
 		}
@@ -259,7 +255,7 @@ func (s *Session) GiveUp(ctx context.Context, err error) {
 		_, err := s.Exec(context.Background(), AnswerBound, s.Reset()+pgsql.UnlockAll)
 		return err == nil
 	}
-	if ctx.Err() == context.Canceled {
+	if ctx.Err() == context.Canceled { // nobody waits, so that a panic of the driver's stays with the session
 		spawn(func() (struct{}, error) { s.End(clean); return struct{}{}, nil })
 		return
 	}
@@ -307,7 +303,7 @@ func (s *Session) Release() error {
 // FindRows finds out whether fn has left rows open on the connection, for Release. It is called
 // before fn's ctx ends: then database/sql closes them, and the driver the connection.
 func (s *Session) FindRows() {
-	open, err := Run(context.Background(), s, ReleaseBound, 0, func(ctx context.Context) (open bool, err error) {
+	open, err := Run(context.Background(), &s.Sender, ReleaseBound, 0, func(ctx context.Context) (open bool, err error) {
 		err = raw(s.conn, func(dc any) error {
 			open = rowsOpen(ctx, unwrap(dc))
 			return nil

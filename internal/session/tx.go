@@ -77,7 +77,7 @@ func (t *Tx) Begin(ctx context.Context, k pgsql.Key, noWait bool, since time.Tim
 func (t *Tx) begin(ctx context.Context) error {
 	txCtx, abort := context.WithCancel(context.WithoutCancel(ctx))
 	t.tx, t.abort, t.rolledBack, t.unclean = nil, abort, sync.Once{}, nil
-	tx, err := Run(ctx, t.s, AnswerBound, 0, func(context.Context) (*sql.Tx, error) { return t.s.conn.BeginTx(txCtx, t.opts) })
+	tx, err := Run(ctx, &t.s.Sender, AnswerBound, 0, func(context.Context) (*sql.Tx, error) { return t.s.conn.BeginTx(txCtx, t.opts) })
 	if err == nil {
 		t.tx = tx
 		return nil

@@ -30,9 +30,9 @@ var (
 	// ErrTimeout is the cause of the end of the context that bounds an acquisition by a Timeout.
 	ErrTimeout = error(verdict{"timeout", true})
 
-	// ErrHeld and ErrInTransaction are those of a session of the caller's. A lock that is taken in a
+	// ErrReentrant and ErrInTransaction are those of a session of the caller's. A lock that is taken in a
 	// transaction would outlive it, and to wait for it could end the transaction.
-	ErrHeld          = error(verdict{msg: "conn's session holds it already, and one ReleaseConn would leave it behind"})
+	ErrReentrant     = error(verdict{msg: "conn's session holds it already, and one ReleaseConn would leave it behind"})
 	ErrInTransaction = error(verdict{msg: "conn is in a transaction: take the lock before that begins, or use AcquireTx"})
 
 	errOneSnapshot = error(verdict{msg: "the transaction has one snapshot for all its statements"})
@@ -95,7 +95,7 @@ func (s *Session) Lock(ctx context.Context, k pgsql.Key, noWait bool, since time
 		}
 	}
 	s.held = []pgsql.Key{k}
-	if s.use == Callers {
+	if s.callers() {
 		return nil
 	}
 	return Ended(ctx) // a grant that comes too late is not used
@@ -115,8 +115,8 @@ func timedOut(ctx context.Context) bool { return errors.Is(context.Cause(ctx), E
 // waitOrTry waits for the lock of k. A try has just been refused.
 func (s *Session) waitOrTry(ctx context.Context, k pgsql.Key, since time.Time) error {
 	s.refused = true
-	s.waiting()
 	if !s.pool.Facts.noWaits.Load() {
+		s.waiting()
 		if err := s.Wait(ctx, k, since); !errors.Is(err, ErrWaitRefused) {
 			return err
 		}
@@ -129,42 +129,53 @@ func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error
 	if err := Ended(ctx); err != nil {
 		return false, err
 	}
-	var query string
 	made := s.made
-	switch {
-	case s.place == pgsql.OnCalled:
-		query = pgsql.TryCalled(k, s.Shared)
-	case s.place == pgsql.InTx:
-		query = s.restart() + s.settings.SetCheck() + pgsql.TryTx(k, s.Shared)
-	default:
-		query = pgsql.TryWith(s.settings, k, s.Shared)
-		s.made = !s.settings.None()
-	}
 	s.sent = time.Now()
-	rows, err := s.Exec(ctx, AnswerBound, query)
-	if s.refusesCheck(err) {
-		// The lock was taken before the setting was refused.
+	switch s.place {
+	case pgsql.OnCalled:
+		return s.tryCalled(ctx, k)
+	case pgsql.InTx:
+		granted, err = s.tryTx(ctx, k)
+	default:
+		granted, err = s.tryOwn(ctx, k)
+	}
+	if s.refusesCheck(err) { // after it has granted the lock
+		s.made = made
 		if _, err := s.Exec(ctx, AnswerBound, s.undo(k)); err != nil {
 			return false, err
 		}
-		s.made = made
 		return s.try(ctx, k)
 	}
-	if s.place == pgsql.OnCalled {
-		switch {
-		case rows == pgsql.CalledInTx, pgsql.State(err) == pgsql.InFailedTransaction:
-			return false, ErrInTransaction
-		case rows == pgsql.CalledHeld:
-			return false, ErrHeld
-		case rows == pgsql.OnStandby:
-			return false, ErrStandby
-		}
-	}
-	if s.place == pgsql.InTx && rows == pgsql.OneSnapshot {
-		return false, errOneSnapshot
-	}
+	return granted, err
+}
+
+func (s *Session) tryOwn(ctx context.Context, k pgsql.Key) (granted bool, err error) {
+	made := s.made
+	s.made = !s.settings.None()
+	rows, err := s.Exec(ctx, AnswerBound, pgsql.TryWith(s.settings, k, s.Shared))
 	if err == nil && rows == 0 {
 		s.made = made
+	}
+	return rows > 0, err
+}
+
+func (s *Session) tryTx(ctx context.Context, k pgsql.Key) (granted bool, err error) {
+	rows, err := s.Exec(ctx, AnswerBound, s.restart()+s.settings.SetCheck()+pgsql.TryTx(k, s.Shared))
+	if rows == pgsql.OneSnapshot {
+		return false, errOneSnapshot
+	}
+	return rows > 0, err
+}
+
+func (s *Session) tryCalled(ctx context.Context, k pgsql.Key) (granted bool, err error) {
+	rows, err := s.Exec(ctx, AnswerBound, pgsql.TryCalled(k, s.Shared))
+	switch {
+	case rows == pgsql.CalledInTx, pgsql.State(err) == pgsql.InFailedTransaction:
+		return false, ErrInTransaction
+	case rows == pgsql.CalledHeld:
+		return false, ErrReentrant
+	case rows == pgsql.OnStandby:
+		return false, ErrStandby
 	}
 	return rows > 0, err
 }
@@ -216,7 +227,7 @@ func (s *Session) waiting() {
 }
 
 func (s *Session) poolClosed() error {
-	if s.use == Callers {
+	if s.callers() {
 		return nil
 	}
 	return s.pool.Closed()
@@ -266,7 +277,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 			return false, err
 		}
 		if !checkRefused && pgsql.RefusesWait(err) {
-			s.refuse(&s.pool.Facts.noWaits, "advisory: waits try again and again, because the server does not execute the statement that waits", err)
+			s.noteFact(&s.pool.Facts.noWaits, "advisory: waits try again and again, because the server does not execute the statement that waits", err)
 			return false, ErrWaitRefused
 		}
 		return false, nil
@@ -281,7 +292,7 @@ func (s *Session) undo(k pgsql.Key) string {
 	case pgsql.OnOwn:
 		return pgsql.UnlockAll
 	case pgsql.InTx:
-		return "ROLLBACK AND CHAIN"
+		return pgsql.Restart
 	default:
 		return pgsql.UnlockHeld([]pgsql.Key{k}, s.Shared)
 	}
@@ -294,12 +305,12 @@ func (s *Session) refusesCheck(err error) bool {
 		return false
 	}
 	s.settings.Check = false
-	s.refuse(&s.pool.Facts.noChecks, "advisory: a lock may outlive this process until the statement under way ends, because the server does not check its connections", err)
+	s.noteFact(&s.pool.Facts.noChecks, "advisory: a lock may outlive this process until the statement under way ends, because the server does not check its connections", err)
 	return true
 }
 
-// refuse notes what the server refuses. The first time, that is reported to the Logger.
-func (s *Session) refuse(fact *atomic.Bool, message string, err error) {
+// noteFact notes what the server refuses. The first time, that is reported to the Logger.
+func (s *Session) noteFact(fact *atomic.Bool, message string, err error) {
 	if !fact.Swap(true) {
 		s.log.Warn(message, "error", err)
 	}
@@ -309,7 +320,7 @@ func (s *Session) refuse(fact *atomic.Bool, message string, err error) {
 func (s *Session) waitByTrying(ctx context.Context, k pgsql.Key) error {
 	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
 		s.waiting()
-		Sleep(ctx, pause/2+rand.N(pause))
+		Sleep(ctx, pause/2+rand.N(pause/2))
 		if err := cmp.Or(Ended(ctx), s.poolClosed()); err != nil {
 			return err
 		}
