@@ -62,7 +62,7 @@ func (c *Conn) portionLocked() int {
 }
 
 // joins tells whether r is answered together with others.
-func (r *Request) joins() bool { return r.Op != Look && r.Op != beat }
+func (r *Request) joins() bool { return r.Op != Look && r.Op != prove }
 
 // gather lets those n who have had an answer, after a round trip of rtt, come with their next
 // request, so that it goes out with the others': otherwise each waits for the other half's trip as
@@ -201,50 +201,35 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 
 // answer answers r by a statement of its own. If it returns an error, the session is lost.
 func (c *Conn) answer(ctx context.Context, r *Request) error {
-	if r.Op == beat {
-		return c.answerBeat(ctx, r)
+	if r.Op == prove {
+		return c.answerProve(ctx)
 	}
-	bound, literal, cached := session.ReleaseBound, pgsql.Unlock, pgsql.UnlockCached
-	if r.Op == Try {
-		bound, literal, cached = session.AnswerBound, pgsql.Try, pgsql.TryCached
+	reset := ""
+	if r.Op == Unlock && c.only(r.Keys) {
+		reset = c.s.Reset()
 	}
-	var query string
-	var args []int64
-	resets := r.Op == Unlock && c.only(r.Keys) && c.s.Reset() != ""
-	switch {
-	case r.Op == Ping:
-		query = pgsql.Ping
-	case r.Op == Look:
-		query, bound = pgsql.Look(r.Keys[0]), session.AnswerBound
-	case resets:
-		query = c.s.Reset() + pgsql.Unlock(r.Keys, r.Shared)
-	case len(r.Keys) == 1 && c.s.Caches():
-		query, args = cached(r.Keys[0], r.Shared)
-	default:
-		query = literal(r.Keys, r.Shared)
-	}
+	query, args, bound := c.statement(r, reset)
 	r.Sent = time.Now()
 	rows, err := c.s.Exec(ctx, bound, query, args...)
 	if args != nil && pgsql.NotPrepared(err) { // the server has forgotten it, as after DISCARD ALL
-		rows, err = c.s.Exec(ctx, bound, literal(r.Keys, r.Shared))
-	}
-	if err == nil {
-		c.alive(r.Sent)
+		rows, err = c.s.Exec(ctx, bound, literal(r))
 	}
 	switch {
-	case err != nil && (!pgsql.Answered(err) || r.Op != Ping && !c.carriesOthers(r)):
+	case pgsql.Answered(err) && (r.Op == Ping || c.carriesOthers(r)): // that is r's alone
+		return c.afterError(ctx, r, err)
+	case err != nil:
 		r.err = err
 		return err
-	case err != nil:
-		return c.afterError(ctx, r, err)
-	case r.Op == Look:
+	}
+	c.alive(r.Sent)
+	if r.Op == Look {
 		r.OK = rows > 0
 		return nil
 	}
 	yes := r.Keys[:min(int(rows), len(r.Keys))]
 	if r.Op == Unlock && rows > 0 { // one row for all
 		yes = r.Keys
-		if resets {
+		if reset != "" {
 			c.s.WasReset()
 		}
 	}
@@ -253,9 +238,38 @@ func (c *Conn) answer(ctx context.Context, r *Request) error {
 	return err
 }
 
-// answerBeat answers a heartbeat.
-func (c *Conn) answerBeat(ctx context.Context, r *Request) error {
-	query, bound := c.heartbeat()
+// statement returns the statement of r, with reset before it, and how long its answer may take.
+func (c *Conn) statement(r *Request, reset string) (query string, args []int64, bound time.Duration) {
+	cached := len(r.Keys) == 1 && c.s.Caches() && reset == ""
+	switch {
+	case r.Op == Ping:
+		return pgsql.Ping, nil, session.ReleaseBound
+	case r.Op == Look:
+		return pgsql.Look(r.Keys[0]), nil, session.AnswerBound
+	case r.Op == Try && cached:
+		query, args = pgsql.TryCached(r.Keys[0], r.Shared)
+		return query, args, session.AnswerBound
+	case r.Op == Try:
+		return literal(r), nil, session.AnswerBound
+	case cached:
+		query, args = pgsql.UnlockCached(r.Keys[0], r.Shared)
+		return query, args, session.ReleaseBound
+	default:
+		return reset + literal(r), nil, session.ReleaseBound
+	}
+}
+
+// literal returns the statement of a try or an unlock that has its keys in its text.
+func literal(r *Request) string {
+	if r.Op == Try {
+		return pgsql.Try(r.Keys, r.Shared)
+	}
+	return pgsql.Unlock(r.Keys, r.Shared)
+}
+
+// answerProve sends a heartbeat. If it returns an error, the session is lost.
+func (c *Conn) answerProve(ctx context.Context) error {
+	query, bound := c.heartbeatStatement()
 	if query == "" {
 		return nil
 	}
@@ -266,7 +280,6 @@ func (c *Conn) answerBeat(ctx context.Context, r *Request) error {
 	}
 	switch {
 	case err != nil:
-		r.err = err
 		return err
 	case rows == pgsql.OnStandby:
 		return session.ErrStandby
@@ -302,7 +315,8 @@ func (c *Conn) afterError(ctx context.Context, r *Request, err error) error {
 	return nil
 }
 
-// accept takes the answer to r, which is yes for some of its keys. If that is all of them, note is to follow.
+// accept takes the answer to r, which is yes for some of its keys. If that is all of them, the caller is to
+// call note.
 func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 	r.OK = len(yes) == len(r.Keys)
 	switch {
@@ -326,8 +340,8 @@ func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 	}
 }
 
-// note notes what those of reqs have changed that are OK, and that the session was alive when they were sent.
-// It takes the mutex once for all: thousands who release at a time may be waiting for that.
+// note notes what those of reqs have changed that are OK. It takes the mutex once for all: thousands who
+// release at a time may be waiting for that.
 func (c *Conn) note(reqs ...*Request) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -335,7 +349,6 @@ func (c *Conn) note(reqs ...*Request) {
 		if !r.OK {
 			continue
 		}
-		c.watch.proof = r.Sent
 		for _, k := range r.Keys {
 			switch l := (lock{k.Lock(), r.Shared}); r.Op {
 			case Try:

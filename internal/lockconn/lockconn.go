@@ -17,8 +17,8 @@ import (
 
 // A Conn is a session that carries the locks of several holders, and tries and unlocks for several
 // at a time: what is asked of it while a round trip is under way goes out together in the next one.
-// A lone request goes out by itself: on the goroutine of its caller, if that cannot leave it, or if the
-// session holds no locks.
+// A lone request goes out by itself: on the goroutine of its caller, unless that may leave it and the
+// session holds locks.
 //
 // One goroutine at a time serves requests: that of a caller, or one that ends when there are no
 // more. The last of those who use the Conn hands the connection back. All methods are safe for
@@ -27,6 +27,8 @@ type Conn struct {
 	s      *session.Session
 	log    *slog.Logger
 	onLost func(*Conn) // is told that the session is lost: the holders know, and it is about to be closed
+
+	batcher // belongs to who serves requests, and to who hands the connection back
 
 	mu      sync.Mutex // guards what follows; nothing is sent under it
 	closed  bool       // it takes no more requests: its last user has left, or it is lost
@@ -38,8 +40,6 @@ type Conn struct {
 	locks   map[lock]string
 	holders map[*Holder]struct{}
 	watch   watch
-
-	batcher // belongs to who serves
 }
 
 // A lock is what the session holds on the server. Its name stands beside it.
@@ -174,8 +174,10 @@ type Request struct {
 	// The answer.
 	OK   bool      // Try: all are granted; Unlock: all were held; Look: others wait
 	Sent time.Time // when the request went out
-	err  error
 
+	// err is the server's own error to this request alone, or that of the statement which has found the
+	// session lost. If it is nil, and the session is lost, Ask returns a LostError.
+	err      error
 	panicked any // by the driver
 
 	done chan struct{} // closed with the answer; nil: it is answered where it is asked for
@@ -201,11 +203,11 @@ const (
 	Try              // lock all the keys, or none
 	Unlock           // unlock all the keys
 	Look             // do others wait for the key?
-	beat             // does the session still have its locks?
+	prove            // does the session still have its locks?
 )
 
 // leavable tells whether the caller of r may leave it. A release is waited for.
-func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op == beat }
+func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op == prove }
 
 // Ask has r answered. If ctx ends before, and others have locks on the session, it returns the cause of
 // that, and what r gets is given back: to break r off would cost them their locks.

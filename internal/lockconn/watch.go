@@ -205,7 +205,7 @@ func (c *Conn) beat() {
 
 // Prove asks the server whether the session still has its locks, and has it watch the session as
 // the holders' Silence asks. After an error, the session is lost, or ctx has ended.
-func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op: beat}) }
+func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op: prove}) }
 
 // ProveFresh is Prove if the last proof is a heartbeat old: the answer to a grant may have been so long
 // on its way that the server has ended the session since.
@@ -214,7 +214,7 @@ func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	watched := c.Watched()
 	stale := time.Since(c.watch.proof) >= c.strictLocked(every)
 	if stale && !watched {
-		c.watch.proof = time.Now() // the server has no clock to be ahead of
+		c.watch.proof = time.Now() // the server does not watch, and so has not ended the session: the answer is proof enough
 	}
 	c.mu.Unlock()
 	if stale && watched {
@@ -226,9 +226,9 @@ func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 // Watched tells whether the server watches the session.
 func (c *Conn) Watched() bool { return c.s.Silence() > 0 }
 
-// heartbeat returns the statement of a heartbeat and how long its answer may take, or "" if there is
+// heartbeatStatement returns the statement of a heartbeat and how long its answer may take, or "" if there is
 // nothing to ask for: a release may have come first, and have undone the settings.
-func (c *Conn) heartbeat() (query string, bound time.Duration) {
+func (c *Conn) heartbeatStatement() (query string, bound time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	set := ""

@@ -181,7 +181,7 @@ func (a *acquisition) prove() error {
 	}
 	cause := a.got.holder.TakeLoss()
 	if err != nil && session.Ended(a.ctx) == nil {
-		return lockconn.LostError{Cause: err}
+		return err // a LostError
 	}
 	if cause != nil {
 		return lockconn.LostError{Cause: cause}
