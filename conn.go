@@ -35,16 +35,17 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	s, done, err := manager.Dedicated(ctx, db, cfg.request(ctx, db, keys), session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
+	s, done, err := manager.Dedicated(ctx, cfg.request(ctx, db, keys), session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
 		s.SetSilence(cfg.givenHolderTimeout())
 		return s.Lock(ctx, key.key, cfg.noWait, since)
 	})
 	if err != nil {
-		_, err = o.acquired(ctx, acquireError(ctx, keys, &cfg, err), nil)
+		err = acquireError(ctx, keys, &cfg, err)
+		o.acquireEnd(ctx, err)
 		return err
 	}
 	defer done()
-	ctx, _ = o.acquired(ctx, nil, s.Discard)
+	ctx = o.acquired(ctx, s.Discard)
 	h := &hold{session: s, cfg: cfg, observed: o}
 	h.begin(ctx, db, keys, s)
 	return h.run(func(ctx context.Context) error { return fn(ctx, s.Conn()) })
@@ -79,8 +80,7 @@ func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	if err = ctx.Err(); err == nil { // otherwise nothing is sent
-		db, _ := held(ctx, nil) // taken for conn's
-		err = manager.OnConn(ctx, db, conn, cfg.request(ctx, nil, keys))
+		err = manager.OnConn(ctx, conn, cfg.request(ctx, nil, keys))
 	}
 	if err != nil {
 		err = acquireError(ctx, keys, &cfg, err)

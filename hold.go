@@ -50,18 +50,17 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	h.holder.Heartbeat, h.holder.Silence = h.cfg.heartbeat, h.cfg.holderTimeout
 	r := h.cfg.request(ctx, c.db, keys)
 	r.Lead = c.leads
-	locks, err := manager.Acquire(ctx, c.db, r, &h.holder)
+	locks, err := manager.Acquire(ctx, r, &h.holder)
 	h.until = time.Now().Add(h.cfg.atLeast)
 	if err != nil {
 		err = acquireError(ctx, keys, &h.cfg, err)
+		h.observed.acquireEnd(ctx, err)
+		return err
 	}
 	if c.detached {
 		ctx = context.WithoutCancel(ctx)
 	}
-	ctx, err = h.observed.acquired(ctx, err, func() { _ = locks.Release() })
-	if err != nil {
-		return err
-	}
+	ctx = h.observed.acquired(ctx, func() { _ = locks.Release() })
 	h.locks, h.waits = locks, c.db.Stats().WaitCount
 	h.begin(ctx, c.db, keys, locks.Session())
 	h.holder.Begin(h.lost)

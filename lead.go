@@ -80,22 +80,22 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 		h := &hold{cfg: cfg}
 		began := time.Now()
 		err := h.acquire(ctx, c, keys)
+		acquired := time.Now()
 		switch {
 		case err == nil:
 			failed = nil
-			began = time.Now()
-			again, fnErr, err := h.lead(fn, &cfg)
+			again, fnErr, heldErr := h.lead(fn)
 			switch {
 			case !again:
-				return err
+				return heldErr
 			case ctx.Err() != nil:
 				return join(fnErr, ctx.Err())
-			case time.Since(began) > leadPauseMax:
+			case time.Since(acquired) > leadPauseMax:
 				pause = leadPauseMin
 				continue
 			}
-		case ctx.Err() != nil && time.Since(began) < leadPauseMax:
-			return join(err, failed)
+		case ctx.Err() != nil && acquired.Sub(began) < leadPauseMax:
+			return join(err, failed) // a longer campaign was not kept from leading by what had failed before
 		case ctx.Err() != nil || pgsql.PoolClosed(err) || errors.As(err, new(manager.Deadlock)):
 			return err
 		default:
@@ -112,9 +112,9 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 
 // lead runs fn as the leader. It tells whether to campaign again: the lock was lost
 // before fn returned.
-func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fnErr, err error) {
+func (h *hold) lead(fn func(context.Context) error) (again bool, fnErr, err error) {
 	returned := make(chan struct{})
-	stopWarning := context.AfterFunc(&h.marked, func() { warnOverdue(returned, cfg, h.keys) })
+	stopWarning := context.AfterFunc(&h.marked, func() { warnOverdue(returned, &h.cfg, h.keys) })
 	err = h.run(func(ctx context.Context) error {
 		defer close(returned)
 		defer stopWarning()
@@ -123,7 +123,7 @@ func (h *hold) lead(fn func(context.Context) error, cfg *config) (again bool, fn
 		return fnErr
 	})
 	if again {
-		cfg.logger.Warn("advisory: leadership lost; campaigning again", "error", context.Cause(&h.marked))
+		h.cfg.logger.Warn("advisory: leadership lost; campaigning again", "error", context.Cause(&h.marked))
 	}
 	return again, fnErr, err
 }

@@ -72,29 +72,30 @@ func observe(ctx context.Context, function string, keys []Key, cfg *config) (con
 	return ctx, o
 }
 
-// acquired is told that the acquisition has ended with err, which it returns, with
-// the context to make fn's from. If the Observer panics, the lock is abandoned.
-func (o *observation) acquired(ctx context.Context, err error, abandon func()) (context.Context, error) {
+// acquired tells that the lock is held, and returns the context to make fn's from. If the Observer panics,
+// the lock is abandoned.
+func (o *observation) acquired(ctx context.Context, abandon func()) context.Context {
 	if o == nil {
-		return ctx, err
+		return ctx
 	}
 	told := false
 	defer func() {
-		if !told && err == nil {
+		if !told {
 			abandon()
 		}
 	}()
-	o.acquireEnd(ctx, err)
-	if err == nil && o.HoldStart != nil {
+	o.acquireEnd(ctx, nil)
+	if o.HoldStart != nil {
 		if c := o.HoldStart(ctx, o.info); c != nil {
 			ctx = c
 		}
 	}
 	o.hold = ctx
 	told = true
-	return ctx, err
+	return ctx
 }
 
+// acquireEnd tells how the acquisition has ended.
 func (o *observation) acquireEnd(ctx context.Context, err error) {
 	if o == nil {
 		return

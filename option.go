@@ -245,12 +245,12 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	return c, nil
 }
 
-// request returns the request for keys by the caller of ctx.
+// request returns the request for keys by the caller of ctx. If db is nil, it is taken for that of the
+// innermost lock that ctx carries.
 func (c *config) request(ctx context.Context, db *sql.DB, keys []Key) *manager.Request {
-	_, held := held(ctx, db)
+	db, held := held(ctx, db)
 	return &manager.Request{
-		Keys: bare(keys), Shared: c.shared, NoWait: c.noWait, Timeout: c.timeout,
-		Heartbeat: c.heartbeat, Silence: c.holderTimeout, Log: c.logger, Held: held,
+		DB: db, Keys: bare(keys), Shared: c.shared, NoWait: c.noWait, Timeout: c.timeout, Log: c.logger, Held: held,
 	}
 }
 

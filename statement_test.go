@@ -33,7 +33,7 @@ const (
 	disarmQuery        = resetQuery + unlockQuery
 	probeQuery         = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN true THEN 1 ELSE 0 END)"
 	callersTryQuery    = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
-	tryTxQuery         = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2 WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
+	tryTxQuery         = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 5 WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN pg_catalog.pg_try_advisory_xact_lock(42) THEN 1 ELSE 0 END)"
 	savepointQuery     = "SAVEPOINT advisory"
 	rollbackToQuery    = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 	deadlockQuery      = "SELECT FROM pg_catalog.pg_locks WHERE " + heldRow + " AND granted AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(pid))"
@@ -56,7 +56,7 @@ var (
 	armedWaitQuery  = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"})
 	ownWaitQuery    = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{})
 	calledWaitQuery = commentedWait(pgsql.OnCalled, "", key.key, false, sliceMin, pgsql.Settings{})
-	waitTxQuery     = commentedWait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{})
+	waitTxQuery     = commentedWait(pgsql.InTx, pgsql.Restart+"; ", key.key, false, sliceMin, pgsql.Settings{})
 )
 
 // newMock is for statements verbatim, but for nonces and bounds, and in order, and none but those.
@@ -111,10 +111,10 @@ func TestStatementsThatWait(t *testing.T) {
 		{"one that fn uses, and that is to be watched", withConnLock, key, []Option{HolderTimeout(15 * time.Second)}, wait(pgsql.OnOwn, "", key, false, exposed)},
 		{"the caller's session", acquireConn, key, nil, wait(pgsql.OnCalled, "", key, false, pgsql.Settings{})},
 		{"the caller's session, shared, a pair", acquireConn, Pair(-7, 42), []Option{Shared()}, wait(pgsql.OnCalled, "", Pair(-7, 42), true, pgsql.Settings{})},
-		{"a transaction", withTxLock, key, nil, wait(pgsql.InTx, pgsql.Restart, key, false, pgsql.Settings{})},
+		{"a transaction", withTxLock, key, nil, wait(pgsql.InTx, pgsql.Restart+"; ", key, false, pgsql.Settings{})},
 		{
 			"a transaction with a HolderTimeout, shared, a pair", withTxLock, Pair(1, -2147483648), []Option{HolderTimeout(time.Minute), Shared()},
-			wait(pgsql.InTx, pgsql.Restart+pgsql.TxSilence(time.Minute), Pair(1, -2147483648), true, pgsql.Settings{}),
+			wait(pgsql.InTx, pgsql.Restart+"; "+pgsql.TxSilence(time.Minute), Pair(1, -2147483648), true, pgsql.Settings{}),
 		},
 		{"the smallest number", withConnLock, ID(math.MinInt64), nil, wait(pgsql.OnOwn, "", ID(math.MinInt64), false, pgsql.Settings{})},
 		{"a name", withConnLock, Name("a */ b'; --"), nil, wait(pgsql.OnOwn, "", Name("a */ b'; --"), false, pgsql.Settings{})},

@@ -409,7 +409,7 @@ func TestHowLateTheEndIs(t *testing.T) {
 								time.Sleep(d)
 								switch {
 								case query == tryTxQuery || strings.Contains(query, "THEN 2") && strings.Contains(query, "xact") && !isWait(query):
-									return 2, nil // one snapshot
+									return pgsql.OneSnapshot, nil
 								case refused && (strings.Contains(query, "_try_") || isWait(query)):
 									return 0, nil
 								}

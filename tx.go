@@ -43,18 +43,19 @@ func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Contex
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	var t *session.Tx
 	oneSnapshot := cfg.txOptions.Isolation > sql.LevelReadCommitted
-	s, done, err := manager.Dedicated(ctx, db, cfg.request(ctx, db, keys), session.ForTx, func(ctx context.Context, s *session.Session, since time.Time) error {
+	s, done, err := manager.Dedicated(ctx, cfg.request(ctx, db, keys), session.ForTx, func(ctx context.Context, s *session.Session, since time.Time) error {
 		t = session.NewTx(s, cfg.txOptions, oneSnapshot, cfg.givenHolderTimeout())
 		err := t.Begin(ctx, key.key, cfg.noWait, since)
 		oneSnapshot = t.OneSnapshot
 		return err
 	})
 	if err != nil {
-		_, err = o.acquired(ctx, acquireError(ctx, keys, &cfg, err), nil)
+		err = acquireError(ctx, keys, &cfg, err)
+		o.acquireEnd(ctx, err)
 		return err
 	}
 	defer done()
-	ctx, _ = o.acquired(ctx, nil, func() { _ = t.Rollback(); s.Discard() })
+	ctx = o.acquired(ctx, func() { _ = t.Rollback(); s.Discard() })
 	fnCtx, cancel := context.WithCancel(ctx)
 	m := new(marked)
 	m.mark(fnCtx, db, keys, s, t.Tx())
@@ -70,23 +71,26 @@ func runTx(ctx context.Context, t *session.Tx, keys []Key, cfg *config, o *obser
 	// The end of ctx rolls back, as database/sql does.
 	stop := context.AfterFunc(ctx, func() { _ = t.Rollback() })
 	returned := false
-	ending := session.ErrPanicked
-	defer func() { // even if the driver panics
-		ending = join(ending, endTx(t, keys, cfg))
-		o.holdEnd(ending)
-		err = join(err, ending)
+	result := session.ErrPanicked // of the commit and the release
+	defer func() {                // even if the driver panics
+		result = join(result, endTx(t, keys, cfg))
+		o.holdEnd(result)
+		err = join(err, result)
 	}()
 	defer func() {
-		if stopped := stop(); returned && err == nil && stopped && ctx.Err() == nil { // stop may come before the rollback that ctx has begun
-			ending = commitError(ctx, keys, t.Commit(ctx))
-		} else {
-			unclean := t.Rollback()
-			ending = nil
-			if returned && err == nil {
-				ending = commitError(ctx, keys, context.Cause(ctx))
-			} else if unclean != nil && ctx.Err() == nil {
-				cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
-			}
+		stop()
+		commits := returned && err == nil
+		if commits && ctx.Err() == nil {
+			result = commitError(ctx, keys, t.Commit(ctx))
+			return
+		}
+		unclean := t.Rollback()
+		result = nil
+		switch {
+		case commits:
+			result = commitError(ctx, keys, context.Cause(ctx))
+		case unclean != nil && ctx.Err() == nil:
+			cfg.logger.Warn("advisory: session discarded, because its transaction could not be rolled back", "key", keyList(keys), "error", unclean)
 		}
 	}()
 	err = fn()
@@ -152,8 +156,7 @@ func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
-	db, _ := held(ctx, nil) // taken for tx's
-	if err = manager.InTx(ctx, db, tx, cfg.request(ctx, nil, keys)); err != nil {
+	if err = manager.InTx(ctx, tx, cfg.request(ctx, nil, keys)); err != nil {
 		err = acquireError(ctx, keys, &cfg, err)
 	}
 	o.acquireEnd(ctx, err)

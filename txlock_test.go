@@ -29,7 +29,7 @@ func TestStatementsOfWithTxLock(t *testing.T) {
 			" THEN " + current + " ELSE '1s' END, "
 		own = "SELECT " + check + "true); "
 	)
-	wait := commentedWait(pgsql.InTx, pgsql.Restart, key.key, false, sliceMin, pgsql.Settings{Check: true})
+	wait := commentedWait(pgsql.InTx, pgsql.Restart+"; ", key.key, false, sliceMin, pgsql.Settings{Check: true})
 	for _, test := range []struct {
 		name   string
 		opts   []Option
@@ -80,7 +80,7 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 	died, mine := io.ErrUnexpectedEOF, errors.New("mine")
 	readCommitted, serializable := isolation(sql.LevelReadCommitted), isolation(sql.LevelSerializable)
 	const setLocal = "SET LOCAL idle_in_transaction_session_timeout = 60000; "
-	setWait := commentedWait(pgsql.InTx, pgsql.Restart+setLocal, key.key, false, sliceMin, pgsql.Settings{})
+	setWait := commentedWait(pgsql.InTx, pgsql.Restart+"; "+setLocal, key.key, false, sliceMin, pgsql.Settings{})
 	commit := func(_ context.Context, tx *sql.Tx) error { return tx.Commit() }
 	for _, test := range []struct {
 		name    string
@@ -111,15 +111,15 @@ func TestEveryWayATransactionLockCanGo(t *testing.T) {
 			on(1, "open", tryQuery, "BEGIN SERIALIZABLE", "COMMIT", unlockQuery), nil,
 		},
 		{
-			"the server's default is REPEATABLE READ", []reply{done, {rows: 2}}, nil, noTx,
+			"the server's default is REPEATABLE READ", []reply{done, {rows: pgsql.OneSnapshot}}, nil, noTx,
 			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", tryQuery, "BEGIN", "COMMIT", unlockQuery), nil,
 		},
 		{
-			"and another holds it", []reply{done, {rows: 2}, done, refused, refused, granted}, nil, noTx,
+			"and another holds it", []reply{done, {rows: pgsql.OneSnapshot}, done, refused, refused, granted}, nil, noTx,
 			on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", tryQuery, ownWaitQuery, ownWaitQuery, "BEGIN", "COMMIT", unlockQuery), nil,
 		},
 		{
-			"and the session dies: the next one knows it", []reply{done, {rows: 2}, done, refused, fails(died)}, nil, noTx,
+			"and the session dies: the next one knows it", []reply{done, {rows: pgsql.OneSnapshot}, done, refused, fails(died)}, nil, noTx,
 			slices.Concat(
 				on(1, "open", "BEGIN", tryTxQuery, "ROLLBACK", tryQuery, ownWaitQuery, "close"),
 				on(2, "open", probeQuery, tryQuery, "BEGIN", "COMMIT", unlockQuery),

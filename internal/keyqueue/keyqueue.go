@@ -85,8 +85,9 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 			return t
 		}
 	}
-	// A shared waiter shares the answer that a shared requester waits for.
-	sharesAnswer := w.Shared && len(q.waiters) == 0 && q.requester != nil && q.requester.Shared && !q.refused
+	// Shared waiters share the answer that a shared requester waits for.
+	sharesAnswer := w.Shared && q.requester != nil && q.requester.Shared && !q.refused &&
+		!slices.ContainsFunc(q.waiters, func(w *Waiter[S]) bool { return !w.Shared })
 	if w.NoWait && !sharesAnswer {
 		return Turn[S]{To: Refuse}
 	}

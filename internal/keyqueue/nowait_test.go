@@ -48,11 +48,15 @@ func TestARefusalIsForAllWhoDoNotWait(t *testing.T) {
 	script(t,
 		"a in shared", "ask",
 		"b in shared nowait", "await",
-		"c in shared nowait", "refuse", // b is in line before
-		"a refused", "b: refuse",
+		"x in shared", "await",
+		"c in shared nowait", "await",
+		"y in", "await",
+		"z in shared nowait", "refuse", // y goes first, and is exclusive
+		"a refused", "b: refuse, c: refuse",
 		"b cancels", "false",
+		"y cancels", "true",
 		"d in shared", "await",
-		"a granted", "d: hold",
+		"a granted", "x: hold, d: hold",
 	)
 }
 

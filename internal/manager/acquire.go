@@ -17,19 +17,18 @@ import (
 
 // A Request is what a caller wants.
 type Request struct {
-	Keys      []pgsql.Key // sorted
-	Shared    bool
-	NoWait    bool
-	Timeout   time.Duration // 0: none
-	Heartbeat time.Duration
-	Silence   time.Duration // HolderTimeout
-	Log       *slog.Logger
+	DB      *sql.DB     // nil: it is not known, and the caller holds nothing
+	Keys    []pgsql.Key // sorted
+	Shared  bool
+	NoWait  bool
+	Timeout time.Duration // 0: none
+	Log     *slog.Logger
 
 	// Lead: the wait outlives any outage, even one at its start. Before the lock counts as acquired,
 	// the server is asked whether it is a primary.
 	Lead bool
 
-	Held []pgsql.Key // by the caller
+	Held []pgsql.Key // by the caller, through DB
 }
 
 // A Failure is the error of an acquisition, with what more is known of its reason.
@@ -52,13 +51,12 @@ type acquisition struct {
 	pool  session.Pool
 	began time.Time
 
-	got     *Locks      // so far; nil: the lock is on a session of the caller's own
+	got     *Locks      // so far; nil: the lock is to be on a session of its own, or of the caller's
 	at      pgsql.Key   // the one that it asks for now; zero: it asks for several, or has them all
 	refused bool        // the server has refused the lock: another has it
 	waited  bool        // it has begun to wait: another has the lock, or asks for it
 	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
 	tries   bool        // it waits by trying again and again, which no statement shows
-	queued  bool        // its last wait was in the server's queue
 
 	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
 	lives  int       // how often a shared session, or a lock just granted, may still be lost
@@ -67,7 +65,7 @@ type acquisition struct {
 	hint   string    // what to add to the error
 }
 
-func newAcquisition(ctx context.Context, db *sql.DB, r *Request) *acquisition {
+func newAcquisition(ctx context.Context, r *Request) *acquisition {
 	end := func(error) {}
 	if len(r.Held) > 0 || len(r.Keys) > 1 {
 		ctx, end = context.WithCancelCause(ctx)
@@ -78,13 +76,13 @@ func newAcquisition(ctx context.Context, db *sql.DB, r *Request) *acquisition {
 		ctx, cancel = context.WithTimeoutCause(ctx, r.Timeout, session.ErrTimeout)
 		end = func(err error) { cause(err); cancel() }
 	}
-	m := For(db)
-	return &acquisition{Request: r, ctx: ctx, end: end, m: m, pool: m.Pool(db), began: time.Now(), stale: -1, lives: 3}
+	m := For(r.DB)
+	return &acquisition{Request: r, ctx: ctx, end: end, m: m, pool: m.Pool(r.DB), began: time.Now(), stale: -1, lives: 3}
 }
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
-func Acquire(ctx context.Context, db *sql.DB, r *Request, h *lockconn.Holder) (l *Locks, err error) {
-	a := newAcquisition(ctx, db, r)
+func Acquire(ctx context.Context, r *Request, h *lockconn.Holder) (l *Locks, err error) {
+	a := newAcquisition(ctx, r)
 	a.got = &Locks{m: a.m, holder: h, shared: r.Shared}
 	defer a.end(nil)
 	defer func() {
@@ -114,10 +112,10 @@ func (a *acquisition) all() (err error) {
 	a.at, a.refused = pgsql.Key{}, false // if it begins again
 	_ = a.got.holder.TakeLoss()
 	if waiters := a.enterIdle(); waiters != nil {
-		err = a.ask(a.Keys, waiters)
+		err = a.tryAll(waiters)
 	}
 	for err == nil && len(a.got.held) < len(a.Keys) {
-		err = a.one(a.Keys[len(a.got.held):][:1])
+		err = a.one(a.Keys[len(a.got.held)])
 	}
 	if err != nil {
 		return err
@@ -126,8 +124,11 @@ func (a *acquisition) all() (err error) {
 	return a.prove()
 }
 
-// enterIdle enters the queues of all the keys, to ask the server, if nobody else is in them.
+// enterIdle enters the queues of several keys, to ask the server, if nobody else is in them.
 func (a *acquisition) enterIdle() []waiter {
+	if len(a.Keys) == 1 {
+		return nil
+	}
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -142,12 +143,10 @@ func (a *acquisition) enterIdle() []waiter {
 	return waiters
 }
 
-// one acquires the lock of one key.
-func (a *acquisition) one(keys []pgsql.Key) error {
-	a.at = keys[0]
-	defer a.forgetWait()
-	waiters := []waiter{{Shared: a.Shared, NoWait: a.NoWait}}
-	w := &waiters[0]
+// one acquires the lock of k.
+func (a *acquisition) one(k pgsql.Key) error {
+	a.at = k
+	w := &waiter{Shared: a.Shared, NoWait: a.NoWait}
 	q, t := a.m.enter(a.at, w)
 	for {
 		var err error
@@ -157,7 +156,7 @@ func (a *acquisition) one(keys []pgsql.Key) error {
 		case keyqueue.Refuse:
 			return session.ErrRefused
 		case keyqueue.Ask:
-			return a.ask(keys, waiters)
+			return a.ask(w)
 		case keyqueue.Look:
 			t, err = a.look(q, w, t.Grant)
 		case keyqueue.Await:
@@ -174,7 +173,7 @@ func (a *acquisition) one(keys []pgsql.Key) error {
 func (a *acquisition) prove() error {
 	var err error
 	for i := 0; err == nil && i < len(a.got.held); i++ {
-		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.Heartbeat)
+		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.got.holder.Heartbeat)
 	}
 	if c := a.got.held[0].grant.On; err == nil && a.Lead && !c.Watched() {
 		err = c.Prove(a.ctx)

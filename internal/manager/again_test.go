@@ -64,9 +64,7 @@ func TestALossOfSeveralLocksIsSaidOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newDB(t)
-		r := request(key(9)) // has the shared session watched
-		r.Heartbeat, r.Silence = time.Second, time.Hour
-		_, err := acquire(t.Context(), db, r)
+		_, err := acquireWatched(t.Context(), db, request(key(9)), time.Second) // has the shared session watched
 		wantError(t, err, nil)
 		time.Sleep(1500 * time.Millisecond)
 		synctest.Wait()
@@ -82,9 +80,7 @@ func TestALossOfSeveralLocksIsSaidOnce(t *testing.T) {
 			}
 			return 1, nil
 		}
-		r = request(key(1), key(2), key(3))
-		r.Heartbeat = 100 * time.Millisecond
-		_, err = acquire(t.Context(), db, r)
+		_, err = acquireWatched(t.Context(), db, request(key(1), key(2), key(3)), 100*time.Millisecond)
 		if err == nil || strings.Count(err.Error(), session.ErrStandby.Error()) != 1 {
 			t.Errorf("error: %v", err)
 		}

@@ -10,21 +10,33 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// ask acquires the locks of keys from the server, all or none. Their queues have told waiters to. It waits
-// for one lock, and not for several: it gets none of them then, and that is no error.
-func (a *acquisition) ask(keys []pgsql.Key, waiters []waiter) (err error) {
-	if len(keys) == 1 {
-		a.at = keys[0]
-	}
-	before := len(a.got.held)
+// tryAll acquires all the locks in one statement. Their queues have told waiters to ask. If the server
+// refuses one of them, it gets none, which is an error for NoWait alone: all goes on one by one.
+func (a *acquisition) tryAll(waiters []waiter) error {
 	defer func() {
-		a.forgetWait()
-		if len(a.got.held) == before { // also if the driver panics, or the Logger
-			for i, k := range keys {
+		if len(a.got.held) == 0 { // also if the driver panics
+			for i, k := range a.Keys {
 				a.m.gaveUp(k, &waiters[i])
 			}
 		}
 	}()
+	refused, err := a.try(a.Keys)
+	if refused && a.NoWait {
+		return session.ErrRefused
+	}
+	return err
+}
+
+// ask acquires one lock from the server, and waits for it. The queue has told w to.
+func (a *acquisition) ask(w *waiter) error {
+	before := len(a.got.held)
+	defer func() {
+		a.forgetWait()
+		if len(a.got.held) == before { // also if the driver panics, or the Logger
+			a.m.gaveUp(a.at, w)
+		}
+	}()
+	keys := []pgsql.Key{a.at}
 	for pause := session.PauseMin; ; pause = min(2*pause, session.PauseMax) {
 		refused, err := a.try(keys)
 		switch {
@@ -32,15 +44,14 @@ func (a *acquisition) ask(keys []pgsql.Key, waiters []waiter) (err error) {
 			return err
 		case a.NoWait:
 			return session.ErrRefused
-		case len(keys) > 1:
-			return nil
 		}
 		a.refused = true
 		a.noteWait()
-		if err := a.wait(keys); !errors.Is(err, session.ErrYield) {
+		queued, err := a.wait(keys)
+		if !errors.Is(err, session.ErrYield) {
 			return err
 		}
-		if a.queued {
+		if queued {
 			pause = session.PauseMax // it is others' turn
 		}
 		a.search()
@@ -60,7 +71,7 @@ func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
 		c, at, err := a.session()
 		if err == nil {
 			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
-			if err = c.Ask(a.ctx, r); err == nil && r.OK { // a request that was left may still be served
+			if err = c.Ask(a.ctx, r); err == nil && r.OK { // OK is written for a request that was left, too
 				return false, a.granted(keys, c, r.Sent)
 			}
 			c.Leave()
@@ -95,25 +106,24 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 // yieldAfter is how long one waits in the server's queue while others cannot.
 const yieldAfter = time.Second
 
-// wait waits for the lock in the server's queue, on a session of its own. ErrYield means that it
-// cannot wait there, or has done so for long enough while others cannot.
-func (a *acquisition) wait(keys []pgsql.Key) error {
+// wait waits for the lock of keys, which is one, in the server's queue, on a session of its own. ErrYield
+// means that it cannot wait there, or, if queued is true, has done so for long enough while others cannot.
+func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
 	m := a.m
 	m.mu.Lock()
 	m.queues[a.at.Lock()].Refused()
 	m.mu.Unlock()
-	a.queued = false
 	began := time.Now()
 	s, err := a.keepTrying(func(ctx context.Context) (*session.Session, error) {
 		if !m.mayWait(a.pool) {
 			return nil, session.ErrYield
 		}
-		a.queued = true
-		return a.open(ctx)
+		queued = true
+		return a.openCounted(ctx)
 	}, func(s *session.Session) error {
 		s.Shared = a.Shared
 		a.equip(s)
-		s.SetSilence(a.Silence)
+		s.SetSilence(a.got.holder.Silence)
 		s.Yield = func() bool { return time.Since(began) > yieldAfter && m.polling.Load() > 0 }
 		if err := s.Wait(a.ctx, a.at, a.began); err != nil {
 			return err
@@ -124,7 +134,7 @@ func (a *acquisition) wait(keys []pgsql.Key) error {
 		err = session.ErrYield
 	}
 	if err != nil {
-		return err
+		return queued, err
 	}
 	c := lockconn.New(s, a.Log, keys, a.Shared, m.lost)
 	m.mu.Lock()
@@ -133,5 +143,5 @@ func (a *acquisition) wait(keys []pgsql.Key) error {
 		m.openedLocked(m.opening, nil) // somebody may be about to open another
 	}
 	m.mu.Unlock()
-	return a.granted(keys, c, time.Now())
+	return queued, a.granted(keys, c, time.Now())
 }

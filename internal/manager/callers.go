@@ -9,9 +9,9 @@ import (
 )
 
 // OnConn takes the lock of r's only key on a connection of the caller's. Its wait takes part in finding
-// deadlocks if the caller holds other locks, which are of db. The error is a *Failure.
-func OnConn(ctx context.Context, db *sql.DB, conn *sql.Conn, r *Request) error {
-	a := newCallers(ctx, db, r)
+// deadlocks if the caller holds other locks, which are of r.DB. The error is a *Failure.
+func OnConn(ctx context.Context, conn *sql.Conn, r *Request) error {
+	a := newCallers(ctx, r)
 	s := session.OnConn(conn, r.Log, r.Shared)
 	s.Waiting = a.noteWait
 	if len(a.Held) > 0 { // otherwise nothing but the lock is asked for on conn
@@ -27,8 +27,8 @@ func OnConn(ctx context.Context, db *sql.DB, conn *sql.Conn, r *Request) error {
 }
 
 // InTx is OnConn in a transaction of the caller's.
-func InTx(ctx context.Context, db *sql.DB, tx *sql.Tx, r *Request) error {
-	a := newCallers(ctx, db, r)
+func InTx(ctx context.Context, tx *sql.Tx, r *Request) error {
+	a := newCallers(ctx, r)
 	a.tries = true
 	return a.endCallers(func() error {
 		return session.LockTx(a.ctx, tx, a.at, a.Shared, a.NoWait, func() {
@@ -40,8 +40,8 @@ func InTx(ctx context.Context, db *sql.DB, tx *sql.Tx, r *Request) error {
 	})
 }
 
-func newCallers(ctx context.Context, db *sql.DB, r *Request) *acquisition {
-	a := newAcquisition(ctx, db, r)
+func newCallers(ctx context.Context, r *Request) *acquisition {
+	a := newAcquisition(ctx, r)
 	a.at = r.Keys[0]
 	return a
 }

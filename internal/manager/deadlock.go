@@ -30,7 +30,7 @@ func (d Deadlock) Error() string { return string(d) }
 type nestedWait struct {
 	waitgraph.Wait
 	of    *acquisition
-	holds []pgsql.Key // Held: those of the caller, and then those of the acquisition
+	holds []pgsql.Key // what Held names
 	wants pgsql.Key
 	began time.Time
 	cycle []waitgraph.Wait // that was seen last
@@ -40,15 +40,19 @@ type nestedWait struct {
 // noteWait is called when the acquisition begins to wait, and again and again while it does. It ends
 // the acquisition if the wait is part of a cycle in this process.
 func (a *acquisition) noteWait() {
-	a.waited = !a.NoWait // which waits for an answer that it shares, and not for the lock
-	if len(a.Held) == 0 && (a.got == nil || len(a.got.held) == 0) || a.nested != nil && !a.Shared {
+	a.waited = !a.NoWait // a NoWait gets here only to share another's answer
+	if a.nested != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
+	}
+	holds := a.holds()
+	if len(holds) == 0 {
+		return
 	}
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if a.nested == nil {
-		a.nested = newNestedWait(a)
+		a.nested = newNestedWait(a, holds)
 		m.nested[a.nested] = struct{}{}
 	}
 	if !a.nested.counts() {
@@ -59,13 +63,18 @@ func (a *acquisition) noteWait() {
 	}
 }
 
-func newNestedWait(a *acquisition) *nestedWait {
+// holds returns the keys that the caller holds, and then those that the acquisition has got.
+func (a *acquisition) holds() []pgsql.Key {
 	holds := slices.Clone(a.Held)
 	if a.got != nil {
 		for _, h := range a.got.held {
 			holds = append(holds, h.key)
 		}
 	}
+	return holds
+}
+
+func newNestedWait(a *acquisition, holds []pgsql.Key) *nestedWait {
 	s := &nestedWait{of: a, holds: holds, wants: a.at, began: time.Now()}
 	s.Wait = waitgraph.Wait{ID: strconv.FormatUint(rand.Uint64(), 36), Since: s.began.UnixMilli(), Wanted: a.at.Text()}
 	if a.tries || a.pool.RefusesWaits() {
@@ -111,7 +120,7 @@ func (s *nestedWait) edges() waitgraph.Wait {
 	return w
 }
 
-func all(*nestedWait) bool { return true }
+func anyWait(*nestedWait) bool { return true }
 
 // deadlock returns the error of a cycle that begins with s.
 func (s *nestedWait) deadlock(cycle []waitgraph.Wait) Deadlock {
@@ -167,7 +176,7 @@ func (a *acquisition) comment() string {
 			edges = append(edges, mine)
 		}
 	}
-	return waitgraph.Comment(a.at.Label(), append(edges, waitgraph.Behind(w, m.waitsLocked(all))...))
+	return waitgraph.Comment(a.at.Label(), append(edges, waitgraph.Behind(w, m.waitsLocked(anyWait))...))
 }
 
 // detect looks for cycles of waits in several processes, if that is due: ask returns the statements
@@ -193,14 +202,14 @@ func (m *Manager) detect(ask func() ([]session.Statement, error)) {
 	if statements, err := ask(); err == nil { // if the session has died, the next statement says so
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		m.searchLocked(statements, asked)
+		m.endCyclesLocked(statements, asked)
 	}
 }
 
-// searchLocked looks for cycles among the waits of this process and those of statements, for which the
+// endCyclesLocked looks for cycles among the waits of this process and those of statements, for which the
 // server was asked at asked. A cycle that is seen a second time, detectEvery later, ends its youngest
 // wait. It has been there all the time, because a wait does not change, and none has the ID of another.
-func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) {
+func (m *Manager) endCyclesLocked(statements []session.Statement, asked time.Time) {
 	ours := make(map[string]bool)
 	for s := range m.nested {
 		ours[s.ID] = true
@@ -213,7 +222,7 @@ func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) 
 			}
 		}
 	}
-	graph := waitgraph.New(append(m.waitsLocked(all), others...))
+	graph := waitgraph.New(append(m.waitsLocked(anyWait), others...))
 	for s := range m.nested {
 		if s.of.ctx.Err() != nil {
 			continue
@@ -224,7 +233,7 @@ func (m *Manager) searchLocked(statements []session.Statement, asked time.Time) 
 			s.cycle, s.seen = cycle, time.Now()
 		case asked.Sub(s.seen) >= detectEvery && waitgraph.Youngest(cycle):
 			s.of.end(s.deadlock(cycle))
-			graph = waitgraph.New(append(m.waitsLocked(all), others...))
+			graph = waitgraph.New(append(m.waitsLocked(anyWait), others...))
 		}
 	}
 }

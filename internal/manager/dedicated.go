@@ -2,7 +2,6 @@ package manager
 
 import (
 	"context"
-	"database/sql"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/keyqueue"
@@ -18,14 +17,14 @@ type dedicated struct {
 	*acquisition
 	q   *queue
 	w   *waiter
-	has bool // it has its turn in q
+	has bool // it has its turn in q; openInTurn's timer may end that, and openInTurn waits for it
 }
 
 // Dedicated takes the lock of r's only key on a session of its own, for use. It waits in the key's
 // queue first, without a connection. lock then takes the lock on the session; since is when Dedicated
 // was called. The caller calls done when the session has ended. The error is a *Failure.
-func Dedicated(ctx context.Context, db *sql.DB, r *Request, use session.Use, lock func(ctx context.Context, s *session.Session, since time.Time) error) (s *session.Session, done func(), err error) {
-	d := &dedicated{acquisition: newAcquisition(ctx, db, r)}
+func Dedicated(ctx context.Context, r *Request, use session.Use, lock func(ctx context.Context, s *session.Session, since time.Time) error) (s *session.Session, done func(), err error) {
+	d := &dedicated{acquisition: newAcquisition(ctx, r)}
 	ctx, d.at = d.ctx, r.Keys[0]
 	defer d.end(nil)
 	defer func() {

@@ -47,8 +47,8 @@ func TestTheDedicatedWaitInTheQueueOfTheirKey(t *testing.T) {
 		})
 		synctest.Wait()
 		r := request(key(1))
-		r.NoWait = true
-		_, _, err := manager.Dedicated(t.Context(), db, r, session.ForConn, nil)
+		r.DB, r.NoWait = db, true
+		_, _, err := manager.Dedicated(t.Context(), r, session.ForConn, nil)
 		wantError(t, err, session.ErrRefused)
 		if n := srv.opened.Load(); n != 1 {
 			t.Errorf("%d connections", n)
@@ -127,7 +127,9 @@ func TestTheTurnIsTheNextOnesHoweverItEnds(t *testing.T) {
 							t.Errorf("recovered %v", r)
 						}
 					}()
-					_, _, err := manager.Dedicated(ctx, db, request(key(1)), session.ForConn, func(ctx context.Context, s *session.Session, _ time.Time) error {
+					r := request(key(1))
+					r.DB = db
+					_, _, err := manager.Dedicated(ctx, r, session.ForConn, func(ctx context.Context, s *session.Session, _ time.Time) error {
 						return lock(ctx, s)
 					})
 					if err == nil || name == "an error" && !errors.Is(err, mine) {
@@ -198,8 +200,8 @@ func TestADedicatedCallerHasTheTurnAgainAfterAFailedOpening(t *testing.T) {
 		s, done, err := dedicated(t.Context(), db, key(1))
 		wantError(t, err, nil)
 		r := request(key(1))
-		r.NoWait = true
-		_, _, err = manager.Dedicated(t.Context(), db, r, session.ForConn, func(context.Context, *session.Session, time.Time) error {
+		r.DB, r.NoWait = db, true
+		_, _, err = manager.Dedicated(t.Context(), r, session.ForConn, func(context.Context, *session.Session, time.Time) error {
 			return errors.New("it has the turn, too")
 		})
 		wantError(t, err, session.ErrRefused)

@@ -109,13 +109,19 @@ func key(n int64) pgsql.Key { return pgsql.Key{Space: pgsql.Bigint, ID: n} }
 
 // request is what a caller wants who wants the locks of keys.
 func request(keys ...pgsql.Key) *manager.Request {
-	return &manager.Request{Keys: keys, Heartbeat: time.Minute, Silence: time.Hour, Log: slog.New(slog.DiscardHandler)}
+	return &manager.Request{Keys: keys, Log: slog.New(slog.DiscardHandler)}
 }
 
 // acquire acquires the locks of r.
 func acquire(ctx context.Context, db *sql.DB, r *manager.Request) (*manager.Locks, error) {
-	h := &lockconn.Holder{Heartbeat: r.Heartbeat, Silence: r.Silence}
-	locks, err := manager.Acquire(ctx, db, r, h)
+	return acquireWatched(ctx, db, r, time.Minute)
+}
+
+// acquireWatched acquires the locks of r, with heartbeats.
+func acquireWatched(ctx context.Context, db *sql.DB, r *manager.Request, heartbeat time.Duration) (*manager.Locks, error) {
+	h := &lockconn.Holder{Heartbeat: heartbeat, Silence: time.Hour}
+	r.DB = db
+	locks, err := manager.Acquire(ctx, r, h)
 	if err == nil {
 		h.Begin(func(error) {})
 	}
@@ -144,7 +150,9 @@ func takeOnce(t *testing.T, db *sql.DB, k pgsql.Key) {
 
 // dedicated takes the lock of k on a session of its own.
 func dedicated(ctx context.Context, db *sql.DB, k pgsql.Key) (*session.Session, func(), error) {
-	return manager.Dedicated(ctx, db, request(k), session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
+	r := request(k)
+	r.DB = db
+	return manager.Dedicated(ctx, r, session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
 		return s.Lock(ctx, k, false, since)
 	})
 }

@@ -55,17 +55,21 @@ var managers struct {
 	of map[weak.Pointer[sql.DB]]*Manager
 }
 
-// For returns the Manager of db.
+func newManager() *Manager {
+	return &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), nested: make(map[*nestedWait]struct{}), Checking: make(chan struct{}, 1)}
+}
+
+// For returns the Manager of db: a new one if that is nil.
 func For(db *sql.DB) *Manager {
 	if db == nil {
-		return nil
+		return newManager()
 	}
 	p := weak.Make(db)
 	managers.mu.Lock()
 	defer managers.mu.Unlock()
 	m := managers.of[p]
 	if m == nil {
-		m = &Manager{seed: rand.Uint64(), queues: make(map[pgsql.Key]*queue), nested: make(map[*nestedWait]struct{}), Checking: make(chan struct{}, 1)}
+		m = newManager()
 		if managers.of == nil {
 			managers.of = make(map[weak.Pointer[sql.DB]]*Manager)
 		}
@@ -83,9 +87,6 @@ func forget(p weak.Pointer[sql.DB]) {
 
 // Pool returns the pool of db, whose Manager this is.
 func (m *Manager) Pool(db *sql.DB) session.Pool {
-	if m == nil {
-		return session.Pool{}
-	}
 	return session.Pool{DB: db, Facts: &m.facts}
 }
 

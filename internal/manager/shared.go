@@ -8,8 +8,9 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// open opens a session, which has been counted, and is until it has ended.
-func (a *acquisition) open(ctx context.Context) (*session.Session, error) {
+// openCounted opens a session, which the caller has counted in Manager.sessions. It is uncounted when it has
+// ended, or at once if there is none.
+func (a *acquisition) openCounted(ctx context.Context) (*session.Session, error) {
 	opened := false
 	var s *session.Session
 	defer func() {
@@ -46,8 +47,8 @@ func (m *Manager) openedLocked(o *opening, err error) {
 	}
 }
 
-// session returns the shared session, which the caller is to Leave, and whose it is. If there is none,
-// it opens one, or waits for another who does.
+// session returns the shared session, which the caller is to Leave, and whether the caller has opened it
+// (onOwn) or others have (onShared). If there is none, it opens one, or waits for another who does.
 func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 	m := a.m
 	for {
@@ -82,24 +83,24 @@ func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 
 func (a *acquisition) openShared(o *opening) (*lockconn.Conn, stage, error) {
 	m := a.m
-	err := session.ErrPanicked
+	news := session.ErrPanicked // for those who wait for o
 	defer func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if session.Ended(a.ctx) != nil {
-			err = nil // that is no news for others
+			news = nil // they are not told of the end of this ctx
 		}
-		m.openedLocked(o, err)
+		m.openedLocked(o, news)
 	}()
-	var s *session.Session
-	s, err = a.open(a.ctx)
+	s, err := a.openCounted(a.ctx)
+	news = err
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if c := m.shared; c != nil && !pgsql.PoolClosed(err) && c.Use() { // one that waited has been granted its lock meanwhile
 		if err == nil {
 			go s.HandBack()
 		}
-		err = nil
+		news = nil
 		return c, onShared, nil
 	}
 	if err != nil {

@@ -31,13 +31,13 @@ func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
 func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
+	defer a.forgetWait()
 	a.noteWait()
 	var err error
 	for err == nil {
 		select {
 		case t := <-w.Turns:
 			a.missed = time.Time{}
-			a.forgetWait() // it is about to end, or begins anew
 			return t, nil
 		case <-a.ctx.Done():
 			err = context.Cause(a.ctx)

@@ -43,7 +43,7 @@ const onPrimary = "CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE "
 // TryWith is Try of one lock, and makes the settings of w.
 func TryWith(w Settings, k Key, shared bool) string {
 	try := Try([]Key{k}, shared)
-	if set := w.calls(); set != "" {
+	if set := w.calls(true); set != "" {
 		return "SELECT " + set + strings.TrimPrefix(try, "SELECT")
 	}
 	return try
@@ -63,11 +63,11 @@ const (
 	CalledHeld = 4 // the session holds the lock already
 
 	// Of TryTx alone.
-	OneSnapshot = 2 // the transaction has one snapshot for all its statements
+	OneSnapshot = 5 // the transaction has one snapshot for all its statements
 )
 
-// TryCalled is Try on a session of the caller's, whose state is not known. The clock of a
-// transaction stands still.
+// TryCalled is Try on a session of the caller's, whose state is not known. In a transaction, now() stays
+// at its begin, and so differs from statement_timestamp().
 func TryCalled(k Key, shared bool) string {
 	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 		" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3" +
@@ -152,7 +152,7 @@ func TryCallersTx(k Key, shared bool) string {
 // default (default_transaction_isolation) gives the transaction one snapshot.
 func TryTx(k Key, shared bool) string {
 	return calls("SELECT FROM pg_catalog.generate_series(1, CASE"+
-		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 2"+
+		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 5"+
 		" WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
 }
 
@@ -163,9 +163,8 @@ func Deadlock(k Key) string {
 }
 
 const (
-	// Restart is put before another statement, and begins a new transaction like the one that it
-	// rolls back.
-	Restart = "ROLLBACK AND CHAIN; "
+	// Restart begins a new transaction like the one that it rolls back.
+	Restart = "ROLLBACK AND CHAIN"
 
 	Savepoint           = "SAVEPOINT advisory"
 	RollbackToSavepoint = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
@@ -211,7 +210,7 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 // Waits selects the statements that begin with a comment of ours, and are under way, or were a moment
 // ago: a wait is not seen to have a gap between two of its statements, which grows with the load.
 const Waits = `SELECT pid, COALESCE(application_name, ''), query FROM pg_catalog.pg_stat_activity
-WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND pg_catalog.starts_with(query, '/* advisory: ')
+WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database() AND pg_catalog.starts_with(query, '` + commentBegins + `')
 	AND (state OPERATOR(pg_catalog.=) 'active'
 		OR state_change OPERATOR(pg_catalog.>) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) '250 ms'::pg_catalog.interval))`
 

@@ -167,10 +167,13 @@ func (w Settings) parameters() []parameter {
 // None tells whether there is nothing to set.
 func (w Settings) None() bool { return w.Silence == 0 && !w.Check }
 
-// calls are the calls that make the settings.
-func (w Settings) calls() string {
+// calls are the calls that make the settings. The nonce is set the first time alone.
+func (w Settings) calls(first bool) string {
 	var calls []string
 	for _, p := range w.parameters() {
+		if p.from == "nonce" && !first {
+			continue
+		}
 		value := milliseconds(w.Silence)
 		if p.from == "nonce" {
 			value = w.Nonce
@@ -186,11 +189,7 @@ func (w Settings) calls() string {
 // Set makes the settings. It is put before another statement, as Reset is. Only the first Set has the
 // nonce: if the session has been replaced since, the other one must not get it.
 func (w Settings) Set(first bool) string {
-	calls := w.calls()
-	if !first {
-		_, calls, _ = strings.Cut(calls, ", false), ")
-	}
-	return "SELECT " + calls + "; "
+	return "SELECT " + w.calls(first) + "; "
 }
 
 // Reset undoes Set.

@@ -103,7 +103,7 @@ func TestWait(t *testing.T) {
 				strings.NewReplacer("'ExclusiveLock'", "'ShareLock'", "objsubid OPERATOR(pg_catalog.=) 1", "objsubid OPERATOR(pg_catalog.=) 2").Replace(looks) + endsBare,
 		},
 		{
-			"a transaction", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{},
+			"a transaction", pgsql.InTx, pgsql.Restart + "; ", id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + ", " + number + lockTimeout +
 				doBare + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
@@ -113,12 +113,12 @@ func TestWait(t *testing.T) {
 				doBare + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
 		{
-			"a transaction with the connection check", pgsql.InTx, pgsql.Restart, id(42), false, pgsql.Settings{Check: true},
+			"a transaction with the connection check", pgsql.InTx, pgsql.Restart + "; ", id(42), false, pgsql.Settings{Check: true},
 			"/* advisory: 42 */ SELECT; ROLLBACK AND CHAIN; " + old + bound + ", " + number + lockTimeout +
 				doBare + ", " + connCheckTx + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
 		{
-			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + pgsql.TxSilence(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
+			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + "; " + pgsql.TxSilence(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
 			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
 				", pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" + lockTimeout +
 				doBare + ", pg_catalog.pg_advisory_xact_lock_shared" + pairArgs + restores + caught + "NULL;" + endsBare,

@@ -189,7 +189,7 @@ func (s *Session) restart() string {
 	case !s.refused:
 		return s.txSilence
 	default:
-		return pgsql.Restart + s.txSilence
+		return pgsql.Restart + "; " + s.txSilence
 	}
 }
 
