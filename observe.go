@@ -72,8 +72,8 @@ func observe(ctx context.Context, function string, keys []Key, cfg *config) (con
 	return ctx, o
 }
 
-// acquired tells that the lock is held, and returns the context to make fn's from. If the Observer panics,
-// the lock is abandoned.
+// acquired tells that the lock is held, and returns the context to make fn's from. If the
+// Observer panics, the lock is abandoned.
 func (o *observation) acquired(ctx context.Context, abandon func()) context.Context {
 	if o == nil {
 		return ctx

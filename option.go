@@ -245,8 +245,8 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	return c, nil
 }
 
-// request returns the request for keys by the caller of ctx. If db is nil, it is taken for that of the
-// innermost lock that ctx carries.
+// request returns the request for keys by the caller of ctx. If db is nil, it is taken for that
+// of the innermost lock that ctx carries.
 func (c *config) request(ctx context.Context, db *sql.DB, keys []Key) *manager.Request {
 	db, held := held(ctx, db)
 	return &manager.Request{
