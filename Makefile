@@ -75,6 +75,6 @@ fmt:
 	gofmt -w .
 
 tidy: ## go mod tidy, which knows nothing of the command's go.work
-	cd cmd/advisory && $(GO) mod edit -replace github.com/pgadvisory/advisory=../..
+	trap '(cd cmd/advisory && $(GO) mod edit -dropreplace github.com/pgadvisory/advisory)' EXIT; \
+	(cd cmd/advisory && $(GO) mod edit -replace github.com/pgadvisory/advisory=../..) && \
 	for m in $(MODULES); do (cd $$m && $(GO) mod tidy) || exit 1; done
-	cd cmd/advisory && $(GO) mod edit -dropreplace github.com/pgadvisory/advisory

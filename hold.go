@@ -54,11 +54,13 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	h.until = time.Now().Add(h.cfg.atLeast)
 	if err != nil {
 		err = acquireError(ctx, keys, &h.cfg, err)
-		h.observed.acquireEnd(ctx, err)
-		return err
 	}
 	if c.detached {
 		ctx = context.WithoutCancel(ctx)
+	}
+	if err != nil {
+		h.observed.acquireEnd(ctx, err)
+		return err
 	}
 	ctx = h.observed.acquired(ctx, func() { _ = locks.Release() })
 	h.locks, h.waits = locks, c.db.Stats().WaitCount

@@ -33,6 +33,7 @@ var built = sync.OnceValues(func() (path string, err error) {
 	path = filepath.Join(dir, "advisory")
 	build := exec.Command("go", "build", "-o", path, ".")
 	build.Dir = "../cmd/advisory"
+	build.Env = append(os.Environ(), "GOWORK=") // its go.work
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}

@@ -25,7 +25,7 @@ func TestGoInstallAcceptsTheCommand(t *testing.T) {
 	cmd.Dir = t.TempDir()
 	cmd.Env = append(os.Environ(),
 		"GOPROXY=file://"+proxy+",file://"+filepath.Join(others, "cache", "download")+","+goEnv(t, "GOPROXY"),
-		"GOSUMDB=off", "GOMODCACHE="+t.TempDir(), "GOFLAGS=-modcacherw", "GOWORK=off")
+		"GOSUMDB=off", "GOPRIVATE=", "GONOPROXY=none", "GOMODCACHE="+t.TempDir(), "GOFLAGS=-modcacherw", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

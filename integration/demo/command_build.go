@@ -51,7 +51,7 @@ func (t *tool) build(ctx context.Context) error {
 	}
 	t.exe = t.path("advisory")
 	cmd := exec.CommandContext(ctx, golang, "build", "-buildvcs=false", "-o", t.exe, ".")
-	cmd.Dir = source
+	cmd.Dir, cmd.Env = source, append(os.Environ(), "GOWORK=") // its go.work
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = killAfter
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -65,6 +65,7 @@ type Waiter[S comparable] struct {
 type Turn[S comparable] struct {
 	To    Action
 	Grant Grant[S] // with Hold and Look
+	Why   error    // with Refuse: the error of another who asked; nil: another holds the lock
 }
 
 // An Action is what a waiter is to do.
@@ -85,8 +86,8 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 			return t
 		}
 	}
-	// Shared waiters share the answer that a shared requester waits for.
-	sharesAnswer := w.Shared && q.requester != nil && q.requester.Shared && !q.refused &&
+	// Shared waiters share the answer that a shared requester waits for, even if that is an error.
+	sharesAnswer := w.NoWait && w.Shared && q.requester != nil && q.requester.Shared && !q.refused &&
 		!slices.ContainsFunc(q.waiters, func(w *Waiter[S]) bool { return !w.Shared })
 	if w.NoWait && !sharesAnswer {
 		return Turn[S]{To: Refuse}
@@ -123,10 +124,10 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 		return await // the grant goes back first
 	case now.Before(q.until):
 		q.holders++
-		return Turn[S]{Hold, q.grant}
+		return Turn[S]{To: Hold, Grant: q.grant}
 	case q.holders > 0:
 		q.requester = w
-		return Turn[S]{Look, q.grant}
+		return Turn[S]{To: Look, Grant: q.grant}
 	default:
 		return await // its time is over: the grant goes back first
 	}
@@ -158,14 +159,14 @@ func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
 // Refused is the server's refusal to the requester, who waits in the server's queue from then on.
 func (q *Queue[S]) Refused() {
 	q.refused = true
-	q.refuse()
+	q.refuse(nil)
 }
 
 // refuse refuses all who do not wait.
-func (q *Queue[S]) refuse() {
+func (q *Queue[S]) refuse(why error) {
 	q.waiters = slices.DeleteFunc(q.waiters, func(w *Waiter[S]) bool {
 		if w.NoWait {
-			w.Turns <- Turn[S]{To: Refuse}
+			w.Turns <- Turn[S]{To: Refuse, Why: why}
 		}
 		return w.NoWait
 	})
@@ -174,15 +175,16 @@ func (q *Queue[S]) refuse() {
 // Looked is the answer to Look: whether others wait in the server's queue.
 func (q *Queue[S]) Looked(w *Waiter[S], looked Grant[S], others bool, now time.Time) Turn[S] {
 	q.requester = nil
-	if q.current(looked) && q.holders > 0 {
-		if !others {
-			q.until = now.Add(HandOffFor)
-			q.holders++
-			q.advance(now)
-			return Turn[S]{Hold, q.grant}
-		}
-		q.closed = true
-		q.refuse()
+	held := q.current(looked) && q.holders > 0
+	if held && !others {
+		q.until = now.Add(HandOffFor)
+		q.holders++
+		q.advance(now)
+		return Turn[S]{To: Hold, Grant: q.grant}
+	}
+	if others {
+		q.closed = q.closed || held
+		q.refuse(nil)
 	}
 	if w.NoWait && others {
 		q.advance(now)
@@ -201,9 +203,10 @@ func (q *Queue[S]) GrantedDedicated(w *Waiter[S]) {
 	q.owners++
 }
 
-// GaveUp ends the turn of a waiter who was to Ask or to Look, and does not hold the grant. If w is
-// dedicated, that is also the end of its hold.
-func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time) {
+// GaveUp ends the turn of a waiter who was to Ask or to Look, and does not hold the grant. Those who share
+// its answer, and do not wait, are told why; nil: that is its own affair. If w is dedicated, GaveUp is also
+// the end of its hold.
+func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time, why error) {
 	if w.holds {
 		w.holds = false
 		q.owners--
@@ -212,6 +215,9 @@ func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time) {
 		q.dedicated--
 	} else {
 		q.requester, q.refused = nil, false
+	}
+	if why != nil {
+		q.refuse(why)
 	}
 	q.advance(now)
 }

@@ -1,6 +1,7 @@
 package keyqueue_test
 
 import (
+	"errors"
 	"slices"
 	"strconv"
 	"time"
@@ -254,9 +255,12 @@ func (t *trial) tried(c *client, givesUp bool) {
 	}
 	if !c.on.alive() {
 		t.mark(c.on)
-		if givesUp || c.several {
+		switch {
+		case givesUp && !c.several && t.of100(50):
+			t.fails(c, errors.New("no answer"))
+		case givesUp || c.several:
 			t.giveUp(c)
-		} else {
+		default:
 			c.phase = atAsking
 		}
 		return
@@ -270,7 +274,11 @@ func (t *trial) tried(c *client, givesUp bool) {
 	t.say("%v is refused by the server", c)
 	if c.w.NoWait {
 		t.seen["refused: NoWait asked"]++
-		t.giveUp(c)
+		if c.several { // it does not know of which key
+			t.giveUp(c)
+		} else {
+			t.fails(c, errors.New("another holds the lock"))
+		}
 		return
 	}
 	c.refused = true
@@ -330,20 +338,24 @@ func (t *trial) granted(c *client, givesUp bool) {
 	t.collect()
 }
 
-func (t *trial) giveUp(c *client) {
-	t.say("%v gives up", c)
+func (t *trial) giveUp(c *client) { t.fails(c, nil) }
+
+// fails is giveUp for a reason that is also one for those who share its answer.
+func (t *trial) fails(c *client, why error) {
+	t.say("%v gives up: %v", c, why)
 	c.phase = atNothing
 	if !c.w.Dedicated {
 		t.requester = nil
 	}
-	t.q.GaveUp(&c.w, t.now)
+	t.q.GaveUp(&c.w, t.now, why)
 	t.collect()
+	t.must(why == nil || !slices.ContainsFunc(t.line, func(c *client) bool { return c.w.NoWait }), "somebody waits for another answer")
 }
 
 func (t *trial) releaseDedicated(c *client) {
 	t.say("%v leaves", c)
 	c.phase = atNothing
-	t.q.GaveUp(&c.w, t.now)
+	t.q.GaveUp(&c.w, t.now, nil)
 	t.collect()
 }
 

@@ -62,7 +62,7 @@ func (t *trial) collect() {
 		c.waited = true
 		if c.turn.To == keyqueue.Refuse {
 			t.must(c.w.NoWait, "%v is refused, and would wait", c)
-			t.must(t.maySayNo(c), "%v is refused, and there is no reason", c)
+			t.must(c.turn.Why != nil || t.maySayNo(c), "%v is refused, and there is no reason", c)
 			t.say("  %v: refuse", c)
 			t.seen["refused: NoWait waited"]++
 			c.phase = atTurn

@@ -60,6 +60,30 @@ func TestARefusalIsForAllWhoDoNotWait(t *testing.T) {
 	)
 }
 
+// The error of the one that asks is that of all who share its answer, a refusal too. None of them asks again.
+func TestAFailureIsForAllWhoDoNotWait(t *testing.T) {
+	t.Parallel()
+	script(t,
+		"a in shared nowait", "ask",
+		"b in shared nowait", "await",
+		"c in shared nowait", "await",
+		"d in shared", "await",
+		"a fails", "b: refuse: it fails, c: refuse: it fails, d: ask",
+		"e in shared nowait", "await",
+		"d gives up", "e: ask", // its own affair
+	)
+	script(t,
+		"a in shared", "ask",
+		"a granted", "",
+		"20ms", "",
+		"b in shared", "look",
+		"c in shared nowait", "await",
+		"d in shared nowait", "await",
+		"lost", "",
+		"b sees others", "await; b: ask, c: refuse, d: refuse",
+	)
+}
+
 // The server has answered: another process holds the lock, and for how long nobody knows.
 func TestASharedNoWaitDoesNotWaitForOneInTheServersQueue(t *testing.T) {
 	t.Parallel()

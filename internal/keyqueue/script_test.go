@@ -1,6 +1,7 @@
 package keyqueue_test
 
 import (
+	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,6 +61,7 @@ var actionNames = map[keyqueue.Action]string{
 //	a granted [20ms ago]         Granted, of what was asked for now or then, or GrantedDedicated
 //	a refused                    the server refuses it
 //	a gives up                   GaveUp
+//	a fails                      the same, with an error
 //	a sees others                Looked; a sees nobody: there are no others
 //	a sees others, as of b       the same, of the grant that b has or had
 //	a cancels                    Cancel
@@ -128,7 +130,9 @@ func (d *desk) tell(words []string) string {
 	case "refused":
 		d.q.Refused()
 	case "gives":
-		d.q.GaveUp(w, d.now)
+		d.q.GaveUp(w, d.now, nil)
+	case "fails":
+		d.q.GaveUp(w, d.now, errFails)
 	case "sees":
 		of := name
 		if has("of") {
@@ -139,7 +143,7 @@ func (d *desk) tell(words []string) string {
 		return strconv.FormatBool(d.q.Cancel(w, d.now))
 	case "releases":
 		if w.Dedicated {
-			d.q.GaveUp(w, d.now)
+			d.q.GaveUp(w, d.now, nil)
 		} else if d.q.Release(d.grants[name], d.now) {
 			return "unlock"
 		}
@@ -151,10 +155,15 @@ func (d *desk) tell(words []string) string {
 	return ""
 }
 
+var errFails = errors.New("it fails")
+
 // turn notes the turn that a waiter gets.
 func (d *desk) turn(name string, tn turn) string {
 	if tn.To == keyqueue.Hold || tn.To == keyqueue.Look {
 		d.grants[name] = tn.Grant
+	}
+	if tn.Why != nil {
+		return "refuse: " + tn.Why.Error()
 	}
 	return actionNames[tn.To]
 }

@@ -42,23 +42,22 @@ func (c *Conn) take() []*Request {
 }
 
 func (c *Conn) portionLocked() int {
-	n, locks, asks := 0, 0, 0
-	for _, r := range c.pending {
+	locks, asks := 0, 0
+	for n, r := range c.pending {
 		locks += max(1, len(r.Keys))
-		if n > 0 && (locks > batchLimit || !r.joins() || !c.pending[0].joins()) {
-			break
-		}
-		n++
 		if r.Op != Ping { // any answer will do for that
 			asks++
 		}
-	}
-	if asks > 1 && c.stmt == nil {
-		if c.waited += asks - 1; c.unknown || c.waited < prepareAfter {
-			return 1
+		switch {
+		case n == 0:
+		case locks > batchLimit, !r.joins(), !c.pending[0].joins():
+			return n
+		case asks > 1 && c.stmt == nil && (c.unknown || c.waited < prepareAfter):
+			c.waited += len(c.pending) - n
+			return n
 		}
 	}
-	return n
+	return len(c.pending)
 }
 
 // joins tells whether r is answered together with others.
@@ -83,26 +82,33 @@ func (c *Conn) gather(n int, rtt time.Duration) {
 	}
 }
 
-// answerAll answers requests. If it returns an error, the session is lost.
+// asks returns those of requests that ask for more than an answer.
+func asks(reqs []*Request) []*Request {
+	return slices.DeleteFunc(slices.Clone(reqs), func(r *Request) bool { return r.Op == Ping })
+}
+
+// bound is how long the answer to requests may take.
+func bound(reqs ...*Request) time.Duration {
+	if slices.ContainsFunc(reqs, func(r *Request) bool { return !r.leavable() }) {
+		return session.ReleaseBound
+	}
+	return session.AnswerBound
+}
+
+// answerAll answers requests. If it returns an error, the session is lost. Pings have no answer of their own,
+// unless there are no others.
 func (c *Conn) answerAll(reqs []*Request) error {
-	ctx := context.Background()
-	asks := slices.DeleteFunc(slices.Clone(reqs), func(r *Request) bool { return r.Op == Ping })
+	ctx, bound, asks := context.Background(), bound(reqs...), asks(reqs)
 	if len(asks) == 0 {
 		asks = reqs[:1]
 	}
 	if len(asks) > 1 && c.batches(ctx) {
-		if err := c.answerTogether(ctx, asks); err != nil {
+		return c.answerTogether(ctx, asks, bound)
+	}
+	for _, r := range asks {
+		if err := c.answer(ctx, r, bound); err != nil {
 			return err
 		}
-	} else {
-		for _, r := range asks {
-			if err := c.answer(ctx, r); err != nil {
-				return err
-			}
-		}
-	}
-	for _, r := range reqs {
-		r.OK = r.OK || r.Op == Ping // any answer will do for that
 	}
 	return nil
 }
@@ -136,7 +142,7 @@ func (c *Conn) unprepare() error {
 }
 
 // answerTogether answers requests in one statement.
-func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
+func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.Duration) error {
 	var args pgsql.BatchArgs
 	for _, r := range reqs {
 		op := pgsql.OpTry
@@ -146,17 +152,13 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 		args.Add(op, r.Keys, r.Shared)
 	}
 	ops, keys := args.Args()
-	bound := session.AnswerBound
-	if slices.ContainsFunc(reqs, func(r *Request) bool { return r.Op != Try }) {
-		bound = session.ReleaseBound
-	}
 	sent := time.Now()
 	answer, err := session.Run(ctx, &c.s.Sender, bound, len(ops)+len(keys), func(ctx context.Context) (answer string, err error) {
 		err = c.stmt.QueryRowContext(ctx, ops, keys).Scan(&answer)
 		return answer, err
 	})
 	if err != nil {
-		return c.afterFailure(ctx, reqs, err)
+		return c.afterFailure(ctx, reqs, bound, err)
 	}
 	c.alive(sent)
 	for _, r := range reqs {
@@ -181,7 +183,7 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request) error {
 
 // afterFailure answers requests one by one whose common statement has failed with err: session-level
 // locks do not go with it, and how far it got is not known.
-func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) error {
+func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, bound time.Duration, err error) error {
 	if !pgsql.Answered(err) {
 		return err
 	}
@@ -191,7 +193,7 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 		}
 		if r.Op == Try {
 			r.err = nil
-			if err := c.answer(ctx, r); err != nil {
+			if err := c.answer(ctx, r, bound); err != nil {
 				return err
 			}
 		}
@@ -200,7 +202,7 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) err
 }
 
 // answer answers r by a statement of its own. If it returns an error, the session is lost.
-func (c *Conn) answer(ctx context.Context, r *Request) error {
+func (c *Conn) answer(ctx context.Context, r *Request, bound time.Duration) error {
 	if r.Op == prove {
 		return c.answerProve(ctx)
 	}
@@ -208,7 +210,7 @@ func (c *Conn) answer(ctx context.Context, r *Request) error {
 	if r.Op == Unlock && c.only(r.Keys) {
 		reset = c.s.Reset()
 	}
-	query, args, bound := c.statement(r, reset)
+	query, args := c.statement(r, reset)
 	r.Sent = time.Now()
 	rows, err := c.s.Exec(ctx, bound, query, args...)
 	if args != nil && pgsql.NotPrepared(err) { // the server has forgotten it, as after DISCARD ALL
@@ -222,7 +224,11 @@ func (c *Conn) answer(ctx context.Context, r *Request) error {
 		return err
 	}
 	c.alive(r.Sent)
-	if r.Op == Look {
+	switch r.Op {
+	case Ping:
+		r.OK = true
+		return nil
+	case Look:
 		r.OK = rows > 0
 		return nil
 	}
@@ -238,24 +244,20 @@ func (c *Conn) answer(ctx context.Context, r *Request) error {
 	return err
 }
 
-// statement returns the statement of r, with reset before it, and how long its answer may take.
-func (c *Conn) statement(r *Request, reset string) (query string, args []int64, bound time.Duration) {
+// statement returns the statement of r, with reset before it.
+func (c *Conn) statement(r *Request, reset string) (query string, args []int64) {
 	cached := len(r.Keys) == 1 && c.s.Caches() && reset == ""
 	switch {
 	case r.Op == Ping:
-		return pgsql.Ping, nil, session.ReleaseBound
+		return pgsql.Ping, nil
 	case r.Op == Look:
-		return pgsql.Look(r.Keys[0]), nil, session.AnswerBound
+		return pgsql.Look(r.Keys[0]), nil
 	case r.Op == Try && cached:
-		query, args = pgsql.TryCached(r.Keys[0], r.Shared)
-		return query, args, session.AnswerBound
-	case r.Op == Try:
-		return literal(r), nil, session.AnswerBound
-	case cached:
-		query, args = pgsql.UnlockCached(r.Keys[0], r.Shared)
-		return query, args, session.ReleaseBound
+		return pgsql.TryCached(r.Keys[0], r.Shared)
+	case r.Op == Unlock && cached:
+		return pgsql.UnlockCached(r.Keys[0], r.Shared)
 	default:
-		return reset + literal(r), nil, session.ReleaseBound
+		return reset + literal(r), nil
 	}
 }
 

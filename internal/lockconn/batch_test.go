@@ -54,7 +54,7 @@ func TestRequestsDuringARoundTripGoOutTogether(t *testing.T) {
 		f.must(t, lockconn.Try, id(0)...)
 		f.together(t, lockconn.Try, 1, 4) // 3, 2 and 1 of them have waited for others
 		f.together(t, lockconn.Try, 5, 8) // and 3 more
-		f.srv.want(t, try(0), pgsql.Ping, try(1), try(2), try(3), try(4), pgsql.Ping, "prepare", "batch {1,1,1,1} {5,6,7,8}")
+		f.srv.want(t, try(0), pgsql.Ping, try(1), try(2), try(3), try(4), pgsql.Ping, try(5), "prepare", "batch {1,1,1} {6,7,8}")
 		f.srv.clear()
 		f.together(t, lockconn.Unlock, 1, 3)
 		if lines := f.srv.lines(); len(lines) != 2 || !strings.HasPrefix(lines[1], "batch {2,2,2} ") {
@@ -164,5 +164,75 @@ func TestAnUnlockInABatchThatFindsNothing(t *testing.T) {
 			t.Errorf("errors: %v", errs)
 		}
 		wantError(t, <-f.lost, session.ErrNotHeld)
+	})
+}
+
+// Any answer will do for a Ping: it goes with what is asked for next, and needs no common statement.
+func TestPingsGoWithOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		f.must(t, lockconn.Try, id(1)...)
+		f.srv.rtt = time.Millisecond
+		f.srv.clear()
+		f.mixed(t, lockconn.Ping, lockconn.Ping, lockconn.Unlock, lockconn.Ping, lockconn.Try, lockconn.Try)
+		f.srv.want(t, pgsql.Ping, unlock(1), try(1), try(1))
+		f.s.Discard()
+	})
+}
+
+// mixed asks for all of ops while a round trip is under way. The locks are those of id(1).
+func (f *fixture) mixed(t *testing.T, ops ...lockconn.Op) (errs []error) {
+	errs = make([]error, len(ops))
+	var wg sync.WaitGroup
+	wg.Go(func() { f.must(t, lockconn.Ping) })
+	synctest.Wait()
+	for i, op := range ops {
+		wg.Go(func() { _, errs[i] = f.ask(t.Context(), op, id(1)...) })
+		synctest.Wait() // in order
+	}
+	wg.Wait()
+	synctest.Wait()
+	return errs
+}
+
+// The error of the request that a Ping has gone with is not the Ping's, even if it costs the session.
+func TestAPingThatGoesWithARequestThatFails(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		f.srv.rtt = time.Millisecond
+		f.srv.answer = func(_ context.Context, q string) (int64, error) {
+			if q == try(1) {
+				return 0, serverError("53200")
+			}
+			return 1, nil
+		}
+		errs := f.mixed(t, lockconn.Ping, lockconn.Try)
+		wantError(t, errs[0], nil)
+		wantError(t, errs[1], serverError("53200"))
+		wantError(t, <-f.lost, serverError("53200"))
+	})
+}
+
+// A Ping has the bounds of a release, whatever it goes with.
+func TestAPingThatGoesWithARequestWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		f.srv.rtt = time.Millisecond
+		f.srv.answer = func(ctx context.Context, q string) (int64, error) {
+			if q == try(1) {
+				<-ctx.Done()
+				return 0, ctx.Err()
+			}
+			return 1, nil
+		}
+		start := time.Now()
+		errs := f.mixed(t, lockconn.Ping, lockconn.Try)
+		if took := time.Since(start); errs[0] == nil || took > session.ReleaseBound+time.Second {
+			t.Errorf("after %v: %v", took, errs)
+		}
+		<-f.lost
 	})
 }

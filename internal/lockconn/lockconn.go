@@ -52,8 +52,6 @@ type lock struct {
 // is called when it is lost, under no mutex.
 func New(s *session.Session, log *slog.Logger, keys []pgsql.Key, shared bool, onLost func(*Conn)) *Conn {
 	c := &Conn{s: s, log: log, onLost: onLost, users: 1, locks: make(map[lock]string, 1), holders: make(map[*Holder]struct{}, 1)}
-	c.watch.timer = time.AfterFunc(time.Hour, c.tick)
-	c.watch.timer.Stop() // until there is a holder
 	c.watch.proof = s.Sent()
 	for _, k := range keys {
 		c.locks[lock{k.Lock(), shared}] = k.Name
@@ -94,7 +92,7 @@ func (c *Conn) leave(uses int) {
 	last := !c.closed && c.users == 0 && !c.serving && len(c.locks) == 0
 	if last {
 		c.closed = true
-		c.watch.timer.Stop()
+		c.watch.stop()
 	}
 	c.mu.Unlock()
 	switch {
@@ -140,7 +138,7 @@ func (c *Conn) lose(cause error) {
 		return
 	}
 	c.closed, c.lost = true, cause
-	c.watch.timer.Stop()
+	c.watch.stop()
 	holders, pending := c.holders, c.pending
 	c.holders, c.pending, c.first = nil, nil, 0
 	c.mu.Unlock()
@@ -234,7 +232,7 @@ func (c *Conn) Ask(ctx context.Context, r *Request) error {
 		c.serving = false
 		c.serveLocked()
 	}()
-	if lost = c.answer(ctx, r); lost != nil {
+	if lost = c.answer(ctx, r, bound(r)); lost != nil {
 		r.OK = false
 		return cmp.Or(r.err, error(LostError{lost}))
 	}
@@ -300,8 +298,8 @@ func (c *Conn) serveAll() {
 		if len(reqs) > 0 { // their callers have not left
 			c.serve(reqs)
 		}
-		if len(reqs) > 1 {
-			c.gather(len(reqs), time.Since(began))
+		if n := len(asks(reqs)); n > 1 {
+			c.gather(n, time.Since(began))
 		}
 		c.mu.Lock()
 		more = len(c.pending) > 0
@@ -322,7 +320,10 @@ func (c *Conn) serve(reqs []*Request) {
 		c.mu.Lock()
 		for _, r := range reqs {
 			r.panicked = panicked
-			if err != nil {
+			switch {
+			case r.Op == Ping && (err == nil || pgsql.Answered(err)): // any answer will do for that
+				r.OK = true
+			case err != nil:
 				r.OK, r.err = false, cmp.Or(r.err, error(LostError{err}))
 			}
 			if r.answered = !r.left; r.left && r.Op == Try && r.OK && !c.closed { // what it got is given back first

@@ -181,7 +181,18 @@ func (c *Conn) setTimerLocked() {
 	if c.watch.beating {
 		at = c.deadlineLocked()
 	}
-	c.watch.timer.Reset(time.Until(at))
+	if c.watch.timer == nil {
+		c.watch.timer = time.AfterFunc(time.Until(at), c.tick)
+	} else {
+		c.watch.timer.Reset(time.Until(at))
+	}
+}
+
+// stop stops the timer. One that runs would keep its Conn in memory.
+func (w *watch) stop() {
+	if w.timer != nil {
+		w.timer.Stop()
+	}
 }
 
 // beat is one heartbeat.

@@ -154,7 +154,7 @@ func (a *acquisition) one(k pgsql.Key) error {
 		case keyqueue.Hold:
 			return a.join(q, t.Grant)
 		case keyqueue.Refuse:
-			return session.ErrRefused
+			return cmp.Or(t.Why, session.ErrRefused)
 		case keyqueue.Ask:
 			return a.ask(w)
 		case keyqueue.Look:

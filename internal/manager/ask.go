@@ -13,10 +13,11 @@ import (
 // tryAll acquires all the locks in one statement. Their queues have told waiters to ask. If the server
 // refuses one of them, it gets none, which is an error for NoWait alone: all goes on one by one.
 func (a *acquisition) tryAll(waiters []waiter) error {
+	var err error
 	defer func() {
 		if len(a.got.held) == 0 { // also if the driver panics
 			for i, k := range a.Keys {
-				a.m.gaveUp(k, &waiters[i])
+				a.m.gaveUp(k, &waiters[i], a.news(err)) // a refusal does not say of which key
 			}
 		}
 	}()
@@ -28,12 +29,12 @@ func (a *acquisition) tryAll(waiters []waiter) error {
 }
 
 // ask acquires one lock from the server, and waits for it. The queue has told w to.
-func (a *acquisition) ask(w *waiter) error {
+func (a *acquisition) ask(w *waiter) (err error) {
 	before := len(a.got.held)
 	defer func() {
 		a.forgetWait()
 		if len(a.got.held) == before { // also if the driver panics, or the Logger
-			a.m.gaveUp(a.at, w)
+			a.m.gaveUp(a.at, w, a.news(err))
 		}
 	}()
 	keys := []pgsql.Key{a.at}

@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -69,7 +70,7 @@ func (d *dedicated) enter() error {
 	}
 	d.has = t.To == keyqueue.Ask
 	if t.To == keyqueue.Refuse {
-		err = session.ErrRefused
+		err = cmp.Or(t.Why, session.ErrRefused)
 	}
 	return err
 }
@@ -78,7 +79,7 @@ func (d *dedicated) enter() error {
 func (d *dedicated) leave() {
 	if d.has {
 		d.has = false
-		d.m.gaveUp(d.at, d.w)
+		d.m.gaveUp(d.at, d.w, nil)
 	}
 }
 

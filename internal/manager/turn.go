@@ -19,12 +19,20 @@ func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
 	return q, q.Enter(w, time.Now())
 }
 
-// gaveUp ends the turn of w, who does not hold the grant.
-func (m *Manager) gaveUp(k pgsql.Key, w *waiter) {
+// gaveUp ends the turn of w, who does not hold the grant. why is for those who share its answer.
+func (m *Manager) gaveUp(k pgsql.Key, w *waiter, why error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.queues[k.Lock()].GaveUp(w, time.Now())
+	m.queues[k.Lock()].GaveUp(w, time.Now(), why)
 	m.tidyLocked(k)
+}
+
+// news returns err, if that is one for others, too: the end of the caller's own ctx is not.
+func (a *acquisition) news(err error) error {
+	if session.Ended(a.ctx) != nil {
+		return nil
+	}
+	return err
 }
 
 // awaitTurn waits in the queue, without a connection.
@@ -57,7 +65,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	// Its turn has come meanwhile, and is passed on.
 	switch t := <-w.Turns; t.To {
 	case keyqueue.Ask, keyqueue.Look:
-		q.GaveUp(w, now)
+		q.GaveUp(w, now, nil)
 	case keyqueue.Hold:
 		a.got.held = append(a.got.held, held{key: a.at, q: q, grant: t.Grant}) // to be given back
 	}
@@ -86,7 +94,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 	err, asked := error(lockconn.LostError{}), false
 	defer func() {
 		if !asked { // the driver panicked
-			m.gaveUp(a.at, w)
+			m.gaveUp(a.at, w, nil)
 		}
 	}()
 	if c.Use() {
@@ -103,7 +111,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 	case session.Ended(a.ctx) == nil && (errors.As(err, new(lockconn.LostError)) || pgsql.Gone(err)):
 		q.Lost(c, now) // which c may not have said yet
 	default:
-		q.GaveUp(w, now)
+		q.GaveUp(w, now, a.news(err))
 		return turn{}, cmp.Or(session.Ended(a.ctx), err)
 	}
 	return q.Looked(w, g, r.OK, now), nil
