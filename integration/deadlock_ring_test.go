@@ -20,7 +20,7 @@ import (
 // that is not, it takes no time in a process, and between two and three seconds between processes.
 const (
 	foundInProcess = 2 * time.Second
-	foundBetween   = 8 * time.Second
+	foundBetween   = 20 * time.Second
 )
 
 // A ringCaller takes a lock in one way, and then wants the next one's in another.
