@@ -19,7 +19,7 @@ import (
 // How soon a deadlock is found at the latest, on a machine that is busy with other tests, too. On one
 // that is not, it takes no time in a process, and between two and three seconds between processes.
 const (
-	foundInProcess = 2 * time.Second
+	foundInProcess = 8 * time.Second
 	foundBetween   = 20 * time.Second
 )
 
