@@ -43,8 +43,8 @@ func Shared() Option {
 // [ReleaseConn]. It excludes [Timeout].
 //
 // If another caller in this process holds the lock through the same *sql.DB, or asks for it,
-// the answer comes without a round trip. A shared lock may still ask whether others wait for
-// the one that it would share.
+// the answer comes without a round trip. Shared callers have the answer of the one who asks. A
+// shared lock may still ask whether others wait for the one that it would share.
 //
 // NoWait is about the lock alone. If the pool is at its limit, the wait for a connection is
 // bounded by ctx.

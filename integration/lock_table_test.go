@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -135,8 +136,10 @@ func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
 			t.Fatalf("%v, want an error because the lock table is full", err)
 		}
 		keys := keysNumbered(t, asked)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
 		if err := concurrently(asked, 1, func(i int) error {
-			_, err := advisory.Acquire(soon(t), db, keys[i])
+			_, err := advisory.Acquire(ctx, db, keys[i])
 			if sqlState(err) != "53200" {
 				return err
 			}

@@ -33,7 +33,8 @@ type Queue[S comparable] struct {
 	// The requester asks the server for a grant, or whether others wait for it. Granted and Refused are
 	// the answers to the requester: it is not nil then.
 	requester *Waiter[S]
-	refused   bool // the server has refused, and the requester waits there
+	refused   bool  // the server has refused, and the requester waits there
+	away      error // why the requester waits for the server itself; nil: it does not
 
 	dedicated int // those who hold the lock, or ask for it, on sessions of their own
 	owners    int // of these, those who hold it
@@ -65,7 +66,7 @@ type Waiter[S comparable] struct {
 type Turn[S comparable] struct {
 	To    Action
 	Grant Grant[S] // with Hold and Look
-	Why   error    // with Refuse: the error of another who asked; nil: another holds the lock
+	Why   error    // with Refuse: the error of another who asks; nil: another holds the lock
 }
 
 // An Action is what a waiter is to do.
@@ -86,15 +87,18 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 			return t
 		}
 	}
-	// Shared waiters share the answer that a shared requester waits for, even if that is an error.
-	sharesAnswer := w.NoWait && w.Shared && q.requester != nil && q.requester.Shared && !q.refused &&
-		!slices.ContainsFunc(q.waiters, func(w *Waiter[S]) bool { return !w.Shared })
-	if w.NoWait && !sharesAnswer {
-		return Turn[S]{To: Refuse}
+	if w.NoWait && !q.sharesAnswer(w) {
+		return Turn[S]{To: Refuse, Why: q.away}
 	}
 	w.Turns = make(chan Turn[S], 1)
 	q.waiters = append(q.waiters, w)
 	return Turn[S]{To: Await}
+}
+
+// sharesAnswer tells whether the answer that the requester waits for will be that of w, too, who is shared.
+func (q *Queue[S]) sharesAnswer(w *Waiter[S]) bool {
+	return w.Shared && !w.Dedicated && q.requester != nil && q.requester.Shared && !q.refused && q.away == nil &&
+		!slices.ContainsFunc(q.waiters, func(w *Waiter[S]) bool { return !w.Shared })
 }
 
 // start lets in w, the first in line, if it can be there together with those inside. Otherwise it
@@ -149,7 +153,7 @@ func (q *Queue[S]) advance(now time.Time) {
 // Granted is the server's grant to the requester, who holds it from then on. HandOffFor counts from
 // the time at: when the lock was asked for, or, after a wait, granted.
 func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
-	q.requester, q.refused = nil, false
+	q.requester, q.refused, q.away = nil, false, nil
 	q.grant = Grant[S]{on, q.grant.No + 1}
 	q.granted, q.until, q.holders = true, at.Add(HandOffFor), 1
 	q.advance(now)
@@ -160,6 +164,15 @@ func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
 func (q *Queue[S]) Refused() {
 	q.refused = true
 	q.refuse(nil)
+}
+
+// Away says that the requester waits for the server itself, or, if why is nil, does not any more. Nobody
+// shares that wait who does not wait.
+func (q *Queue[S]) Away(why error) {
+	q.away = why
+	if why != nil {
+		q.refuse(why)
+	}
 }
 
 // refuse refuses all who do not wait.
@@ -214,7 +227,7 @@ func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time, why error) {
 	if w.Dedicated {
 		q.dedicated--
 	} else {
-		q.requester, q.refused = nil, false
+		q.requester, q.refused, q.away = nil, false, nil
 	}
 	if why != nil {
 		q.refuse(why)

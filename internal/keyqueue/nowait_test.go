@@ -84,6 +84,36 @@ func TestAFailureIsForAllWhoDoNotWait(t *testing.T) {
 	)
 }
 
+// Who does not wait does not wait for a server that is away.
+func TestANoWaitDoesNotWaitForOneThatWaitsForTheServer(t *testing.T) {
+	t.Parallel()
+	for _, end := range []string{"back", "a granted", "a gives up"} {
+		script(t,
+			"a in shared", "ask",
+			"b in shared nowait", "await",
+			"c in shared", "await",
+			"away", "b: refuse: it fails",
+			"d in shared nowait", "refuse: it fails",
+			"e in nowait", "refuse: it fails",
+			"c cancels", "true",
+			end, "",
+			"f in nowait", map[string]string{"back": "refuse", "a granted": "refuse", "a gives up": "ask"}[end],
+		)
+	}
+}
+
+// One on a session of its own has its own answer.
+func TestADedicatedNoWaitSharesNoAnswer(t *testing.T) {
+	t.Parallel()
+	script(t,
+		"a in shared", "ask",
+		"b in shared", "await",
+		"c in shared nowait dedicated", "refuse",
+		"b cancels", "true",
+		"d in shared nowait dedicated", "ask",
+	)
+}
+
 // The server has answered: another process holds the lock, and for how long nobody knows.
 func TestASharedNoWaitDoesNotWaitForOneInTheServersQueue(t *testing.T) {
 	t.Parallel()

@@ -102,7 +102,7 @@ func (c *Conn) answerAll(reqs []*Request) error {
 	if len(asks) == 0 {
 		asks = reqs[:1]
 	}
-	if len(asks) > 1 && c.batches(ctx) {
+	if len(asks) > 1 && c.batches(ctx, bound) {
 		return c.answerTogether(ctx, asks, bound)
 	}
 	for _, r := range asks {
@@ -114,11 +114,11 @@ func (c *Conn) answerAll(reqs []*Request) error {
 }
 
 // batches tells whether requests are answered together: the statement is prepared.
-func (c *Conn) batches(ctx context.Context) bool {
+func (c *Conn) batches(ctx context.Context, bound time.Duration) bool {
 	if c.stmt != nil || c.unknown {
 		return c.stmt != nil
 	}
-	stmt, err := session.Run(ctx, &c.s.Sender, session.AnswerBound, len(pgsql.Batch), func(ctx context.Context) (*sql.Stmt, error) {
+	stmt, err := session.Run(ctx, &c.s.Sender, bound, len(pgsql.Batch), func(ctx context.Context) (*sql.Stmt, error) {
 		return c.s.Conn().PrepareContext(ctx, pgsql.Batch)
 	})
 	c.stmt = stmt

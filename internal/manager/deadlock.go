@@ -40,7 +40,10 @@ type nestedWait struct {
 // noteWait is called when the acquisition begins to wait, and again and again while it does. It ends
 // the acquisition if the wait is part of a cycle in this process.
 func (a *acquisition) noteWait() {
-	a.waited = !a.NoWait // a NoWait gets here only to share another's answer
+	if a.NoWait {
+		return // it shares another's answer, and does not wait for the lock
+	}
+	a.waited = true
 	if a.nested != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
 	}

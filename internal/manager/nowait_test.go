@@ -3,21 +3,24 @@ package manager_test
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// Those who share an answer and do not wait share it whatever it is, and none of them asks again. Only
-// the end of the asker's own ctx is no answer.
+// Those who share an answer and do not wait share a refusal, too, and that the server does not answer. What
+// else may befall the one who asks is no answer to the others.
 func TestSharedNoWaitsShareOneAnswer(t *testing.T) {
 	t.Parallel()
 	const callers = 20
-	canceled, down := errors.New("canceled"), errors.New("connection refused")
+	canceled, down, refused := errors.New("canceled"), pgsql.NoAnswer{After: time.Second}, errors.New("connection refused")
 	for _, test := range []struct {
 		name  string
 		dial  error
@@ -29,7 +32,8 @@ func TestSharedNoWaitsShareOneAnswer(t *testing.T) {
 	}{
 		{name: "granted", rows: 1, dials: 1, tries: 1},
 		{name: "refused", wants: session.ErrRefused, dials: 1, tries: 1},
-		{name: "the server cannot be reached", dial: down, wants: down, dials: 1},
+		{name: "the server does not answer", dial: down, wants: down, dials: 1},
+		{name: "the server cannot be reached", dial: refused, wants: refused, dials: callers},
 		{name: "the first one's ctx ends", rows: 1, first: canceled, dials: 2, tries: 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -76,4 +80,48 @@ func TestSharedNoWaitsShareOneAnswer(t *testing.T) {
 			})
 		})
 	}
+}
+
+// While the one who asks waits for a server that is away, those who do not wait are told why.
+func TestASharedNoWaitDoesNotWaitOutAnOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		var down atomic.Bool
+		srv.dial = func() error {
+			if down.Load() {
+				return errDown
+			}
+			return nil
+		}
+		srv.answer = func(context.Context, int, string) (int64, error) {
+			if down.Load() {
+				return 0, io.ErrUnexpectedEOF
+			}
+			return 1, nil
+		}
+		nowait := request(key(1))
+		nowait.Shared, nowait.NoWait = true, true
+		locks := take(t, db, key(1))
+		var wg sync.WaitGroup
+		wg.Go(func() { // waits for locks, and then for the server
+			r := request(key(1))
+			r.Shared = true
+			locks, err := acquire(t.Context(), db, r)
+			wantError(t, err, nil)
+			time.Sleep(time.Millisecond)
+			wantError(t, locks.Release(), nil)
+		})
+		synctest.Wait()
+		down.Store(true)
+		wantError(t, locks.Release(), io.ErrUnexpectedEOF)
+		time.Sleep(5 * time.Second)
+		start := time.Now()
+		_, err := acquire(t.Context(), db, nowait)
+		wantError(t, err, errDown)
+		wantTook(t, start, 0)
+		down.Store(false)
+		wg.Wait()
+		wantState(t, db, 0, 0)
+	})
 }

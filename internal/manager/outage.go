@@ -2,11 +2,13 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"time"
 
+	"github.com/pgadvisory/advisory/internal/lockconn"
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
@@ -47,6 +49,8 @@ func (a *acquisition) outlive(err error) error {
 	}
 	o, missed := a.joinOutage(err)
 	defer a.m.leaveOutage(o)
+	a.noteAway(err)
+	defer a.noteAway(nil)
 	if missed != nil {
 		tellMissed(a.Log, missed)
 	}
@@ -71,6 +75,20 @@ func (a *acquisition) outlive(err error) error {
 		return context.Cause(a.ctx)
 	}
 	return a.away
+}
+
+// noteAway says why the acquisition waits for the server, or, if why is nil, that it does not any more.
+func (a *acquisition) noteAway(why error) {
+	if a.got == nil || a.at.Space == pgsql.NoSpace {
+		return // it does not ask for others
+	}
+	var lost lockconn.LostError
+	if errors.As(why, &lost) { // which to Acquire means that it is to begin again
+		why = lost.Cause
+	}
+	a.m.mu.Lock()
+	defer a.m.mu.Unlock()
+	a.m.queues[a.at.Lock()].Away(why)
 }
 
 // joinUnderWay has a wait join the outage that others are in, if there is one.

@@ -27,12 +27,13 @@ func (m *Manager) gaveUp(k pgsql.Key, w *waiter, why error) {
 	m.tidyLocked(k)
 }
 
-// news returns err, if that is one for others, too: the end of the caller's own ctx is not.
+// news returns err, if that is the answer to others, too. Otherwise the next one asks for itself. That a
+// server does not answer is not for each of them to find out.
 func (a *acquisition) news(err error) error {
-	if session.Ended(a.ctx) != nil {
-		return nil
+	if session.Ended(a.ctx) == nil && (errors.Is(err, session.ErrRefused) || pgsql.IsNoAnswer(err)) && !errors.As(err, new(lockconn.LostError)) {
+		return err
 	}
-	return err
+	return nil
 }
 
 // awaitTurn waits in the queue, without a connection.
