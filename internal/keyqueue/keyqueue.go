@@ -33,8 +33,7 @@ type Queue[S comparable] struct {
 	// The requester asks the server for a grant, or whether others wait for it. Granted and Refused are
 	// the answers to the requester: it is not nil then.
 	requester *Waiter[S]
-	refused   bool  // the server has refused, and the requester waits there
-	away      error // why the requester waits for the server itself; nil: it does not
+	refused   bool // the server has refused, and the requester waits there
 
 	dedicated int // those who hold the lock, or ask for it, on sessions of their own
 	owners    int // of these, those who hold it
@@ -88,7 +87,7 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 		}
 	}
 	if w.NoWait && !q.sharesAnswer(w) {
-		return Turn[S]{To: Refuse, Why: q.away}
+		return Turn[S]{To: Refuse}
 	}
 	w.Turns = make(chan Turn[S], 1)
 	q.waiters = append(q.waiters, w)
@@ -97,7 +96,7 @@ func (q *Queue[S]) Enter(w *Waiter[S], now time.Time) Turn[S] {
 
 // sharesAnswer tells whether the answer that the requester waits for will be that of w, too, who is shared.
 func (q *Queue[S]) sharesAnswer(w *Waiter[S]) bool {
-	return w.Shared && !w.Dedicated && q.requester != nil && q.requester.Shared && !q.refused && q.away == nil &&
+	return w.Shared && !w.Dedicated && q.requester != nil && q.requester.Shared && !q.refused &&
 		!slices.ContainsFunc(q.waiters, func(w *Waiter[S]) bool { return !w.Shared })
 }
 
@@ -153,7 +152,7 @@ func (q *Queue[S]) advance(now time.Time) {
 // Granted is the server's grant to the requester, who holds it from then on. HandOffFor counts from
 // the time at: when the lock was asked for, or, after a wait, granted.
 func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
-	q.requester, q.refused, q.away = nil, false, nil
+	q.requester, q.refused = nil, false
 	q.grant = Grant[S]{on, q.grant.No + 1}
 	q.granted, q.until, q.holders = true, at.Add(HandOffFor), 1
 	q.advance(now)
@@ -163,20 +162,11 @@ func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
 // Refused is the server's refusal to the requester, who waits in the server's queue from then on.
 func (q *Queue[S]) Refused() {
 	q.refused = true
-	q.refuse(nil)
+	q.Refuse(nil)
 }
 
-// Away says that the requester waits for the server itself, or, if why is nil, does not any more. Nobody
-// shares that wait who does not wait.
-func (q *Queue[S]) Away(why error) {
-	q.away = why
-	if why != nil {
-		q.refuse(why)
-	}
-}
-
-// refuse refuses all who do not wait.
-func (q *Queue[S]) refuse(why error) {
+// Refuse refuses all who do not wait. why is nil if another holds the lock.
+func (q *Queue[S]) Refuse(why error) {
 	q.waiters = slices.DeleteFunc(q.waiters, func(w *Waiter[S]) bool {
 		if w.NoWait {
 			w.Turns <- Turn[S]{To: Refuse, Why: why}
@@ -197,7 +187,7 @@ func (q *Queue[S]) Looked(w *Waiter[S], looked Grant[S], others bool, now time.T
 	}
 	if others {
 		q.closed = q.closed || held
-		q.refuse(nil)
+		q.Refuse(nil)
 	}
 	if w.NoWait && others {
 		q.advance(now)
@@ -227,10 +217,10 @@ func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time, why error) {
 	if w.Dedicated {
 		q.dedicated--
 	} else {
-		q.requester, q.refused, q.away = nil, false, nil
+		q.requester, q.refused = nil, false
 	}
 	if why != nil {
-		q.refuse(why)
+		q.Refuse(why)
 	}
 	q.advance(now)
 }

@@ -84,22 +84,17 @@ func TestAFailureIsForAllWhoDoNotWait(t *testing.T) {
 	)
 }
 
-// Who does not wait does not wait for a server that is away.
-func TestANoWaitDoesNotWaitForOneThatWaitsForTheServer(t *testing.T) {
+// A refusal from outside is for all who do not wait, and for nobody else.
+func TestARefusalFromOutside(t *testing.T) {
 	t.Parallel()
-	for _, end := range []string{"back", "a granted", "a gives up"} {
-		script(t,
-			"a in shared", "ask",
-			"b in shared nowait", "await",
-			"c in shared", "await",
-			"away", "b: refuse: it fails",
-			"d in shared nowait", "refuse: it fails",
-			"e in nowait", "refuse: it fails",
-			"c cancels", "true",
-			end, "",
-			"f in nowait", map[string]string{"back": "refuse", "a granted": "refuse", "a gives up": "ask"}[end],
-		)
-	}
+	script(t,
+		"a in shared", "ask",
+		"b in shared nowait", "await",
+		"c in shared", "await",
+		"d in shared nowait", "await",
+		"away", "b: refuse: it fails, d: refuse: it fails",
+		"a granted", "c: hold",
+	)
 }
 
 // One on a session of its own has its own answer.

@@ -62,7 +62,7 @@ var actionNames = map[keyqueue.Action]string{
 //	a refused                    the server refuses it
 //	a gives up                   GaveUp
 //	a fails                      the same, with an error
-//	away, back                   Away, with an error and without
+//	away                         Refuse, with an error
 //	a sees others                Looked; a sees nobody: there are no others
 //	a sees others, as of b       the same, of the grant that b has or had
 //	a cancels                    Cancel
@@ -101,10 +101,7 @@ func (d *desk) tell(words []string) string {
 		d.q.Lost(new(session), d.now)
 		return ""
 	case "away":
-		d.q.Away(errFails)
-		return ""
-	case "back":
-		d.q.Away(nil)
+		d.q.Refuse(errFails)
 		return ""
 	case "idle":
 		return strconv.FormatBool(d.q.Idle())

@@ -1,7 +1,6 @@
 package manager
 
 import (
-	"cmp"
 	"context"
 	"time"
 
@@ -70,7 +69,7 @@ func (d *dedicated) enter() error {
 	}
 	d.has = t.To == keyqueue.Ask
 	if t.To == keyqueue.Refuse {
-		err = cmp.Or(t.Why, session.ErrRefused)
+		err = session.ErrRefused
 	}
 	return err
 }
@@ -125,10 +124,6 @@ func (d *dedicated) enterNow() bool {
 	defer d.m.mu.Unlock()
 	defer d.m.tidyLocked(d.at)
 	d.q = d.m.queueLocked(d.at)
-	t := d.q.Enter(d.w, time.Now())
-	if t.To == keyqueue.Await { // for another's answer
-		d.q.Cancel(d.w, time.Now())
-	}
-	d.has = t.To == keyqueue.Ask
+	d.has = d.q.Enter(d.w, time.Now()).To == keyqueue.Ask
 	return d.has
 }

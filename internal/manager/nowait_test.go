@@ -90,6 +90,7 @@ func TestASharedNoWaitDoesNotWaitOutAnOutage(t *testing.T) {
 		var down atomic.Bool
 		srv.dial = func() error {
 			if down.Load() {
+				time.Sleep(10 * time.Millisecond)
 				return errDown
 			}
 			return nil
@@ -100,8 +101,16 @@ func TestASharedNoWaitDoesNotWaitOutAnOutage(t *testing.T) {
 			}
 			return 1, nil
 		}
-		nowait := request(key(1))
-		nowait.Shared, nowait.NoWait = true, true
+		wantTold := func(within time.Duration) {
+			start := time.Now()
+			r := request(key(1))
+			r.Shared, r.NoWait = true, true
+			_, err := acquire(t.Context(), db, r)
+			wantError(t, err, errDown)
+			if took := time.Since(start); took > within {
+				t.Errorf("after %v", took)
+			}
+		}
 		locks := take(t, db, key(1))
 		var wg sync.WaitGroup
 		wg.Go(func() { // waits for locks, and then for the server
@@ -115,11 +124,10 @@ func TestASharedNoWaitDoesNotWaitOutAnOutage(t *testing.T) {
 		synctest.Wait()
 		down.Store(true)
 		wantError(t, locks.Release(), io.ErrUnexpectedEOF)
+		time.Sleep(5 * time.Millisecond)
+		wantTold(time.Second) // it shares the answer of one that is asking
 		time.Sleep(5 * time.Second)
-		start := time.Now()
-		_, err := acquire(t.Context(), db, nowait)
-		wantError(t, err, errDown)
-		wantTook(t, start, 0)
+		wantTold(0)
 		down.Store(false)
 		wg.Wait()
 		wantState(t, db, 0, 0)

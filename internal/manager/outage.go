@@ -2,13 +2,11 @@ package manager
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"time"
 
-	"github.com/pgadvisory/advisory/internal/lockconn"
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
@@ -49,8 +47,6 @@ func (a *acquisition) outlive(err error) error {
 	}
 	o, missed := a.joinOutage(err)
 	defer a.m.leaveOutage(o)
-	a.noteAway(err)
-	defer a.noteAway(nil)
 	if missed != nil {
 		tellMissed(a.Log, missed)
 	}
@@ -77,35 +73,26 @@ func (a *acquisition) outlive(err error) error {
 	return a.away
 }
 
-// noteAway says why the acquisition waits for the server, or, if why is nil, that it does not any more.
-func (a *acquisition) noteAway(why error) {
-	if a.got == nil || a.at.Space == pgsql.NoSpace {
-		return // it does not ask for others
-	}
-	var lost lockconn.LostError
-	if errors.As(why, &lost) { // which to Acquire means that it is to begin again
-		why = lost.Cause
-	}
-	a.m.mu.Lock()
-	defer a.m.mu.Unlock()
-	a.m.queues[a.at.Lock()].Away(why)
-}
-
 // joinUnderWay has a wait join the outage that others are in, if there is one.
 func (a *acquisition) joinUnderWay() error {
 	if !a.waited && !a.Lead {
 		return nil
 	}
 	a.m.mu.Lock()
-	var missed error
-	if a.m.outage != nil {
-		missed = a.m.outage.missed
-	}
+	missed := a.m.missedLocked()
 	a.m.mu.Unlock()
 	if missed == nil {
 		return nil
 	}
 	return a.outlive(missed)
+}
+
+// missedLocked returns why the server cannot be reached, if there is an outage and it has been tried.
+func (m *Manager) missedLocked() error {
+	if m.outage == nil {
+		return nil
+	}
+	return m.outage.missed
 }
 
 // joinOutage counts a wait, which has lost its session by err, among those that wait for the server. It
@@ -204,7 +191,7 @@ func probe(ctx context.Context, pool session.Pool) error {
 	}
 }
 
-// missServer notes why the server was not reached, and has it told once.
+// missServer notes why the server was not reached, and has it told once. Those who do not wait are told, too.
 func (m *Manager) missServer(o *outage, err error) {
 	m.mu.Lock()
 	var tell []*slog.Logger
@@ -215,6 +202,9 @@ func (m *Manager) missServer(o *outage, err error) {
 		}
 	}
 	o.missed = err
+	for _, q := range m.queues { // they share the answer of one that waits for the server
+		q.Refuse(err)
+	}
 	m.mu.Unlock()
 	for _, log := range tell {
 		tellMissed(log, err)

@@ -15,8 +15,13 @@ import (
 func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	q := m.queueLocked(k)
-	return q, q.Enter(w, time.Now())
+	q, now := m.queueLocked(k), time.Now()
+	t := q.Enter(w, now)
+	if missed := m.missedLocked(); missed != nil && w.NoWait && t.To == keyqueue.Await {
+		q.Cancel(w, now) // who does not wait does not wait for the server
+		t = turn{To: keyqueue.Refuse, Why: missed}
+	}
+	return q, t
 }
 
 // gaveUp ends the turn of w, who does not hold the grant. why is for those who share its answer.
@@ -27,13 +32,18 @@ func (m *Manager) gaveUp(k pgsql.Key, w *waiter, why error) {
 	m.tidyLocked(k)
 }
 
-// news returns err, if that is the answer to others, too. Otherwise the next one asks for itself. That a
-// server does not answer is not for each of them to find out.
+// news returns err, if that is the answer to others, too: a refusal, or a time-out, which is not for each of
+// them to sit out. Otherwise the next one asks for itself.
 func (a *acquisition) news(err error) error {
-	if session.Ended(a.ctx) == nil && (errors.Is(err, session.ErrRefused) || pgsql.IsNoAnswer(err)) && !errors.As(err, new(lockconn.LostError)) {
+	var late interface{ Timeout() bool }
+	switch {
+	case session.Ended(a.ctx) != nil, errors.As(err, new(lockconn.LostError)): // its own affair
+		return nil
+	case errors.Is(err, session.ErrRefused), pgsql.IsNoAnswer(err), errors.As(err, &late) && late.Timeout():
 		return err
+	default:
+		return nil
 	}
-	return nil
 }
 
 // awaitTurn waits in the queue, without a connection.
@@ -112,7 +122,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 	case session.Ended(a.ctx) == nil && (errors.As(err, new(lockconn.LostError)) || pgsql.Gone(err)):
 		q.Lost(c, now) // which c may not have said yet
 	default:
-		q.GaveUp(w, now, a.news(err))
+		q.GaveUp(w, now, nil)
 		return turn{}, cmp.Or(session.Ended(a.ctx), err)
 	}
 	return q.Looked(w, g, r.OK, now), nil
