@@ -122,7 +122,8 @@ func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
 		const asked = 400
 		allowLog(t, "ERROR:  out of shared memory")
 		admin := d.open(t, s.DSN())
-		db := d.open(t, newWireTo(t, s, 3*time.Millisecond).dsn)
+		w := newWireTo(t, s, 3*time.Millisecond)
+		db := d.open(t, w.dsn)
 		lock, err := advisory.Acquire(soon(t), db, testKey(t))
 		if err != nil {
 			t.Fatal(err)
@@ -149,7 +150,8 @@ func TestFailuresInAFullLockTableDoNotHoldUpHeartbeats(t *testing.T) {
 		}
 		wantLive(t, lock.Context())
 		if err := lock.Release(); err != nil {
-			t.Error(err)
+			sent := w.take()
+			t.Errorf("%v; %d statements, the last of them:\n%s", err, len(sent), strings.Join(sent[max(0, len(sent)-5):], "\n"))
 		}
 		if _, err := filler.ExecContext(t.Context(), "SELECT pg_advisory_unlock_all()"); err != nil {
 			t.Fatal(err)
