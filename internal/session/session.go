@@ -180,6 +180,7 @@ func (s *Session) End(clean func() bool) {
 }
 
 func (s *Session) ended() {
+	s.guard.stop()
 	if s.OnEnd != nil {
 		s.OnEnd()
 	}
