@@ -192,7 +192,7 @@ func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, bound time.Dur
 			return err
 		}
 		if r.Op == Try {
-			r.err = nil
+			r.err, r.again = nil, true
 			if err := c.answer(ctx, r, bound); err != nil {
 				return err
 			}
@@ -246,7 +246,8 @@ func (c *Conn) answer(ctx context.Context, r *Request, bound time.Duration) erro
 
 // statement returns the statement of r, with reset before it.
 func (c *Conn) statement(r *Request, reset string) (query string, args []int64) {
-	cached := len(r.Keys) == 1 && c.s.Caches() && reset == ""
+	// A statement that fails is thrown out of the driver's cache, which costs two round trips.
+	cached := len(r.Keys) == 1 && c.s.Caches() && reset == "" && !r.again
 	switch {
 	case r.Op == Ping:
 		return pgsql.Ping, nil

@@ -177,7 +177,8 @@ type Request struct {
 	// err is the server's own error to this request alone, or that of the statement which has found the
 	// session lost. If it is nil, and the session is lost, Ask returns a LostError.
 	err      error
-	panicked any // by the driver
+	panicked any  // by the driver
+	again    bool // it has failed, together with others
 
 	done chan struct{} // closed with the answer; nil: it is answered where it is asked for
 
