@@ -21,16 +21,21 @@ const prepareAfter = 8
 // together asks for op of the keys from first to last at once, while a round trip is under way.
 func (f *fixture) together(t *testing.T, op lockconn.Op, first, last int64) (oks []bool, errs []error) {
 	oks, errs = make([]bool, last-first+1), make([]error, last-first+1)
+	f.duringATrip(t, len(oks), func(i int) { oks[i], errs[i] = f.ask(t.Context(), op, id(first+int64(i))...) })
+	return oks, errs
+}
+
+// duringATrip calls ask n times at once, in order, while a round trip is under way.
+func (f *fixture) duringATrip(t *testing.T, n int, ask func(i int)) {
 	var wg sync.WaitGroup
 	wg.Go(func() { f.must(t, lockconn.Ping) })
 	synctest.Wait()
-	for n := first; n <= last; n++ {
-		wg.Go(func() { oks[n-first], errs[n-first] = f.ask(t.Context(), op, id(n)...) })
+	for i := range n {
+		wg.Go(func() { ask(i) })
 		synctest.Wait() // in order
 	}
 	wg.Wait()
 	synctest.Wait()
-	return oks, errs
 }
 
 // prepared returns a Conn that has the prepared statement. It holds the lock of id(0).
@@ -184,15 +189,7 @@ func TestPingsGoWithOthers(t *testing.T) {
 // mixed asks for all of ops while a round trip is under way. The locks are those of id(1).
 func (f *fixture) mixed(t *testing.T, ops ...lockconn.Op) (errs []error) {
 	errs = make([]error, len(ops))
-	var wg sync.WaitGroup
-	wg.Go(func() { f.must(t, lockconn.Ping) })
-	synctest.Wait()
-	for i, op := range ops {
-		wg.Go(func() { _, errs[i] = f.ask(t.Context(), op, id(1)...) })
-		synctest.Wait() // in order
-	}
-	wg.Wait()
-	synctest.Wait()
+	f.duringATrip(t, len(ops), func(i int) { _, errs[i] = f.ask(t.Context(), ops[i], id(1)...) })
 	return errs
 }
 
