@@ -52,7 +52,6 @@ type lock struct {
 // is called when it is lost, under no mutex.
 func New(s *session.Session, log *slog.Logger, keys []pgsql.Key, shared bool, onLost func(*Conn)) *Conn {
 	c := &Conn{s: s, log: log, onLost: onLost, users: 1, locks: make(map[lock]string, 1), holders: make(map[*Holder]struct{}, 1)}
-	c.watch.alarm.F = c.tick
 	c.watch.proof = s.Sent()
 	for _, k := range keys {
 		c.locks[lock{k.Lock(), shared}] = k.Name
@@ -93,7 +92,7 @@ func (c *Conn) leave(uses int) {
 	last := !c.closed && c.users == 0 && !c.serving && len(c.locks) == 0
 	if last {
 		c.closed = true
-		c.watch.alarm.Stop()
+		c.watch.stop()
 	}
 	c.mu.Unlock()
 	switch {
@@ -139,7 +138,7 @@ func (c *Conn) lose(cause error) {
 		return
 	}
 	c.closed, c.lost = true, cause
-	c.watch.alarm.Stop()
+	c.watch.stop()
 	holders, pending := c.holders, c.pending
 	c.holders, c.pending, c.first = nil, nil, 0
 	c.mu.Unlock()

@@ -70,7 +70,7 @@ func (h *Holder) TakeLoss() error {
 // Where several holders have locks on the session, the shortest Heartbeat and the shortest Silence
 // count. Between heartbeats, a watch is one timer, which may fire once more after its end.
 type watch struct {
-	alarm   session.Alarm // calls tick
+	timer   *time.Timer   // calls tick
 	proof   time.Time     // when a statement went out that the session has answered
 	every   time.Duration // the pace: the shortest Heartbeat
 	since   time.Time     // when that pace began
@@ -98,7 +98,7 @@ func (c *Conn) Hold(h *Holder) error {
 	if first || next.Before(w.next) {
 		w.next = next
 	}
-	c.setAlarmLocked()
+	c.setTimerLocked()
 	return nil
 }
 
@@ -151,7 +151,6 @@ func (c *Conn) deadlineLocked() time.Time {
 func (c *Conn) tick() {
 	c.mu.Lock()
 	w, now := &c.watch, time.Now()
-	w.alarm.Fired()
 	if c.closed || len(c.holders) == 0 {
 		c.mu.Unlock()
 		return
@@ -172,17 +171,28 @@ func (c *Conn) tick() {
 		c.users++
 		go c.beat()
 	}
-	c.setAlarmLocked()
+	c.setTimerLocked()
 	c.mu.Unlock()
 }
 
-// setAlarmLocked has tick called when the next heartbeat is due, or the one under way is overdue.
-func (c *Conn) setAlarmLocked() {
+// setTimerLocked has tick called when the next heartbeat is due, or the one under way is overdue.
+func (c *Conn) setTimerLocked() {
 	at := c.watch.next
 	if c.watch.beating {
 		at = c.deadlineLocked()
 	}
-	c.watch.alarm.Set(at)
+	if c.watch.timer == nil {
+		c.watch.timer = time.AfterFunc(time.Until(at), c.tick)
+	} else {
+		c.watch.timer.Reset(time.Until(at))
+	}
+}
+
+// stop stops the timer. One that runs would keep its Conn in memory.
+func (w *watch) stop() {
+	if w.timer != nil {
+		w.timer.Stop()
+	}
 }
 
 // beat is one heartbeat.
@@ -201,7 +211,7 @@ func (c *Conn) beat() {
 	if next := sent.Add(w.every); !w.next.After(sent) || next.Before(w.next) {
 		w.next = next // unless somebody has come meanwhile who is stricter
 	}
-	c.setAlarmLocked()
+	c.setTimerLocked()
 }
 
 // Prove asks the server whether the session still has its locks, and has it watch the session as

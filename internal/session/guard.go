@@ -17,12 +17,12 @@ import (
 // the driver is known, its connection is broken off instead, and the statement runs on the
 // caller's goroutine.
 type guard struct {
-	mu        sync.Mutex // guards the rest; no driver is called under it
-	timer     Alarm      // calls expire
-	no        uint64     // of the statement
-	under     bool       // it is under way
-	until     time.Time  // zero: it is not bounded
-	why       error      // what it is broken off with then; nil: NoAnswer after within
+	mu        sync.Mutex  // guards the rest; no driver is called under it
+	timer     *time.Timer // calls expire
+	no        uint64      // of the statement
+	under     bool        // it is under way
+	until     time.Time   // zero: it is not bounded
+	why       error       // what it is broken off with then; nil: NoAnswer after within
 	within    time.Duration
 	interrupt func(cause error)
 	cause     error // why it was broken off
@@ -47,22 +47,18 @@ func (g *guard) bound(no uint64, d time.Duration, why error) {
 		return
 	}
 	g.until, g.within, g.why = until, d, why
-	if g.timer.F == nil {
-		g.timer.F = g.expire
+	if g.timer == nil {
+		g.timer = time.AfterFunc(d, g.expire)
+	} else {
+		g.timer.Reset(d)
 	}
-	g.timer.Set(until)
 }
 
 // expire breaks off a statement that is not answered in time.
 func (g *guard) expire() {
 	g.mu.Lock()
-	g.timer.Fired()
-	if !g.under || g.until.IsZero() || g.cause != nil {
-		g.mu.Unlock()
-		return
-	}
-	if time.Now().Before(g.until) { // the timer was an older statement's
-		g.timer.Set(g.until)
+	// The timer may be an older bound's, whose statement has ended just now.
+	if !g.under || g.cause != nil || g.until.IsZero() || time.Now().Before(g.until) {
 		g.mu.Unlock()
 		return
 	}
@@ -77,44 +73,8 @@ func (g *guard) end() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.under, g.interrupt = false, nil
+	if g.timer != nil {
+		g.timer.Stop()
+	}
 	return g.cause
 }
-
-// stop ends the guard's timer, with the session.
-func (g *guard) stop() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.timer.Stop()
-}
-
-// An Alarm is a timer that is never put off, because that may have to wake a thread each time. So it may
-// fire for nothing. Its owner's mutex guards it.
-type Alarm struct {
-	F func() // is called when it fires, and calls Fired
-
-	timer *time.Timer
-	fires time.Time // zero: it does not
-}
-
-// Set sees to it that F is called at the time at, or before.
-func (a *Alarm) Set(at time.Time) {
-	switch {
-	case a.timer == nil:
-		a.timer = time.AfterFunc(time.Until(at), a.F)
-	case a.fires.IsZero() || at.Before(a.fires):
-		a.timer.Reset(time.Until(at))
-	default:
-		return
-	}
-	a.fires = at
-}
-
-// Stop is called when there is nothing more to wait for. A timer that runs would keep its owner in memory.
-func (a *Alarm) Stop() {
-	if a.timer != nil {
-		a.timer.Stop()
-	}
-}
-
-// Fired notes that the timer has fired.
-func (a *Alarm) Fired() { a.fires = time.Time{} }

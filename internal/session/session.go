@@ -180,7 +180,6 @@ func (s *Session) End(clean func() bool) {
 }
 
 func (s *Session) ended() {
-	s.guard.stop()
 	if s.OnEnd != nil {
 		s.OnEnd()
 	}
