@@ -61,7 +61,7 @@ func (c *Conn) portionLocked() int {
 }
 
 // joins tells whether r is answered together with others.
-func (r *Request) joins() bool { return r.Op != Look && r.Op != prove }
+func (r *Request) joins() bool { return r.Op != Look && r.Op != prove && !r.alone }
 
 // gather lets those n who have had an answer, after a round trip of rtt, come with their next
 // request, so that it goes out with the others': otherwise each waits for the other half's trip as
@@ -95,9 +95,10 @@ func bound(reqs ...*Request) time.Duration {
 	return session.AnswerBound
 }
 
-// answerAll answers requests. If it returns an error, the session is lost. Pings have no answer of their own,
-// unless there are no others.
-func (c *Conn) answerAll(reqs []*Request) error {
+// answerAll answers requests. Pings have no answer of their own, unless there are no others. If it returns
+// refused, the tries have no answer yet: each is to be answered alone. If it returns an error, the session is
+// lost.
+func (c *Conn) answerAll(reqs []*Request) (refused bool, err error) {
 	ctx, bound, asks := context.Background(), bound(reqs...), asks(reqs)
 	if len(asks) == 0 {
 		asks = reqs[:1]
@@ -107,10 +108,10 @@ func (c *Conn) answerAll(reqs []*Request) error {
 	}
 	for _, r := range asks {
 		if err := c.answer(ctx, r, bound); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return false, nil
 }
 
 // batches tells whether requests are answered together: the statement is prepared.
@@ -141,8 +142,8 @@ func (c *Conn) unprepare() error {
 	return c.s.Do(context.Background(), session.ReleaseBound, func(context.Context) error { return c.stmt.Close() })
 }
 
-// answerTogether answers requests in one statement.
-func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.Duration) error {
+// answerTogether answers requests in one statement, if the server does not refuse that.
+func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.Duration) (refused bool, err error) {
 	var args pgsql.BatchArgs
 	for _, r := range reqs {
 		op := pgsql.OpTry
@@ -158,12 +159,12 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.D
 		return answer, err
 	})
 	if err != nil {
-		return c.afterFailure(ctx, reqs, bound, err)
+		return true, c.afterFailure(ctx, reqs, err)
 	}
 	c.alive(sent)
 	for _, r := range reqs {
 		if len(answer) < len(r.Keys) {
-			return fmt.Errorf("an answer of the wrong length: %q", answer)
+			return false, fmt.Errorf("an answer of the wrong length: %q", answer)
 		}
 		var yes []pgsql.Key
 		for i, k := range r.Keys {
@@ -174,31 +175,48 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.D
 		answer = answer[len(r.Keys):]
 		r.Sent = sent
 		if err := c.accept(ctx, r, yes); err != nil {
+			return false, err
+		}
+	}
+	c.note(reqs...)
+	return false, nil
+}
+
+// afterFailure is for requests whose common statement has failed with err. Session-level locks do not go with
+// it, and how far it got is not known: what they may have got, or still have, is unlocked.
+func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, err error) error {
+	if !pgsql.Answered(err) {
+		return err
+	}
+	for _, shared := range [...]bool{false, true} {
+		var keys []pgsql.Key
+		for _, r := range reqs {
+			if r.Shared == shared {
+				keys = append(keys, r.Keys...)
+			}
+		}
+		if err := c.unlockHeld(ctx, keys, shared); err != nil {
 			return err
 		}
+	}
+	for _, r := range reqs {
+		r.OK = r.Op == Unlock // until then the session has held them, for as long as it lives
 	}
 	c.note(reqs...)
 	return nil
 }
 
-// afterFailure answers requests one by one whose common statement has failed with err: session-level
-// locks do not go with it, and how far it got is not known.
-func (c *Conn) afterFailure(ctx context.Context, reqs []*Request, bound time.Duration, err error) error {
-	if !pgsql.Answered(err) {
-		return err
+// unlockHeld unlocks those of keys that the session holds.
+func (c *Conn) unlockHeld(ctx context.Context, keys []pgsql.Key, shared bool) error {
+	if len(keys) == 0 {
+		return nil
 	}
-	for _, r := range reqs {
-		if err := c.afterError(ctx, r, err); err != nil {
-			return err
-		}
-		if r.Op == Try {
-			r.err, r.again = nil, true
-			if err := c.answer(ctx, r, bound); err != nil {
-				return err
-			}
-		}
+	sent := time.Now()
+	_, err := c.s.Exec(ctx, session.ReleaseBound, pgsql.UnlockHeld(keys, shared))
+	if err == nil {
+		c.alive(sent)
 	}
-	return nil
+	return err
 }
 
 // answer answers r by a statement of its own. If it returns an error, the session is lost.
@@ -246,8 +264,7 @@ func (c *Conn) answer(ctx context.Context, r *Request, bound time.Duration) erro
 
 // statement returns the statement of r, with reset before it.
 func (c *Conn) statement(r *Request, reset string) (query string, args []int64) {
-	// A statement that fails is thrown out of the driver's cache, which costs two round trips.
-	cached := len(r.Keys) == 1 && c.s.Caches() && reset == "" && !r.again
+	cached := len(r.Keys) == 1 && c.s.Caches() && reset == ""
 	switch {
 	case r.Op == Ping:
 		return pgsql.Ping, nil
@@ -304,11 +321,9 @@ func (c *Conn) afterError(ctx context.Context, r *Request, err error) error {
 		r.err = err
 		return nil
 	}
-	r.Sent = time.Now()
-	if _, err := c.s.Exec(ctx, session.ReleaseBound, pgsql.UnlockHeld(r.Keys, r.Shared)); err != nil {
+	if err := c.unlockHeld(ctx, r.Keys, r.Shared); err != nil {
 		return err
 	}
-	c.alive(r.Sent)
 	if r.Op == Unlock { // until then the session has held them, for as long as it lives
 		r.OK = true
 		c.note(r)
@@ -333,8 +348,7 @@ func (c *Conn) accept(ctx context.Context, r *Request, yes []pgsql.Key) error {
 	default: // those that it has got with others that it has not
 		rows, err := c.s.Exec(ctx, session.ReleaseBound, pgsql.Unlock(yes, r.Shared))
 		if pgsql.Answered(err) { // pg_cancel_backend, say
-			_, err = c.s.Exec(ctx, session.ReleaseBound, pgsql.UnlockHeld(yes, r.Shared))
-			return err
+			return c.unlockHeld(ctx, yes, r.Shared)
 		}
 		if err == nil && rows == 0 {
 			err = session.ErrNotHeld

@@ -100,29 +100,6 @@ func TestEachRequestOfABatchHasItsAnswer(t *testing.T) {
 	})
 }
 
-// If the server refuses a batch, how far it got is not known: what it may have got is unlocked, and
-// each request is answered by itself.
-func TestABatchThatIsRefused(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		f := prepared(t)
-		f.srv.batch = func(string, string) (string, error) { return "", serverError("53200") }
-		f.srv.answer = func(_ context.Context, query string) (int64, error) {
-			if query == try(2) {
-				return 0, serverError("53200")
-			}
-			return 1, nil
-		}
-		oks, errs := f.together(t, lockconn.Try, 1, 3)
-		if !slices.Equal(oks, []bool{true, false, true}) || errs[0] != nil || errs[1] != serverError("53200") || errs[2] != nil {
-			t.Errorf("%v, %v", oks, errs)
-		}
-		held := func(n int64) string { return pgsql.UnlockHeld(id(n), false) }
-		f.srv.want(t, pgsql.Ping, "batch {1,1,1} {1,2,3}", held(1), try(1), held(2), try(2), held(2), held(3), try(3))
-		f.s.Discard()
-	})
-}
-
 // A server that does not know the statement is asked for it once.
 func TestAServerThatDoesNotKnowTheStatement(t *testing.T) {
 	t.Parallel()

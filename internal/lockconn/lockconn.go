@@ -177,7 +177,7 @@ type Request struct {
 	// session lost. If it is nil, and the session is lost, Ask returns a LostError.
 	err      error
 	panicked any  // by the driver
-	again    bool // it has failed, together with others
+	alone    bool // it has failed together with others, and is answered by itself
 
 	done chan struct{} // closed with the answer; nil: it is answered where it is asked for
 
@@ -295,12 +295,12 @@ func (c *Conn) await(ctx context.Context, r *Request) error {
 func (c *Conn) serveAll() {
 	for more := true; more; {
 		began := time.Now()
-		reqs := c.take()
-		if len(reqs) > 0 { // their callers have not left
+		if reqs := c.take(); len(reqs) > 0 { // their callers have not left
+			n := len(asks(reqs))
 			c.serve(reqs)
-		}
-		if n := len(asks(reqs)); n > 1 {
-			c.gather(n, time.Since(began))
+			if n > 1 {
+				c.gather(n, time.Since(began))
+			}
 		}
 		c.mu.Lock()
 		more = len(c.pending) > 0
@@ -312,13 +312,16 @@ func (c *Conn) serveAll() {
 	c.leave(0) // those who left their requests may have been the last
 }
 
-// serve answers requests. If it cannot, the session is lost. A panic of the driver's propagates on the
-// goroutines of their callers.
+// serve answers requests, or puts them back. If it cannot, the session is lost. A panic of the driver's
+// propagates on the goroutines of their callers.
 func (c *Conn) serve(reqs []*Request) {
-	err := session.ErrPanicked
+	refused, err := false, session.ErrPanicked
 	defer func() {
 		panicked := recover()
 		c.mu.Lock()
+		if refused {
+			reqs = c.putBackLocked(reqs)
+		}
 		for _, r := range reqs {
 			r.panicked = panicked
 			switch {
@@ -339,5 +342,22 @@ func (c *Conn) serve(reqs []*Request) {
 			close(r.done)
 		}
 	}()
-	err = c.answerAll(reqs)
+	refused, err = c.answerAll(reqs)
+}
+
+// putBackLocked has the tries of reqs, which the server has refused together, answered alone, and later: others
+// need not wait for all of them. It returns those that are done.
+func (c *Conn) putBackLocked(reqs []*Request) []*Request {
+	return slices.DeleteFunc(reqs, func(r *Request) bool {
+		switch {
+		case r.Op != Try || r.left:
+			return false
+		case c.closed:
+			r.err = LostError{c.lost}
+			return false
+		}
+		r.alone = true
+		c.pending = append(c.pending, r)
+		return true
+	})
 }

@@ -87,18 +87,20 @@ func UnlockCached(k Key, shared bool) (query string, args []int64) {
 }
 
 // UnlockHeld unlocks whichever of the locks the session holds, with a row for each. The server
-// warns of an unlock of what is not held, so the statement looks first.
+// warns of an unlock of what is not held, so the statement looks first, once for all of them.
 func UnlockHeld(keys []Key, shared bool) string {
-	var b strings.Builder
-	for i, k := range keys {
-		if i > 0 {
-			b.WriteString(" UNION ALL ")
-		}
-		b.WriteString(calls("SELECT ", "pg_advisory_unlock", keys[i:i+1], shared))
-		classid, objid := k.columns()
-		b.WriteString(" FROM (" + heldRows("'"+classid+"'", "'"+objid+"'", k, shared) + " OFFSET 0) AS held")
+	unlock := "pg_catalog.pg_advisory_unlock"
+	if shared {
+		unlock += "_shared"
 	}
-	return b.String()
+	rows := make([]string, len(keys))
+	for i, k := range keys {
+		rows[i] = k.Row()
+	}
+	return "SELECT CASE WHEN objsubid OPERATOR(pg_catalog.=) 2" +
+		" THEN " + unlock + "(classid::pg_catalog.int4, objid::pg_catalog.int4)" +
+		" ELSE " + unlock + "((classid::pg_catalog.int8 OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.|) objid::pg_catalog.int8) END" +
+		" FROM (SELECT classid, objid, objsubid" + ourLocks(shared) + "(" + strings.Join(rows, " OR ") + ") OFFSET 0) AS held"
 }
 
 // UnlockExposed has one row if the lock was held, and two if a transaction is open on the session
@@ -229,14 +231,14 @@ func (k Key) columns() (classid, objid string) {
 	return strconv.FormatUint(uint64(c), 10), strconv.FormatUint(uint64(o), 10)
 }
 
-// heldRows has one row if this session holds the lock.
-func heldRows(classid, objid string, k Key, shared bool) string {
+// ourLocks begins the FROM of a query for locks that this session holds.
+func ourLocks(shared bool) string {
 	mode := "ExclusiveLock"
 	if shared {
 		mode = "ShareLock"
 	}
-	return "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted" +
-		" AND mode OPERATOR(pg_catalog.=) '" + mode + "' AND " + lockRows(classid, objid, k)
+	return " FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted" +
+		" AND mode OPERATOR(pg_catalog.=) '" + mode + "' AND "
 }
 
 func lockRows(classid, objid string, k Key) string {

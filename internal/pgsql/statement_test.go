@@ -31,6 +31,7 @@ const (
 	mine           = "pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND "
 	row42          = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
 	rowPair        = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '4294967289' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 2"
+	keyOfRow       = "(classid::pg_catalog.int8 OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.|) objid::pg_catalog.int8"
 	inThisDatabase = " AND database OPERATOR(pg_catalog.=) (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())"
 	marked         = answers + "pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
 )
@@ -67,13 +68,13 @@ func TestStatementsOfASession(t *testing.T) {
 		{"Unlock, several, shared", pgsql.Unlock(three, true),
 			"SELECT WHERE pg_catalog.pg_advisory_unlock_shared(42) AND pg_catalog.pg_advisory_unlock_shared(-7, 42) AND pg_catalog.pg_advisory_unlock_shared(5)"},
 		{"UnlockHeld", pgsql.UnlockHeld(one, false),
-			"SELECT pg_catalog.pg_advisory_unlock(42) FROM (SELECT FROM pg_catalog.pg_locks WHERE " + mine + "granted" +
-				" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND " + row42 + " OFFSET 0) AS held"},
+			"SELECT CASE WHEN objsubid OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(classid::pg_catalog.int4, objid::pg_catalog.int4)" +
+				" ELSE pg_catalog.pg_advisory_unlock(" + keyOfRow + ") END FROM (SELECT classid, objid, objsubid FROM pg_catalog.pg_locks WHERE " + mine + "granted" +
+				" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND (" + row42 + ") OFFSET 0) AS held"},
 		{"UnlockHeld, several, shared", pgsql.UnlockHeld(three[:2], true),
-			"SELECT pg_catalog.pg_advisory_unlock_shared(42) FROM (SELECT FROM pg_catalog.pg_locks WHERE " + mine + "granted" +
-				" AND mode OPERATOR(pg_catalog.=) 'ShareLock' AND " + row42 + " OFFSET 0) AS held" +
-				" UNION ALL SELECT pg_catalog.pg_advisory_unlock_shared(-7, 42) FROM (SELECT FROM pg_catalog.pg_locks WHERE " + mine + "granted" +
-				" AND mode OPERATOR(pg_catalog.=) 'ShareLock' AND " + rowPair + " OFFSET 0) AS held"},
+			"SELECT CASE WHEN objsubid OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock_shared(classid::pg_catalog.int4, objid::pg_catalog.int4)" +
+				" ELSE pg_catalog.pg_advisory_unlock_shared(" + keyOfRow + ") END FROM (SELECT classid, objid, objsubid FROM pg_catalog.pg_locks WHERE " + mine + "granted" +
+				" AND mode OPERATOR(pg_catalog.=) 'ShareLock' AND (" + row42 + " OR " + rowPair + ") OFFSET 0) AS held"},
 		{"UnlockExposed", pgsql.UnlockExposed(one, true),
 			"SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock_shared(42))" +
 				" THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"},

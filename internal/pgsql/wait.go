@@ -59,7 +59,7 @@ func Wait(on Place, restart string, k Key, shared bool, bound time.Duration, w S
 		classid, objid := k.columns()
 		t.set("classid", "'"+classid+"'")
 		t.set("objid", "'"+objid+"'")
-		t.block.WriteString("PERFORM " + granted + " FROM (" + heldRows(get("classid", "oid"), get("objid", "oid"), k, shared) + ") AS held;")
+		t.block.WriteString("PERFORM " + granted + " FROM (SELECT" + ourLocks(shared) + lockRows(get("classid", "oid"), get("objid", "oid"), k) + ") AS held;")
 	case InTx:
 		t.block.WriteString("NULL;") // the grant has gone with the block
 		t.first.WriteString(" FROM old")
