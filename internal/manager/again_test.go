@@ -3,6 +3,7 @@ package manager_test
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -113,5 +114,39 @@ func TestTheErrorOfAReleaseAsACause(t *testing.T) {
 			t.Errorf("the acquisition: %T %v", errors.Unwrap(got), got)
 		}
 		<-other
+	})
+}
+
+// Holders are told of a loss before the queues are. A shared caller who comes in between is not handed the
+// grant that is over.
+func TestASharedCallerWhoComesBetweenLossAndQueue(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		srv.answer = func(_ context.Context, conn int, query string) (int64, error) {
+			if conn == 1 && query == pgsql.Ping {
+				return 0, io.ErrUnexpectedEOF
+			}
+			return 1, nil
+		}
+		shared := request(key(1))
+		shared.DB, shared.Shared = db, true
+		h := &lockconn.Holder{Heartbeat: time.Minute, Silence: time.Hour}
+		locks, err := manager.Acquire(t.Context(), shared, h)
+		wantError(t, err, nil)
+		told := make(chan error, 1)
+		h.Begin(func(error) {
+			again := *shared
+			locks, err := acquire(t.Context(), db, &again)
+			if err == nil {
+				err = locks.Release()
+			}
+			told <- err
+		})
+		wantError(t, locks.Ping(), io.ErrUnexpectedEOF)
+		wantError(t, <-told, nil)
+		wantError(t, locks.Release(), io.ErrUnexpectedEOF)
+		synctest.Wait()
+		wantState(t, db, 0, 0)
 	})
 }

@@ -91,6 +91,8 @@ func (a *acquisition) join(q *queue, g keyqueue.Grant[*lockconn.Conn]) error {
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
 	if err := g.On.Hold(a.got.holder); err != nil {
+		q.Lost(g.On, time.Now()) // which g.On may not have said yet
+		a.m.tidyLocked(a.at)
 		return err
 	}
 	a.got.held = append(a.got.held, held{key: a.at, q: q, grant: g})
