@@ -239,6 +239,30 @@ func TestReleaseIsOfALockThatWasHeld(t *testing.T) {
 	}
 }
 
+// A release looks for a connection that fn has closed, and does not wait for a driver that does not return.
+func TestReclaimDoesNotWaitForLong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		pool, srv := newPool(t)
+		s := open(t, pool, session.ForConn)
+		wantError(t, s.Lock(t.Context(), key, false, time.Now()), nil)
+		wantError(t, s.Conn().Close(), nil)
+		srv.answer = func(context.Context, string) (int64, error) {
+			time.Sleep(time.Hour)
+			return 1, nil
+		}
+		start := time.Now()
+		wantError(t, s.Release(), sql.ErrConnDone)
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("after %v", took)
+		}
+		time.Sleep(2 * time.Hour)
+		if open := pool.DB.Stats().OpenConnections; open != 0 {
+			t.Errorf("%d connections are open", open)
+		}
+	})
+}
+
 // What is known of a connection of the caller's after an error leaves it alone. Otherwise it is
 // closed, with what the caller had on it.
 func TestTheCallersConnectionIsLeftAlone(t *testing.T) {

@@ -319,23 +319,27 @@ func (s *Session) FindRows() {
 func (s *Session) reclaim() (held bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), clearBound)
 	defer cancel()
-	found := false
 	for n := s.pool.DB.Stats().Idle; n > 0 && s.pool.DB.Stats().Idle > 0; n-- {
 		conn, err := s.pool.conn(ctx)
 		if err != nil {
 			break
 		}
+		found := false
 		_ = raw(conn, func(dc any) error {
-			if found = reflect.TypeOf(dc).Comparable() && dc == s.dc; found {
-				rows, err := execOn(ctx, dc, s.Reset()+pgsql.UnlockExposed(s.held, s.Shared))
-				held = err == nil && rows == 1
-				s.clear(dc)
-				return driver.ErrBadConn
-			}
+			found = reflect.TypeOf(dc).Comparable() && dc == s.dc
 			return nil
 		})
 		if found {
-			return held
+			rows, err := Run(ctx, &s.Sender, clearBound, 0, func(ctx context.Context) (rows int64, err error) {
+				_ = raw(conn, func(dc any) error {
+					if rows, err = execOn(ctx, dc, s.Reset()+pgsql.UnlockExposed(s.held, s.Shared)); err != nil {
+						s.clear(dc)
+					}
+					return driver.ErrBadConn
+				})
+				return rows, err
+			})
+			return err == nil && rows == 1
 		}
 		defer conn.Close() // when all have been looked at
 	}
