@@ -243,7 +243,7 @@ func TestALoneRequestThatFailsDisturbsNobody(t *testing.T) {
 	t.Parallel()
 	full := pgError("53200")
 	second := func(query string) string { return strings.ReplaceAll(query, "42", "43") }
-	free := "SELECT pg_catalog.pg_advisory_unlock(43) FROM (" + strings.Replace(heldQuery, "'42'", "'43'", 1) + " OFFSET 0) AS held"
+	free := second(unlockHeldQuery)
 	for _, test := range []struct {
 		name    string
 		failing string

@@ -182,7 +182,7 @@ func checkSame(ctx context.Context, sessions ...*session.Session) error {
 // first connection has.
 func checkWait(ctx context.Context, s *session.Session, k pgsql.Key, i int) error {
 	both := fmt.Sprintf("two connections (1 and %d) held the same lock: they lead to different servers or databases, and should to one; or its advisory lock functions do nothing", i+2)
-	err := step(ctx, s, pgsql.Comment([]pgsql.Key{k})+pgsql.Wait(pgsql.OnOwn, "", k, false, time.Millisecond, pgsql.Settings{}), 0, both)
+	err := step(ctx, s, pgsql.Comment([]pgsql.Key{k}, "")+pgsql.Wait(pgsql.OnOwn, "", k, false, time.Millisecond, pgsql.Settings{}), 0, both)
 	if pgsql.RefusesWait(err) {
 		err = fmt.Errorf("the server does not execute the statement that waits, and waits would try again and again: %w", err)
 	}

@@ -19,12 +19,10 @@ const (
 	tryQuery           = "SELECT WHERE CASE WHEN pg_catalog.pg_is_in_recovery() THEN false ELSE pg_catalog.pg_try_advisory_lock(42) END"
 	unlockQuery        = "SELECT WHERE pg_catalog.pg_advisory_unlock(42)"
 	unlockExposedQuery = "SELECT pg_catalog.pg_advisory_unlock_all() FROM pg_catalog.generate_series(1, CASE WHEN NOT (pg_catalog.pg_advisory_unlock(42)) THEN 0 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 2 ELSE 1 END)"
-	unlockHeldQuery    = "SELECT pg_catalog.pg_advisory_unlock(42) FROM (" + heldQuery + " OFFSET 0) AS held"
+	unlockHeldQuery    = "SELECT CASE WHEN objsubid OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(classid::pg_catalog.int4, objid::pg_catalog.int4) ELSE pg_catalog.pg_advisory_unlock((classid::pg_catalog.int8 OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.|) objid::pg_catalog.int8) END FROM (SELECT classid, objid, objsubid FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND (" + heldRow + ") OFFSET 0) AS held"
 	tryCalledQuery     = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3 WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " + heldRow + ") THEN 4 WHEN pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"
 	freeQuery          = "SELECT pg_catalog.pg_advisory_unlock_all()"
-	heldPrefix         = "SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted AND mode OPERATOR(pg_catalog.=) "
 	heldRow            = "locktype OPERATOR(pg_catalog.=) 'advisory' AND classid OPERATOR(pg_catalog.=) '0' AND objid OPERATOR(pg_catalog.=) '42' AND objsubid OPERATOR(pg_catalog.=) 1"
-	heldQuery          = heldPrefix + "'ExclusiveLock' AND " + heldRow
 	beatQuery          = "/* advisory: 42 */ " + beatAnswer
 	beatAnswer         = "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN pg_catalog.current_setting('advisory.session', true) OPERATOR(pg_catalog.=) 'N' THEN 1 ELSE 0 END)"
 	setQuery           = "SELECT pg_catalog.set_config('advisory.session', 'N', false), pg_catalog.set_config('idle_session_timeout', '15000', false); "
@@ -191,5 +189,5 @@ func TestStatementsOfWithLock(t *testing.T) {
 
 // commentedWait is pgsql.Wait with the comment that it has where nothing else waits.
 func commentedWait(on pgsql.Place, restart string, k pgsql.Key, shared bool, bound time.Duration, w pgsql.Settings) string {
-	return pgsql.Comment([]pgsql.Key{k}) + pgsql.Wait(on, restart, k, shared, bound, w)
+	return pgsql.Comment([]pgsql.Key{k}, "") + pgsql.Wait(on, restart, k, shared, bound, w)
 }

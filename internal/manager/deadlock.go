@@ -149,7 +149,7 @@ func (s *nestedWait) deadlock(cycle []waitgraph.Wait) Deadlock {
 
 // equip has the waits of s carry the edges of the graph, and look for cycles.
 func (a *acquisition) equip(s *session.Session) {
-	s.Comment = a.comment
+	s.Edges = a.edges
 	s.Waiting = func() {
 		a.noteWait()
 		a.m.detect(func() ([]session.Statement, error) { return s.Waits(a.ctx) })
@@ -164,9 +164,9 @@ func (a *acquisition) search() {
 	}
 }
 
-// comment returns the comment of a statement that waits: its own edges, and those of the waits of this
-// process that are behind it.
-func (a *acquisition) comment() string {
+// edges returns what a statement that waits tells other processes: its own edges, and those of the waits of
+// this process that are behind it.
+func (a *acquisition) edges() string {
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -179,7 +179,7 @@ func (a *acquisition) comment() string {
 			edges = append(edges, mine)
 		}
 	}
-	return waitgraph.Comment(a.at.Label(), append(edges, waitgraph.Behind(w, m.waitsLocked(anyWait))...))
+	return waitgraph.Text(append(edges, waitgraph.Behind(w, m.waitsLocked(anyWait))...))
 }
 
 // detect looks for cycles of waits in several processes, if that is due: ask returns the statements
@@ -219,7 +219,7 @@ func (m *Manager) endCyclesLocked(statements []session.Statement, asked time.Tim
 	}
 	var others []waitgraph.Wait
 	for _, s := range statements {
-		for _, w := range waitgraph.Parse(s.Query) {
+		for _, w := range waitgraph.Parse(pgsql.EdgesIn(s.Query)) {
 			if w.PID, w.Name = s.PID, s.ApplicationName; !ours[w.ID] {
 				others = append(others, w)
 			}

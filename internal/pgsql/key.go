@@ -189,8 +189,8 @@ func (k Key) Label() string {
 }
 
 // Comment begins a statement that waits, or a heartbeat: pg_stat_activity then says by name who
-// waits, and who holds.
-func Comment(keys []Key) string {
+// waits, and who holds. edges, of waits, are for other processes.
+func Comment(keys []Key, edges string) string {
 	const most = 4
 	var labels []string
 	for _, k := range keys[:min(len(keys), most)] {
@@ -199,10 +199,29 @@ func Comment(keys []Key) string {
 	if len(keys) > most {
 		labels = append(labels, "+"+strconv.Itoa(len(keys)-most))
 	}
-	return commentBegins + strings.Join(labels, ", ") + " */ "
+	if edges != "" {
+		edges = edgesBegin + edges
+	}
+	return commentBegins + strings.Join(labels, ", ") + edges + commentEnds + " "
 }
 
-const commentBegins = "/* advisory: "
+const (
+	commentBegins = "/* advisory: "
+	edgesBegin    = " | "
+	commentEnds   = " */"
+)
+
+// EdgesIn returns the edges in the Comment that a statement begins with. It returns "" if the server has cut
+// the statement before the end of the comment.
+func EdgesIn(statement string) string {
+	rest, ours := strings.CutPrefix(statement, commentBegins)
+	comment, _, whole := strings.Cut(rest, commentEnds)
+	_, edges, _ := strings.Cut(comment, edgesBegin)
+	if !ours || !whole {
+		return ""
+	}
+	return edges
+}
 
 // NamesIn returns what may be names of keys in the Comment that a statement begins with: it may also be
 // a number, or a part of a name.

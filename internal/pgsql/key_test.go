@@ -262,6 +262,30 @@ func TestTheNamesInAComment(t *testing.T) {
 	}
 }
 
+// The edges are whole, or there are none. With the longest of names, the server shows all of the comment.
+func TestTheEdgesInAComment(t *testing.T) {
+	t.Parallel()
+	for statement, want := range map[string]string{
+		pgsql.Comment([]pgsql.Key{named("a | b */", 5)}, "1 < 2") + "SELECT": "1 < 2",
+		pgsql.Comment(ids(9), "1") + "SELECT":                                "1",
+		pgsql.Comment(ids(1), "") + "SELECT":                                 "",
+		"/* advisory: a | 1":                                                 "",
+		"/* advisory: a | 1 *":                                               "",
+		" /* advisory: a | 1 */ SELECT":                                      "",
+		"/* other: a | 1 */ SELECT":                                          "",
+		"SELECT '/* advisory: a | 1 */'":                                     "",
+		"":                                                                   "",
+	} {
+		if got := pgsql.EdgesIn(statement); got != want {
+			t.Errorf("%q: %q, want %q", statement, got, want)
+		}
+	}
+	const edges, shown = 900, 1023 // of waitgraph.Text; of the server
+	if c := pgsql.Comment([]pgsql.Key{named(strings.Repeat("x", 1000), 5)}, strings.Repeat("1", edges)); len(c) > shown {
+		t.Errorf("%d bytes", len(c))
+	}
+}
+
 func FuzzName(f *testing.F) {
 	for _, name := range []string{"a", "nightly-report", "\x00", "ключ", "*/", strings.Repeat("x", 1000), strings.Repeat("\xff", 100)} {
 		f.Add(name)

@@ -131,7 +131,7 @@ func Look(k Key) string {
 // Heartbeat has one row if the session is still the one with the nonce. set is put before it, and
 // may set the nonce. It costs the same however many locks there are. A look into pg_locks would cost
 // more with each lock of any database of the server.
-func Heartbeat(keys []Key, set, nonce string) string { return Comment(keys) + set + Marked(nonce) }
+func Heartbeat(keys []Key, set, nonce string) string { return Comment(keys, "") + set + Marked(nonce) }
 
 // Mark gives a session the nonce, and is then Marked.
 func Mark(nonce string) string {

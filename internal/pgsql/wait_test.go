@@ -134,7 +134,7 @@ func TestWait(t *testing.T) {
 				do + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 	} {
-		check(t, []verbatim{{test.name, pgsql.Comment([]pgsql.Key{test.key}) + pgsql.Wait(test.on, test.restart, test.key, test.shared, 100*time.Millisecond, test.w), test.want}})
+		check(t, []verbatim{{test.name, pgsql.Comment([]pgsql.Key{test.key}, "") + pgsql.Wait(test.on, test.restart, test.key, test.shared, 100*time.Millisecond, test.w), test.want}})
 	}
 	got := pgsql.Wait(pgsql.OnOwn, "", id(42), false, 400*time.Millisecond-1, pgsql.Settings{})
 	if want := "pg_catalog.ceil(LEAST(400, "; !strings.Contains(got, want) {

@@ -37,9 +37,9 @@ type Session struct {
 	Sender
 	Shared bool // the lock is shared
 
-	// Comment returns the comment that begins a statement that waits; nil: it has the key. Waiting is
-	// called when a wait begins, and again and again while it lasts. It may be nil, and may end ctx.
-	Comment func() string
+	// Edges returns what a statement that waits tells other processes. Waiting is called when a wait begins,
+	// and again and again while it lasts; it may end ctx. Both may be nil.
+	Edges   func() string
 	Waiting func()
 
 	Yield  func() bool // tells whether a wait yields to others; nil: it does not

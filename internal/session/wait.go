@@ -256,11 +256,11 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 		s.made = !settings.None()
 	}
 	s.sent = time.Now()
-	comment := pgsql.Comment([]pgsql.Key{k})
-	if s.Comment != nil {
-		comment = s.Comment()
+	edges := ""
+	if s.Edges != nil {
+		edges = s.Edges()
 	}
-	rows, err := s.execLeavable(ctx, bound+AnswerBound, comment+pgsql.Wait(s.place, s.restart(), k, s.Shared, bound, settings))
+	rows, err := s.execLeavable(ctx, bound+AnswerBound, pgsql.Comment([]pgsql.Key{k}, edges)+pgsql.Wait(s.place, s.restart(), k, s.Shared, bound, settings))
 	checkRefused := s.refusesCheck(err)
 	switch {
 	case err == nil && rows == pgsql.OnStandby:

@@ -1,6 +1,6 @@
 // Package waitgraph is who waits for whom: waits as the edges of a graph of keys, the search for a
-// cycle, and the comment by which a statement that waits tells other processes of its edges. It is
-// pure: it asks nobody, and knows keys as text.
+// cycle, and the text by which processes tell each other of their edges. It is pure: it asks nobody,
+// and knows keys as text.
 package waitgraph
 
 import (
@@ -87,51 +87,39 @@ func Same(a, b []Wait) bool {
 	return slices.EqualFunc(a, b, func(v, w Wait) bool { return v.ID == w.ID && v.Wanted == w.Wanted })
 }
 
-// A comment begins with what people read, and has the edges behind mark: of each wait its ID, since
-// when it waits, what it wants and what it holds. A server shows the first 1,023 bytes of a statement by
-// default (track_activity_query_size), and so the comment has fewer. One of which a part is missing
-// says nothing.
+// The text of waits has of each its ID, since when it waits, what it wants and what it holds. It stands in
+// the comment of a statement. Of that, a server shows the first 1,023 bytes by default
+// (track_activity_query_size), and so the text has fewer.
 const (
-	prefix  = "/* advisory: "
-	mark    = " | "
 	next    = " < "
-	suffix  = " */"
-	longest = 1000
+	longest = 900
 )
 
-// Comment returns the comment that begins a statement on behalf of waits, for people to read names. It
-// has as many of the waits, and of the keys of each, as there is room for.
-func Comment(names string, waits []Wait) string {
+// Text returns the text of waits: of as many of them, and of the keys of each, as there is room for.
+func Text(waits []Wait) string {
 	var b strings.Builder
-	b.WriteString(prefix + names)
-	separator := mark
 	for _, w := range waits {
-		head := separator + w.ID + " " + strconv.FormatInt(w.Since, 10) + " " + w.Wanted
-		if b.Len()+len(head)+1+len(w.Held[0])+len(suffix) > longest {
+		head := w.ID + " " + strconv.FormatInt(w.Since, 10) + " " + w.Wanted
+		if b.Len() > 0 {
+			head = next + head
+		}
+		if b.Len()+len(head)+1+len(w.Held[0]) > longest {
 			break
 		}
-		separator = next
 		b.WriteString(head)
 		for _, k := range w.Held {
-			if b.Len()+1+len(k)+len(suffix) <= longest {
+			if b.Len()+1+len(k) <= longest {
 				b.WriteString(" " + k)
 			}
 		}
 	}
-	return b.String() + suffix + " "
+	return b.String()
 }
 
-// Parse returns the waits of the comment that a statement begins with, if it is one that Comment has
-// written, and nil otherwise.
-func Parse(statement string) []Wait {
-	rest, ours := strings.CutPrefix(statement, prefix)
-	comment, _, closed := strings.Cut(rest, suffix)
-	_, edges, marked := strings.Cut(comment, mark)
-	if !ours || !closed || !marked {
-		return nil
-	}
+// Parse returns the waits of a text that Text has written, and nil if it is none.
+func Parse(text string) []Wait {
 	var waits []Wait
-	for edge := range strings.SplitSeq(edges, next) {
+	for edge := range strings.SplitSeq(text, next) {
 		words := strings.Split(edge, " ")
 		if len(words) < 4 || slices.Contains(words, "") || slices.Contains(words, "<") {
 			return nil
@@ -145,7 +133,7 @@ func Parse(statement string) []Wait {
 	return waits
 }
 
-// mostBehind is how many waits Behind returns at most: a comment has no room for more.
+// mostBehind is how many waits Behind returns at most: a text has no room for more.
 const mostBehind = 16
 
 // Behind returns those of waits that wait for w: they want a key that w holds, or one that another of

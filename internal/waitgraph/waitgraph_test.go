@@ -84,18 +84,18 @@ func TestOneOfACycleIsTheYoungest(t *testing.T) {
 	}
 }
 
-func TestCommentIsParsed(t *testing.T) {
+func TestTextIsParsed(t *testing.T) {
 	t.Parallel()
 	waits := []waitgraph.Wait{wait(1732612345678, "17 7.-42>8675309"), wait(2, "99>17")}
-	const want = "/* advisory: nightly-report | w1732612345678 1732612345678 8675309 17 7.-42 < w2 2 17 99 */ "
-	got := waitgraph.Comment("nightly-report", waits)
+	const want = "w1732612345678 1732612345678 8675309 17 7.-42 < w2 2 17 99"
+	got := waitgraph.Text(waits)
 	if got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
-	if diff := cmp.Diff(waits, waitgraph.Parse(got+"SELECT 1")); diff != "" {
+	if diff := cmp.Diff(waits, waitgraph.Parse(got)); diff != "" {
 		t.Errorf("parsed (-want +got):\n%s", diff)
 	}
-	if got := waitgraph.Comment("a", nil); got != "/* advisory: a */ " || waitgraph.Parse(got) != nil {
+	if got := waitgraph.Text(nil); got != "" || waitgraph.Parse(got) != nil {
 		t.Errorf("%q for nobody who holds a key", got)
 	}
 }
@@ -109,21 +109,17 @@ func TestBehind(t *testing.T) {
 	}
 }
 
-func TestWhatIsNotOursIsNotParsed(t *testing.T) {
+func TestWhatIsNoTextIsNotParsed(t *testing.T) {
 	t.Parallel()
-	for _, s := range []string{
-		"", "SELECT 1", "/* advisory: a */ SELECT", "/* advisory: a | 1 */", "/* advisory: a | w 2 3 4", // cut
-		"/* advisory: a | w 2 3 */", "/* advisory: a | w x 3 4 */", "/* advisory: a |  2 3 4 */",
-		"/* advisory: a | w 2  3 */", "/* other: a | w 2 3 4 */", " /* advisory: a | w 2 3 4 */", "/* advisory: a | w 2 3 4 < */",
-	} {
+	for _, s := range []string{"", "1", "w 2 3", "w x 3 4", " 2 3 4", "w 2  3", "w 2 3 4 < ", "w 2 3 4 < v"} {
 		if waits := waitgraph.Parse(s); waits != nil {
 			t.Errorf("%q: %v", s, waits)
 		}
 	}
 }
 
-// However many waits and keys there are, the comment is whole within what the server shows.
-func TestLongCommentsAreCut(t *testing.T) {
+// However many waits and keys there are, the text has its bounds.
+func TestLongTextsAreCut(t *testing.T) {
 	t.Parallel()
 	var waits []waitgraph.Wait
 	for i := range 60 {
@@ -139,26 +135,26 @@ func TestLongCommentsAreCut(t *testing.T) {
 			for i := range some {
 				some[i].Held = some[i].Held[:keys]
 			}
-			comment := waitgraph.Comment(strings.Repeat("x", 64), some)
-			parsed := waitgraph.Parse(comment)
-			if len(comment) > 1023 || len(parsed) == 0 || len(parsed) > len(some) {
-				t.Fatalf("%d waits of %d keys: %d bytes, %d waits parsed", len(some), keys, len(comment), len(parsed))
+			text := waitgraph.Text(some)
+			parsed := waitgraph.Parse(text)
+			if len(text) > 900 || len(parsed) == 0 || len(parsed) > len(some) {
+				t.Fatalf("%d waits of %d keys: %d bytes, %d waits parsed", len(some), keys, len(text), len(parsed))
 			}
 		}
 	}
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add("/* advisory: a | w 2 1 3 4 < v 5 1 6 */ SELECT")
-	f.Add("/* advisory: a | w 2 3 4")
+	f.Add("w 2 1 3 4 < v 5 1 6")
+	f.Add("w 2 3")
 	f.Fuzz(func(t *testing.T, s string) {
 		waits := waitgraph.Parse(s)
 		if waits == nil {
 			return
 		}
-		again := waitgraph.Parse(waitgraph.Comment("x", waits))
+		again := waitgraph.Parse(waitgraph.Text(waits))
 		if len(again) == 0 {
-			t.Errorf("%q is parsed, and its comment is not", s)
+			t.Errorf("%q is parsed, and its text is not", s)
 		}
 	})
 }
