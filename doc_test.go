@@ -2,6 +2,7 @@ package advisory
 
 import (
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -40,5 +41,42 @@ func TestTableOfOptionsIsWhatTheFunctionsTake(t *testing.T) {
 				t.Errorf("%s: the table is wrong about %s", function, name)
 			}
 		}
+	}
+}
+
+// What the Logger is told, the operators' page explains.
+func TestEveryLineOfTheLoggerIsExplained(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("docs/operating.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	explained := func(line string) bool {
+		before, _, cut := strings.Cut(line, ", ")
+		return strings.Contains(string(page), "`"+line+"`") || cut && strings.Contains(string(page), "`"+before+", …`")
+	}
+	lines := 0
+	for _, pattern := range []string{"*.go", "internal/*/*.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			source, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range regexp.MustCompile(`(?:\.(?:Warn|Info|Error)|noteFact)\([^"\n]*"(advisory: [^"]*)"`).FindAllSubmatch(source, -1) {
+				if lines++; !explained(string(m[1])) {
+					t.Errorf("%s: docs/operating.md does not explain %q", file, m[1])
+				}
+			}
+		}
+	}
+	if lines < 15 {
+		t.Errorf("%d lines found", lines)
 	}
 }

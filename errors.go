@@ -68,8 +68,8 @@ var (
 // An Error is a failed operation on the locks of keys. Where locks are nested, its Keys tell which
 // of them was refused. What fn returns is not made an Error; it is returned as it is.
 type Error struct {
-	Op     string // "acquire", "hold" (a loss), "release", "commit", "token of", "look up" or "check"
-	Keys   []Key  // all keys of the operation; none for Check
+	Op     string // "acquire", "hold" (a loss), "release", "commit", "token of", "look up", "look up locks" or "check"
+	Keys   []Key  // all keys of the operation; none for Check and Locks, and for Token without a lock
 	Holder string // who holds the lock, for people: "pid 4711", "this process"; "" if that is not known
 
 	msg, hint string

@@ -35,7 +35,7 @@ import (
 func Token(ctx context.Context) (int64, error) {
 	m := innermost(ctx)
 	if m == nil {
-		return 0, errors.New("advisory: token: ctx carries no lock; use the one that fn was given")
+		return 0, &Error{Op: "token of", msg: "ctx carries no lock; use the one that fn was given"}
 	}
 	return m.askToken(ctx)
 }

@@ -81,7 +81,7 @@ func TestLockToken(t *testing.T) {
 func TestTokenWithoutALockIsAnError(t *testing.T) {
 	t.Parallel()
 	_, err := Token(t.Context())
-	wantError(t, err, "advisory: token: ctx carries no lock")
+	wantError(t, err, "advisory: token of: ctx carries no lock")
 }
 
 func TestTokenUnderAnEndedCtxSendsNothing(t *testing.T) {

@@ -74,7 +74,7 @@ type Action uint8
 const (
 	Await  Action = iota // wait for Turns
 	Hold                 // it holds the grant
-	Ask                  // ask the server for the lock, and call Granted, Refused or GaveUp
+	Ask                  // ask the server for the lock, and call Granted, GrantedDedicated, Refused or GaveUp
 	Look                 // look whether others wait in the server's queue, and call Looked or GaveUp
 	Refuse               // another holds the lock, and the waiter does not wait
 )

@@ -156,8 +156,8 @@ func (c *Conn) lose(cause error) {
 	c.s.Discard()
 }
 
-// A LostError is the error of a request whose session is lost to another's request, or to a heartbeat. The
-// request that finds the loss has the driver's own error.
+// A LostError is the error of a request whose session is lost to another's request, or to a heartbeat, and of
+// the heartbeat. Any other request that finds the loss has the driver's own error.
 type LostError struct{ Cause error }
 
 func (e LostError) Error() string { return e.Cause.Error() }

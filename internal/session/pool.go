@@ -12,8 +12,8 @@ import (
 	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
-// dialBound is how long a connection may take to be made where the pool has no limit, so that
-// waiting for one cannot mean waiting for others.
+// dialBound is how long a connection may take to be made where the pool has room for it, so that
+// waiting for it does not mean waiting for others.
 const dialBound = 30 * time.Second
 
 // A Pool is where sessions are borrowed from.

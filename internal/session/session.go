@@ -3,8 +3,8 @@
 // pool clean, or is closed. It knows nothing of other sessions, nor of who else wants a lock.
 //
 // A Session is borrowed from a pool, or it is the caller's. One that is borrowed ends with exactly
-// one of HandBack, Discard, Release and GiveUp. The server frees the locks of a closed session, so
-// that in doubt it is closed.
+// one of HandBack and Discard, to which End, Release, GiveUp and Tx.End come. The server frees the
+// locks of a closed session, so that in doubt it is closed.
 package session
 
 import (
