@@ -38,7 +38,7 @@ func WithLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context)
 func WithLocks(ctx context.Context, db *sql.DB, keys []Key, fn func(context.Context) error, opts ...Option) error {
 	keys = slices.Clone(keys)
 	slices.SortStableFunc(keys, func(a, b Key) int { return pgsql.Compare(a.key, b.key) })
-	keys = slices.CompactFunc(keys, func(a, b Key) bool { return a.key.Lock() == b.key.Lock() })
+	keys = slices.CompactFunc(keys, func(a, b Key) bool { return a.key.Unnamed() == b.key.Unnamed() })
 	return new(hold).with(ctx, "WithLocks", db, keys, fn, opts)
 }
 

@@ -265,7 +265,7 @@ func TestOneOfSeveralLocksIsLostWhileTheyStay(t *testing.T) {
 		holdFor(t, dbs[1], first, time.Second) // the first is waited for, and so on a session of its own
 		var log logBuffer
 		began := time.Now()
-		l := take(t, dbs[0], ID(3)) // on the shared session
+		l := take(t, dbs[0], ID(3)) // on the common session
 		wantError(t, WithLocks(t.Context(), dbs[0], []Key{first, second}, nothing, AtLeast(time.Minute), log.option()))
 		wantError(t, l.Release())
 		p.kill(backendID{srvs[0], 2})

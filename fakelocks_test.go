@@ -145,14 +145,14 @@ func (p *lockTable) clean() {
 func (p *lockTable) holders(k Key) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.lock(k.key.Lock()).granted)
+	return len(p.lock(k.key.Unnamed()).granted)
 }
 
 // waiters is the number of those in the queue of k.
 func (p *lockTable) waiters(k Key) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.lock(k.key.Lock()).waiting)
+	return len(p.lock(k.key.Unnamed()).waiting)
 }
 
 func (p *lockTable) lock(id pgsql.Key) *tableLock {
@@ -310,10 +310,10 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		switch {
 		case b.inTx:
 			return pgsql.CalledInTx, nil
-		case len(modes(p.lock(k.key.Lock()), b)) > 0:
+		case len(modes(p.lock(k.key.Unnamed()), b)) > 0:
 			return pgsql.CalledHeld, nil
 		}
-		return one(p.do(b, k.key.Lock(), true, calls[0][4] != "", false))
+		return one(p.do(b, k.key.Unnamed(), true, calls[0][4] != "", false))
 	case strings.Contains(query, " OFFSET 0) AS held"): // unlocks what is held
 		n := int64(0)
 		for id := range p.locks {
@@ -325,7 +325,7 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 	case strings.Contains(query, "CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock"):
 		for i, call := range calls {
 			k, _ := callKey(call)
-			if !p.do(b, k.key.Lock(), true, call[4] != "", false) {
+			if !p.do(b, k.key.Unnamed(), true, call[4] != "", false) {
 				return int64(i), nil
 			}
 		}
@@ -351,7 +351,7 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		for _, call := range calls {
 			if ok {
 				k, _ := callKey(call)
-				ok = p.do(b, k.key.Lock(), call[3] == "lock", call[4] != "", call[2] != "")
+				ok = p.do(b, k.key.Unnamed(), call[3] == "lock", call[4] != "", call[2] != "")
 			}
 		}
 		if strings.Contains(query, "pg_advisory_unlock_all()") && ok {
@@ -450,7 +450,7 @@ func waitKey(query string) Key {
 }
 
 func (p *lockTable) wait(ctx context.Context, b *backend, k Key, shared, inTx bool, timeout time.Duration) (granted bool, err error) {
-	id := k.key.Lock()
+	id := k.key.Unnamed()
 	h := tableHold{b, shared, inTx}
 	if p.do(b, id, true, h.shared, h.inTx) {
 		return true, nil

@@ -55,7 +55,7 @@ func checkReentrant(ctx context.Context, db *sql.DB, keys []Key) error {
 		}
 		for _, held := range m.keys {
 			for _, k := range keys {
-				if held.key.Lock() == k.key.Lock() {
+				if held.key.Unnamed() == k.key.Unnamed() {
 					return &Error{
 						Op: "acquire", Keys: []Key{k},
 						msg:  "already held by the caller: the ctx is one that a function holding this lock was given, and waiting would last for ever",

@@ -100,7 +100,7 @@ func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 	for _, l := range found {
 		for _, name := range pgsql.NamesIn(l.Query) {
 			for _, k := range []Key{Name(name), HashText(name)} {
-				names[k.key.Lock()] = k
+				names[k.key.Unnamed()] = k
 			}
 		}
 	}
@@ -116,9 +116,9 @@ func Locks(ctx context.Context, q Querier) ([]LockState, error) {
 		}
 		s := &locks[len(locks)-1]
 		if l.Granted {
-			s.Holders = append(s.Holders, Holder(l.Holder))
+			s.Holders = append(s.Holders, Holder(l.Backend))
 		} else {
-			s.Waiters = append(s.Waiters, Holder(l.Holder))
+			s.Waiters = append(s.Waiters, Holder(l.Backend))
 		}
 	}
 	return locks, nil

@@ -172,7 +172,7 @@ func TestWaitsTakeHalfOfThePool(t *testing.T) {
 			for range 100 {
 				time.Sleep(100 * time.Millisecond)
 				n := dbs[0].Stats().InUse
-				if n > test.most { // those that try again open the shared session for a moment
+				if n > test.most { // those that try again open the common session for a moment
 					time.Sleep(20 * time.Millisecond)
 					n = dbs[0].Stats().InUse
 				}
@@ -206,7 +206,7 @@ func TestAWaitThatIsLeftCountsUntilItHasEnded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		p, dbs, srvs := newTable(t, 2)
-		dbs[0].SetMaxOpenConns(4) // a shared session, and one that waits
+		dbs[0].SetMaxOpenConns(4) // a common session, and one that waits
 		there := take(t, dbs[1], key)
 		p.takes(time.Millisecond)
 		for range 10 {

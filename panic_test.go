@@ -80,7 +80,7 @@ func TestADriversPanicLeavesNothingBehind(t *testing.T) {
 	t.Parallel()
 	second := ID(43)
 	holdOnTwo := func(t *testing.T, _ *lockTable, here, there *sql.DB) {
-		holdFor(t, here, ID(41), 2*time.Second) // so that the shared session is another than that which waits
+		holdFor(t, here, ID(41), 2*time.Second) // so that the common session is another than that which waits
 		holdFor(t, there, key, time.Second)
 	}
 	for _, test := range []struct {

@@ -40,7 +40,7 @@ func TestDeadConnectionsInThePoolAreDroppedAndTheNextOneTried(t *testing.T) {
 }
 
 // Dead connections in the pool, as many as there may be, are no reason to fail: neither for who
-// opens the shared session nor for those who share it.
+// opens the common session nor for those who share it.
 func TestDeadConnectionsInThePool(t *testing.T) {
 	t.Parallel()
 	for _, dead := range []int{1, 3, 4, 12} {
@@ -192,7 +192,7 @@ func TestADriverThatDoesNotReturnFromMakingAConnectionIsAbandoned(t *testing.T) 
 	}
 }
 
-// That the pool is busy is no reason to give up: not for who opens the shared session, nor for
+// That the pool is busy is no reason to give up: not for who opens the common session, nor for
 // those who wait for it to be open.
 func TestThePoolIsBusyForLong(t *testing.T) {
 	t.Parallel()

@@ -67,7 +67,7 @@ type lateness struct {
 	s      silence
 	way    string
 	b      bounding
-	beside bool // other locks of the process are on the pool's shared session
+	beside bool // other locks of the process are on the pool's common session
 }
 
 func (l lateness) name() string {

@@ -199,7 +199,7 @@ func TestWaitsTakeNoMoreThanHalfOfThePool(t *testing.T) {
 			keys = append(keys, key)
 			releases = append(releases, hold(t, adminDB(t), key))
 		}
-		// A lock that is held, so that all of it comes together: the shared session too.
+		// A lock that is held, so that all of it comes together: the common session too.
 		lock, err := advisory.Acquire(soon(t), db, testKey(t))
 		if err != nil {
 			t.Fatal(err)

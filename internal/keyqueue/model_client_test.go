@@ -17,7 +17,7 @@ const (
 	atNothing  phase = iota // it has what it wanted, and is gone
 	atLine                  // it waits in the queue
 	atTurn                  // its turn has come, and it has not seen it
-	atAsking                // it is to try on the shared session
+	atAsking                // it is to try on the common session
 	atTrying                // which is under way
 	atPause                 // it was refused, and will try again
 	atServer                // it waits in the server's queue

@@ -242,11 +242,7 @@ func (c *Conn) answer(ctx context.Context, r *Request, bound time.Duration) erro
 		return err
 	}
 	c.alive(r.Sent)
-	switch r.Op {
-	case Ping:
-		r.OK = true
-		return nil
-	case Look:
+	if r.Op == Look {
 		r.OK = rows > 0
 		return nil
 	}
@@ -367,7 +363,7 @@ func (c *Conn) note(reqs ...*Request) {
 			continue
 		}
 		for _, k := range r.Keys {
-			switch l := (lock{k.Lock(), r.Shared}); r.Op {
+			switch l := (lock{k.Unnamed(), r.Shared}); r.Op {
 			case Try:
 				c.locks[l] = k.Name
 			case Unlock:

@@ -54,7 +54,7 @@ func New(s *session.Session, log *slog.Logger, keys []pgsql.Key, shared bool, on
 	c := &Conn{s: s, log: log, onLost: onLost, users: 1, locks: make(map[lock]string, 1), holders: make(map[*Holder]struct{}, 1)}
 	c.watch.proof = s.Sent()
 	for _, k := range keys {
-		c.locks[lock{k.Lock(), shared}] = k.Name
+		c.locks[lock{k.Unnamed(), shared}] = k.Name
 	}
 	return c
 }

@@ -59,7 +59,7 @@ type acquisition struct {
 	tries   bool        // it waits by trying again and again, which no statement shows
 
 	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives  int       // how often a shared session, or a lock just granted, may still be lost
+	lives  int       // how often a common session, or a lock just granted, may still be lost
 	missed time.Time // when the server was first missed, while waiting
 	away   error     // why it cannot be reached; nil: it can, as far as is known
 	hint   string    // what to add to the error
@@ -132,7 +132,7 @@ func (a *acquisition) enterIdle() []waiter {
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if slices.ContainsFunc(a.Keys, func(k pgsql.Key) bool { q := m.queues[k.Lock()]; return q != nil && !q.Idle() }) {
+	if slices.ContainsFunc(a.Keys, func(k pgsql.Key) bool { q := m.queues[k.Unnamed()]; return q != nil && !q.Idle() }) {
 		return nil
 	}
 	waiters := make([]waiter, len(a.Keys))
@@ -223,7 +223,7 @@ func (a *acquisition) who() string {
 func (a *acquisition) heldByAnother() bool {
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
-	q := a.m.queues[a.at.Lock()]
+	q := a.m.queues[a.at.Unnamed()]
 	return a.refused || q != nil && q.HeldAnywhere()
 }
 
@@ -231,7 +231,7 @@ func (a *acquisition) heldByAnother() bool {
 func (a *acquisition) ours() string {
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
-	if q := a.m.queues[a.at.Lock()]; q != nil && q.Held() {
+	if q := a.m.queues[a.at.Unnamed()]; q != nil && q.Held() {
 		return "this process"
 	}
 	return ""

@@ -65,7 +65,7 @@ func TestALossOfSeveralLocksIsSaidOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newDB(t)
-		_, err := acquireWatched(t.Context(), db, request(key(9)), time.Second) // has the shared session watched
+		_, err := acquireWatched(t.Context(), db, request(key(9)), time.Second) // has the common session watched
 		wantError(t, err, nil)
 		time.Sleep(1500 * time.Millisecond)
 		synctest.Wait()

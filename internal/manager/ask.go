@@ -47,7 +47,7 @@ func (a *acquisition) ask(w *waiter) (err error) {
 			return session.ErrRefused
 		}
 		a.refused = true
-		a.noteWait()
+		a.waiting()
 		queued, err := a.wait(keys)
 		if !errors.Is(err, session.ErrYield) {
 			return err
@@ -62,14 +62,14 @@ func (a *acquisition) ask(w *waiter) (err error) {
 	}
 }
 
-// try tries to acquire the locks of keys, all or none, on the shared session. It tells whether the server
+// try tries to acquire the locks of keys, all or none, on the common session. It tells whether the server
 // has refused them.
 func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
 	for {
 		if err := a.ready(); err != nil {
 			return false, err
 		}
-		c, at, err := a.session()
+		c, at, err := a.lockConn()
 		if err == nil {
 			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
 			if err = c.Ask(a.ctx, r); err == nil && r.OK { // OK is written for a request that was left, too
@@ -98,7 +98,7 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 		return err
 	}
 	for _, k := range keys {
-		q := m.queues[k.Lock()]
+		q := m.queues[k.Unnamed()]
 		a.got.held = append(a.got.held, held{key: k, q: q, grant: q.Granted(c, sent, time.Now())})
 	}
 	return nil
@@ -112,7 +112,7 @@ const yieldAfter = time.Second
 func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
 	m := a.m
 	m.mu.Lock()
-	m.queues[a.at.Lock()].Refused()
+	m.queues[a.at.Unnamed()].Refused()
 	m.mu.Unlock()
 	began := time.Now()
 	s, err := a.keepTrying(func(ctx context.Context) (*session.Session, error) {
@@ -139,8 +139,8 @@ func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
 	}
 	c := lockconn.New(s, a.Log, keys, a.Shared, m.lost)
 	m.mu.Lock()
-	if m.shared == nil || m.shared.Empty() {
-		m.shared = c
+	if m.conn == nil || m.conn.Empty() {
+		m.conn = c
 		m.openedLocked(m.opening, nil) // somebody may be about to open another
 	}
 	m.mu.Unlock()

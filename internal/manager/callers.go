@@ -13,7 +13,7 @@ import (
 func OnConn(ctx context.Context, conn *sql.Conn, r *Request) error {
 	a := newCallers(ctx, r)
 	s := session.OnConn(conn, r.Log, r.Shared)
-	s.Waiting = a.noteWait
+	s.Waiting = a.waiting
 	if len(a.Held) > 0 { // otherwise nothing but the lock is asked for on conn
 		a.equip(s)
 	}
@@ -32,7 +32,7 @@ func InTx(ctx context.Context, tx *sql.Tx, r *Request) error {
 	a.tries = true
 	return a.endCallers(func() error {
 		return session.LockTx(a.ctx, tx, a.at, a.Shared, a.NoWait, func() {
-			a.noteWait()
+			a.waiting()
 			if len(a.Held) > 0 {
 				a.search()
 			}

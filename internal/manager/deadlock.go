@@ -40,10 +40,6 @@ type nestedWait struct {
 // noteWait is called when the acquisition begins to wait, and again and again while it does. It ends
 // the acquisition if the wait is part of a cycle in this process.
 func (a *acquisition) noteWait() {
-	if a.NoWait {
-		return // it shares another's answer, and does not wait for the lock
-	}
-	a.waited = true
 	if a.nested != nil && !a.Shared {
 		return // only a shared wait's cycle may come to count later
 	}
@@ -151,14 +147,14 @@ func (s *nestedWait) deadlock(cycle []waitgraph.Wait) Deadlock {
 func (a *acquisition) equip(s *session.Session) {
 	s.Edges = a.edges
 	s.Waiting = func() {
-		a.noteWait()
+		a.waiting()
 		a.m.detect(func() ([]session.Statement, error) { return s.Waits(a.ctx) })
 	}
 }
 
 // search is called again and again by a wait that has no session of its own.
 func (a *acquisition) search() {
-	a.noteWait()
+	a.waiting()
 	if !a.pool.Exhausted() {
 		a.m.detect(func() ([]session.Statement, error) { return a.pool.Waits(a.ctx) })
 	}

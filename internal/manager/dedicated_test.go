@@ -24,7 +24,7 @@ func release(t *testing.T, s *session.Session, done func()) {
 	done()
 }
 
-// Those who take a lock on a session of their own, and those who take it on the shared one, wait for each
+// Those who take a lock on a session of their own, and those who take it on the common one, wait for each
 // other in one queue, without a connection.
 func TestTheDedicatedWaitInTheQueueOfTheirKey(t *testing.T) {
 	t.Parallel()
@@ -43,7 +43,7 @@ func TestTheDedicatedWaitInTheQueueOfTheirKey(t *testing.T) {
 		synctest.Wait()
 		wg.Go(func() {
 			takeOnce(t, db, key(1))
-			order = append(order, "shared session")
+			order = append(order, "common session")
 		})
 		synctest.Wait()
 		r := request(key(1))
@@ -70,7 +70,7 @@ func TestTheTurnIsLetGoWithoutAConnection(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			db, _ := newDB(t)
 			db.SetMaxOpenConns(2)
-			others := take(t, db, key(2)) // so that the shared session is open
+			others := take(t, db, key(2)) // so that the common session is open
 			conn, err := db.Conn(t.Context())
 			wantError(t, err, nil)
 			start := time.Now()
@@ -92,7 +92,7 @@ func TestTheTurnIsLetGoWithoutAConnection(t *testing.T) {
 			} else {
 				wantError(t, conn.Close(), nil)
 				time.Sleep(time.Second)
-				if n := db.Stats().InUse; n != 1 { // the shared session
+				if n := db.Stats().InUse; n != 1 { // the common session
 					t.Errorf("%d connections in use", n)
 				}
 				wantError(t, locks.Release(), nil)

@@ -39,9 +39,9 @@ type Manager struct {
 	// mu guards the rest, and the queues. It is taken before lockconn.Conn's. Nothing is sent under it.
 	mu        sync.Mutex
 	queues    map[pgsql.Key]*queue     // by keys without names
-	shared    *lockconn.Conn           // which new locks are tried on; nil: there is none at present
-	opening   *opening                 // of shared; nil: nobody opens it
-	sessions  int                      // the shared one, and those that wait in the server's queue or did
+	conn      *lockconn.Conn           // which new locks are tried on; nil: there is none at present
+	opening   *opening                 // of conn; nil: nobody opens it
+	sessions  int                      // the common one, and those that wait in the server's queue or did
 	outage    *outage                  // that waits are in; nil: none are
 	nested    map[*nestedWait]struct{} // waits whose callers hold keys
 	detecting bool                     // somebody asks others for their waits
@@ -92,18 +92,18 @@ func (m *Manager) Pool(db *sql.DB) session.Pool {
 
 // queueLocked returns the queue of k.
 func (m *Manager) queueLocked(k pgsql.Key) *queue {
-	q := m.queues[k.Lock()]
+	q := m.queues[k.Unnamed()]
 	if q == nil {
 		q = new(queue)
-		m.queues[k.Lock()] = q
+		m.queues[k.Unnamed()] = q
 	}
 	return q
 }
 
 // tidyLocked forgets the queue of k if it is of no use.
 func (m *Manager) tidyLocked(k pgsql.Key) {
-	if q := m.queues[k.Lock()]; q != nil && q.Idle() {
-		delete(m.queues, k.Lock())
+	if q := m.queues[k.Unnamed()]; q != nil && q.Idle() {
+		delete(m.queues, k.Unnamed())
 	}
 }
 
@@ -111,8 +111,8 @@ func (m *Manager) tidyLocked(k pgsql.Key) {
 func (m *Manager) lost(c *lockconn.Conn) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.shared == c {
-		m.shared = nil
+	if m.conn == c {
+		m.conn = nil
 	}
 	now := time.Now()
 	for k, q := range m.queues {
@@ -133,8 +133,8 @@ func (m *Manager) ended(s *session.Session) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.sessions--
-	if m.shared != nil && m.shared.Session() == s {
-		m.shared = nil
+	if m.conn != nil && m.conn.Session() == s {
+		m.conn = nil
 	}
 }
 
@@ -142,7 +142,7 @@ func (m *Manager) ended(s *session.Session) {
 const maxWaits = 8
 
 // mayWait tells whether one more session may wait in the server's queue, and counts it. All
-// sessions, the shared one included, take no more than half of a limited pool.
+// sessions, the common one included, take no more than half of a limited pool.
 func (m *Manager) mayWait(pool session.Pool) bool {
 	limit := 1 + maxWaits
 	if most := pool.DB.Stats().MaxOpenConnections; most > 0 {
@@ -151,7 +151,7 @@ func (m *Manager) mayWait(pool session.Pool) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	sessions := m.sessions
-	if m.shared == nil {
+	if m.conn == nil {
 		sessions++ // there is always room for that
 	}
 	if pool.RefusesWaits() || pool.Exhausted() || sessions >= limit {
@@ -174,9 +174,9 @@ func (m *Manager) untilTick(pause time.Duration) time.Duration {
 func (m *Manager) String() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.queues) == 0 && m.shared == nil && m.opening == nil && m.sessions == 0 && m.polling.Load() == 0 && len(m.nested) == 0 {
+	if len(m.queues) == 0 && m.conn == nil && m.opening == nil && m.sessions == 0 && m.polling.Load() == 0 && len(m.nested) == 0 {
 		return ""
 	}
 	return fmt.Sprintf("%d queues, %d sessions, shared: %t, opening: %t, %d polling, %d nested waits",
-		len(m.queues), m.sessions, m.shared != nil, m.opening != nil, m.polling.Load(), len(m.nested))
+		len(m.queues), m.sessions, m.conn != nil, m.opening != nil, m.polling.Load(), len(m.nested))
 }

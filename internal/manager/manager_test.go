@@ -50,7 +50,7 @@ func TestTheManagerOfAGarbageDBIsForgotten(t *testing.T) {
 	t.Error("it is still known")
 }
 
-// A session is counted from before it is opened until it has ended: the shared one, with all its locks,
+// A session is counted from before it is opened until it has ended: the common one, with all its locks,
 // as one, and each that waits.
 func TestSessionsAreCounted(t *testing.T) {
 	t.Parallel()
@@ -100,7 +100,7 @@ func TestASessionThatIsNotThereIsNotCounted(t *testing.T) {
 	})
 }
 
-// No more than half of a limited pool waits in the server's queue, the shared session included. The
+// No more than half of a limited pool waits in the server's queue, the common session included. The
 // others try again and again, on that.
 func TestWaitsAreLimited(t *testing.T) {
 	t.Parallel()

@@ -34,7 +34,7 @@ func Starved(db *sql.DB, waits int64) bool {
 	m := For(db)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.shared != nil && stats.WaitCount > waits
+	return m.conn != nil && stats.WaitCount > waits
 }
 
 // busy says that all connections of a limited pool are in use.
@@ -45,7 +45,7 @@ func (m *Manager) busy(pool session.Pool) string {
 	switch {
 	case n > 1:
 		return "all " + pgsql.Plural(n, "connection") + " of the pool are in use"
-	case m.shared != nil:
+	case m.conn != nil:
 		return "the pool's only connection carries locks of this process, and fn cannot get one while they are held (SetMaxOpenConns)"
 	default:
 		return "the pool's only connection is in use"

@@ -17,7 +17,7 @@ type stage uint8
 const (
 	nowhere  stage = iota // there was no connection
 	onOwn                 // on a session that it had opened
-	onShared              // on a session that others had opened
+	onOthers              // on a session that others had opened
 )
 
 // keepTrying opens sessions until attempt succeeds on one, or fails for a reason that another
@@ -96,7 +96,7 @@ func (a *acquisition) again(err error, at stage) error {
 		return err
 	case a.waited:
 		return a.outlive(err)
-	case (lost || at == onShared) && a.lives > 0:
+	case (lost || at == onOthers) && a.lives > 0:
 		a.lives--
 		return nil
 	case a.stale > 0 && (at != nowhere || pgsql.IsNoAnswer(err)):

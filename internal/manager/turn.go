@@ -28,7 +28,7 @@ func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
 func (m *Manager) gaveUp(k pgsql.Key, w *waiter, why error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.queues[k.Lock()].GaveUp(w, time.Now(), why)
+	m.queues[k.Unnamed()].GaveUp(w, time.Now(), why)
 	m.tidyLocked(k)
 }
 
@@ -46,12 +46,21 @@ func (a *acquisition) news(err error) error {
 	}
 }
 
+// waiting notes that the acquisition has begun to wait: another has the lock, or asks for it. It is called
+// again and again while that lasts. A NoWait that shares another's answer does not wait for the lock.
+func (a *acquisition) waiting() {
+	if !a.NoWait {
+		a.waited = true
+		a.noteWait()
+	}
+}
+
 // awaitTurn waits in the queue, without a connection.
 func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	glance := time.NewTicker(glanceEvery)
 	defer glance.Stop()
 	defer a.forgetWait()
-	a.noteWait()
+	a.waiting()
 	var err error
 	for err == nil {
 		select {
@@ -62,7 +71,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 			err = context.Cause(a.ctx)
 		case <-glance.C:
 			err = a.pool.Closed()
-			a.noteWait()
+			a.waiting()
 		}
 	}
 	m := a.m

@@ -28,8 +28,8 @@ const (
 	Pair                 // pg_advisory_lock(int, int)
 )
 
-// Lock is k without its name: what the server tells locks apart by.
-func (k Key) Lock() Key {
+// Unnamed is k without its name: what the server tells locks apart by.
+func (k Key) Unnamed() Key {
 	k.Name = ""
 	return k
 }
@@ -85,7 +85,7 @@ func Numbers(keys []Key) string {
 	if !slices.ContainsFunc(keys, func(k Key) bool { return k.Name != "" }) {
 		return ""
 	}
-	return " [" + list(keys, func(k Key) string { return k.Lock().String() }) + "]"
+	return " [" + list(keys, func(k Key) string { return k.Unnamed().String() }) + "]"
 }
 
 func list(keys []Key, describe func(Key) string) string {
@@ -160,7 +160,7 @@ func KeyOf(classid, objid int64, objsubid int) Key {
 }
 
 // Text returns k's number, or its two with a dot between.
-func (k Key) Text() string { return k.Lock().Label() }
+func (k Key) Text() string { return k.Unnamed().Label() }
 
 // Label returns k's name, percent-encoded and cut, or its number, or its two with a dot between.
 func (k Key) Label() string {

@@ -71,8 +71,8 @@ func TestKeyAsTextAndAsSQL(t *testing.T) {
 func TestANameAndItsIDAreOneLock(t *testing.T) {
 	t.Parallel()
 	a, b := named("a", 5), id(5)
-	if a == b || a.Lock() != b.Lock() || a.Lock() != b {
-		t.Errorf("%+v and %+v", a.Lock(), b.Lock())
+	if a == b || a.Unnamed() != b.Unnamed() || a.Unnamed() != b {
+		t.Errorf("%+v and %+v", a.Unnamed(), b.Unnamed())
 	}
 	if pgsql.Compare(a, b) != 0 || a.SQL() != b.SQL() {
 		t.Errorf("%v and %v are two", a, b)

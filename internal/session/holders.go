@@ -18,8 +18,8 @@ type Querier interface {
 	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 }
 
-// A Holder is a session that holds a lock, or waits for it.
-type Holder struct {
+// A Backend is a session that holds a lock, or waits for it, as others see it.
+type Backend struct {
 	PID     int
 	Granted bool
 	Shared  bool
@@ -30,10 +30,10 @@ type Holder struct {
 }
 
 // Holders returns who holds the lock of k, and then who waits for it.
-func Holders(ctx context.Context, q Querier, k pgsql.Key) (holders []Holder, err error) {
+func Holders(ctx context.Context, q Querier, k pgsql.Key) (holders []Backend, err error) {
 	classid, objid, subid := k.Columns()
 	err = eachRow(ctx, q, func(rows *sql.Rows) error {
-		var h Holder
+		var h Backend
 		err := h.scan(rows)
 		holders = append(holders, h)
 		return err
@@ -44,7 +44,7 @@ func Holders(ctx context.Context, q Querier, k pgsql.Key) (holders []Holder, err
 // A Lock is a lock, and a session that holds it or waits for it.
 type Lock struct {
 	Key pgsql.Key // without its name
-	Holder
+	Backend
 }
 
 // Locks returns all advisory locks of a database: who holds one, and then who waits for one.
@@ -76,7 +76,7 @@ func eachRow(ctx context.Context, q Querier, scan func(*sql.Rows) error, query s
 }
 
 // scan reads a row: others first, and then the columns of Holders.
-func (h *Holder) scan(rows *sql.Rows, others ...any) error {
+func (h *Backend) scan(rows *sql.Rows, others ...any) error {
 	var start, wait sql.NullTime
 	err := rows.Scan(append(others, &h.PID, &h.Granted, &h.Shared, &h.User, &h.ApplicationName, &h.ClientAddr,
 		&h.State, &h.Query, &start, &wait)...)
@@ -113,9 +113,9 @@ func (p Pool) heldBy(k pgsql.Key) string {
 	if err != nil {
 		return ""
 	}
-	var holders []Holder
+	var holders []Backend
 	s.End(func() bool {
-		holders, err = Run(context.Background(), &s.Sender, AnswerBound, 0, func(ctx context.Context) ([]Holder, error) { return Holders(ctx, s.conn, k) })
+		holders, err = Run(context.Background(), &s.Sender, AnswerBound, 0, func(ctx context.Context) ([]Backend, error) { return Holders(ctx, s.conn, k) })
 		return err == nil || pgsql.Answered(err)
 	})
 	if err != nil || len(holders) == 0 || !holders[0].Granted {
@@ -167,7 +167,7 @@ func (p Pool) Waits(ctx context.Context) (all []Statement, err error) {
 }
 
 // describe says who holds a lock, together with others.
-func (h Holder) describe(others []Holder) string {
+func (h Backend) describe(others []Backend) string {
 	var known []string
 	if h.ApplicationName != "" {
 		known = append(known, "app "+strconv.Quote(h.ApplicationName))

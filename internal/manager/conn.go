@@ -32,7 +32,7 @@ func (a *acquisition) openCounted(ctx context.Context) (*session.Session, error)
 	return s, nil
 }
 
-// An opening is one caller's opening of the shared session, for which others wait.
+// An opening is one caller's opening of the common session, for which others wait.
 type opening struct {
 	done chan struct{}
 	err  error // not that of the opener's own ctx
@@ -47,19 +47,19 @@ func (m *Manager) openedLocked(o *opening, err error) {
 	}
 }
 
-// session returns the shared session, which the caller is to Leave, and whether the caller has opened it
-// (onOwn) or others have (onShared). If there is none, it opens one, or waits for another who does.
-func (a *acquisition) session() (*lockconn.Conn, stage, error) {
+// lockConn returns the common session, which the caller is to Leave, and whether the caller has opened it
+// (onOwn) or others have (onOthers). If there is none, it opens one, or waits for another who does.
+func (a *acquisition) lockConn() (*lockconn.Conn, stage, error) {
 	m := a.m
 	for {
 		m.mu.Lock()
-		if c := m.shared; c != nil && c.Use() {
+		if c := m.conn; c != nil && c.Use() {
 			m.mu.Unlock()
 			if err := a.pool.Closed(); err != nil {
 				c.Leave()
 				return nil, nowhere, err
 			}
-			return c, onShared, nil
+			return c, onOthers, nil
 		}
 		o := m.opening
 		if o == nil {
@@ -67,7 +67,7 @@ func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 			m.opening = o
 			m.sessions++
 			m.mu.Unlock()
-			return a.openShared(o)
+			return a.openConn(o)
 		}
 		m.mu.Unlock()
 		select {
@@ -81,31 +81,31 @@ func (a *acquisition) session() (*lockconn.Conn, stage, error) {
 	}
 }
 
-func (a *acquisition) openShared(o *opening) (*lockconn.Conn, stage, error) {
+func (a *acquisition) openConn(o *opening) (*lockconn.Conn, stage, error) {
 	m := a.m
-	news := session.ErrPanicked // for those who wait for o
+	told := session.ErrPanicked // for those who wait for o
 	defer func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if session.Ended(a.ctx) != nil {
-			news = nil // they are not told of the end of this ctx
+			told = nil // they are not told of the end of this ctx
 		}
-		m.openedLocked(o, news)
+		m.openedLocked(o, told)
 	}()
 	s, err := a.openCounted(a.ctx)
-	news = err
+	told = err
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if c := m.shared; c != nil && !pgsql.PoolClosed(err) && c.Use() { // one that waited has been granted its lock meanwhile
+	if c := m.conn; c != nil && !pgsql.PoolClosed(err) && c.Use() { // one that waited has been granted its lock meanwhile
 		if err == nil {
 			go s.HandBack()
 		}
-		news = nil
-		return c, onShared, nil
+		told = nil
+		return c, onOthers, nil
 	}
 	if err != nil {
 		return nil, nowhere, err
 	}
-	m.shared = lockconn.New(s, a.Log, nil, false, m.lost)
-	return m.shared, onOwn, nil
+	m.conn = lockconn.New(s, a.Log, nil, false, m.lost)
+	return m.conn, onOwn, nil
 }
