@@ -146,7 +146,7 @@ func (c *Conn) lose(cause error) {
 		h.lose(cause)
 	}
 	for _, r := range pending {
-		r.err = LostError{cause}
+		r.lose(cause)
 		close(r.done)
 	}
 	if pgsql.Gone(cause) {
@@ -173,8 +173,8 @@ type Request struct {
 	OK   bool      // Try: all are granted; Unlock: all were held; Look: others wait
 	Sent time.Time // when the request went out
 
-	// err is the server's own error to this request alone, or that of the statement which has found the
-	// session lost. If it is nil, and the session is lost, Ask returns a LostError.
+	// err is the server's own error to this request alone; or, if the session is lost, that of the statement
+	// of this request which has found that, or a LostError.
 	err      error
 	panicked any  // by the driver
 	alone    bool // it has failed together with others, and is answered by itself
@@ -184,6 +184,11 @@ type Request struct {
 	// Guarded by Conn.mu.
 	left     bool // its caller has left
 	answered bool // its caller cannot leave any more
+}
+
+// lose notes that the session is lost, by the statement of r if r has an error.
+func (r *Request) lose(cause error) {
+	r.OK, r.err = false, cmp.Or(r.err, error(LostError{cause}))
 }
 
 // result returns the error of r, which is done, or has a panic propagate.
@@ -234,8 +239,7 @@ func (c *Conn) Ask(ctx context.Context, r *Request) error {
 		c.serveLocked()
 	}()
 	if lost = c.answer(ctx, r, bound(r)); lost != nil {
-		r.OK = false
-		return cmp.Or(r.err, error(LostError{lost}))
+		r.lose(lost)
 	}
 	return r.err
 }
@@ -328,7 +332,7 @@ func (c *Conn) serve(reqs []*Request) {
 			case r.Op == Ping && (err == nil || pgsql.Answered(err)): // any answer will do for that
 				r.OK = true
 			case err != nil:
-				r.OK, r.err = false, cmp.Or(r.err, error(LostError{err}))
+				r.lose(err)
 			}
 			if r.answered = !r.left; r.left && r.Op == Try && r.OK && !c.closed { // what it got is given back first
 				c.goesFirstLocked(&Request{Op: Unlock, Keys: r.Keys, Shared: r.Shared, done: make(chan struct{})})
@@ -353,7 +357,7 @@ func (c *Conn) putBackLocked(reqs []*Request) []*Request {
 		case r.Op != Try || r.left:
 			return false
 		case c.closed:
-			r.err = LostError{c.lost}
+			r.lose(c.lost)
 			return false
 		}
 		r.alone = true
