@@ -128,10 +128,10 @@
 //
 // # Drivers, poolers, standbys
 //
-// With lib/pq and pgx's stdlib, statements for locks run on the caller's goroutine. On a connection
-// that fn uses, and with any other driver, each has a goroutine of its own: slower, and otherwise the
-// same. Waits and heartbeats go past a wrapper that hands out the driver's connection, as otelsql
-// and dd-trace-go do.
+// With lib/pq and pgx's stdlib, statements for locks run on the caller's goroutine. On a
+// connection that fn uses, and with any other driver, each has a goroutine of its own: slower, and
+// otherwise the same. Waits and heartbeats go past a wrapper that hands out the driver's
+// connection, as otelsql and dd-trace-go do.
 //
 // Behind a pooler in transaction mode, only WithTxLock at READ COMMITTED and AcquireTx exclude
 // anybody. On a standby no lock is granted. Check finds both.

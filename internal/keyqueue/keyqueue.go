@@ -23,12 +23,14 @@ const HandOffFor = 20 * time.Millisecond
 //
 // The zero Queue is empty. A Queue is not safe for concurrent use: its owner has a mutex.
 type Queue[S comparable] struct {
+	// A grant is granted until it is Unlocked or Lost. Before that it is handed on and shared until its time
+	// is over, or it is closed; and it releases once its last holder has gone and nobody has taken it over.
 	grant    Grant[S]  // the current one, or the last
 	granted  bool      // there is a current one
-	until    time.Time // the end of HandOffFor: until then it is handed on and shared
+	until    time.Time // the end of HandOffFor
 	holders  int       // of the grant
-	closed   bool      // others wait in the server's queue: it is not handed on or shared any more
-	releases bool      // its last holder has released it: it goes back to the server
+	closed   bool      // others wait in the server's queue
+	releases bool      // it is on its way back to the server
 
 	// The requester asks the server for a grant, or whether others wait for it. Granted and Refused are
 	// the answers to the requester: it is not nil then.
@@ -109,7 +111,7 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 	otherMode := q.exclusive == w.Shared // the grant, if there is one, is not of w's mode
 	switch {
 	case q.releases:
-		return await // the grant is on its way back
+		return await
 	case !fits:
 		return await // those inside go first
 	case w.Dedicated && q.granted && q.holders == 0:

@@ -74,7 +74,7 @@ type watch struct {
 	proof   time.Time     // when a statement went out that the session has answered
 	every   time.Duration // the pace: the shortest Heartbeat
 	since   time.Time     // when that pace began
-	next    time.Time     // when the next heartbeat is due
+	next    time.Time     // when the next heartbeat is due: every from the last, whatever else has been answered
 	beating bool          // one is under way
 }
 

@@ -42,7 +42,9 @@ type Failure struct {
 func (f *Failure) Error() string { return f.Cause.Error() }
 func (f *Failure) Unwrap() error { return f.Cause }
 
-// An acquisition is what one caller does to get its locks.
+// An acquisition is what one caller does to get its locks. Acquire collects them in got, and at is the key
+// that it has come to. Those who want one lock on a session of its own, or of the caller's (Dedicated,
+// OnConn, InTx), have no got, and at is that key.
 type acquisition struct {
 	*Request
 	ctx   context.Context // ends with the Timeout, too
@@ -51,7 +53,7 @@ type acquisition struct {
 	pool  session.Pool
 	began time.Time
 
-	got     *Locks      // so far; nil: the lock is to be on a session of its own, or of the caller's
+	got     *Locks      // so far
 	at      pgsql.Key   // the one that it asks for now; zero: it asks for several, or has them all
 	refused bool        // the server has refused the lock: another has it
 	waited  bool        // it has begun to wait: another has the lock, or asks for it

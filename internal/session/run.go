@@ -44,8 +44,11 @@ const (
 // A Sender sends statements over one connection: one at a time, from any goroutine, and each of them
 // bounded. It knows nothing of what they are.
 type Sender struct {
-	sending chan struct{} // filled by who may send: a channel, because a wait for it ends with a context
-	cond    atomic.Int32  // a condition
+	// sending is filled by who may send (take), until give. An abandoned statement's is emptied when its
+	// driver returns (aside), and Discard's never. It is a channel, because a wait for it ends with a context.
+	sending chan struct{}
+
+	cond    atomic.Int32 // a condition
 	guard   guard
 	breaker breaker       // of the driver's connection dc; zero: statements go out on goroutines of their own
 	dc      any           // the driver's connection
