@@ -2,6 +2,8 @@ package session_test
 
 import (
 	"context"
+	"log/slog"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -42,5 +44,45 @@ func TestAPanicLeavesNoBound(t *testing.T) {
 		_, err := s.Exec(context.Background(), session.AnswerBound, "next")
 		wantError(t, err, nil)
 		s.Discard()
+	})
+}
+
+// Who finds a place in the pool that another then takes waits for others, and not for the server: for longer
+// than a connection may take to be made.
+func TestAPlaceThatAnotherTakes(t *testing.T) {
+	t.Parallel()
+	const callers = 40
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			pool, _ := newPool(t)
+			pool.DB.SetMaxOpenConns(2)
+			var wg sync.WaitGroup
+			for range callers {
+				wg.Go(func() {
+					s, err := pool.Open(t.Context(), slog.New(slog.DiscardHandler), session.ForLocks)
+					wantError(t, err, nil)
+					if err == nil {
+						time.Sleep(time.Minute)
+						s.HandBack()
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
+
+// A connection that is not made in time is no wait for others, though it takes the only place.
+func TestAConnectionThatIsNotMade(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		pool, srv := newPool(t)
+		pool.DB.SetMaxOpenConns(1)
+		srv.dial = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		start := time.Now()
+		_, err := pool.Open(context.Background(), slog.New(slog.DiscardHandler), session.ForLocks)
+		if took := time.Since(start); !pgsql.IsNoAnswer(err) || took != 30*time.Second {
+			t.Errorf("after %v: %v", took, err)
+		}
 	})
 }

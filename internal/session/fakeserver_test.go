@@ -24,6 +24,7 @@ import (
 type server struct {
 	answer func(ctx context.Context, query string) (rows int64, err error) // nil: one row
 	direct bool                                                            // the connections have pgx's shape
+	dial   func(ctx context.Context) error                                 // nil: a connection is made
 
 	mu     sync.Mutex
 	log    []string // "<connection> <statement, or open, or close>"
@@ -70,7 +71,12 @@ func (srv *server) want(t *testing.T, lines ...string) {
 
 func (srv *server) Driver() driver.Driver { return nil }
 
-func (srv *server) Connect(context.Context) (driver.Conn, error) {
+func (srv *server) Connect(ctx context.Context) (driver.Conn, error) {
+	if srv.dial != nil {
+		if err := srv.dial(ctx); err != nil {
+			return nil, err
+		}
+	}
 	srv.mu.Lock()
 	srv.opened++
 	c := &conn{srv: srv, no: srv.opened}

@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"log/slog"
 	"reflect"
 	"sync"
@@ -79,6 +80,22 @@ func (p Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, er
 // conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection,
 // or asks whether one that lies ready still lives, does not: hooks of the program's may be what it waits for.
 func (p Pool) conn(ctx context.Context) (*sql.Conn, error) {
+	for {
+		conn, err := p.boundedConn(ctx)
+		if err != errFull {
+			return conn, err
+		}
+		if err := Ended(ctx); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// errFull is the error of one who has waited for others, within a bound that is for the driver: when he looked,
+// there was a place in the pool.
+var errFull = errors.New("the pool is full")
+
+func (p Pool) boundedConn(ctx context.Context) (*sql.Conn, error) {
 	switch {
 	case p.DB.Stats().Idle == 0:
 		return p.borrowLeavable(ctx, dialBound)
@@ -93,19 +110,24 @@ func (p Pool) conn(ctx context.Context) (*sql.Conn, error) {
 
 func (p Pool) borrow(ctx context.Context) (*sql.Conn, error) {
 	conn, err := p.DB.Conn(ctx)
-	if err != nil && ctx.Err() != nil {
-		err = context.Cause(ctx)
+	switch {
+	case err == nil || ctx.Err() == nil:
+		return conn, err
+	case err == ctx.Err() && p.Exhausted(): // an error of database/sql's own, which has waited for others
+		return nil, errFull
+	default:
+		return nil, context.Cause(ctx)
 	}
-	return conn, err
 }
 
 // borrowLeavable is borrow, but returns at the end of ctx, or of bound if there is a place in the pool. What
 // comes too late goes to the pool: to break off the making of a connection would cost the server a session,
 // and the next one another.
 func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Conn, error) {
-	making, cancel := ctx, func() {}
+	making, cancel, late := ctx, func() {}, (<-chan struct{})(nil)
 	if !p.Exhausted() { // otherwise the wait is for others
 		making, cancel = context.WithTimeoutCause(context.WithoutCancel(ctx), bound, pgsql.NoAnswer{After: bound})
+		late = making.Done()
 	}
 	done := spawn(func() (*sql.Conn, error) { return p.borrow(making) })
 	var err error
@@ -115,8 +137,16 @@ func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Con
 		return o.result()
 	case <-ctx.Done():
 		err = context.Cause(ctx)
-	case <-making.Done():
+	case <-late:
 		err = context.Cause(making)
+		soon := time.NewTimer(abandonAfter)
+		defer soon.Stop()
+		select {
+		case o := <-done:
+			cancel()
+			return o.result()
+		case <-soon.C:
+		}
 	}
 	go func() {
 		defer cancel()
