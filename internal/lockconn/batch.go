@@ -260,7 +260,8 @@ func (c *Conn) answer(ctx context.Context, r *Request, bound time.Duration) erro
 
 // statement returns the statement of r, with reset before it.
 func (c *Conn) statement(r *Request, reset string) (query string, args []int64) {
-	cached := len(r.Keys) == 1 && c.s.Caches() && reset == ""
+	// A statement that fails is thrown out of the driver's cache, which costs two round trips.
+	cached := len(r.Keys) == 1 && c.s.Caches() && reset == "" && !r.alone
 	switch {
 	case r.Op == Ping:
 		return pgsql.Ping, nil

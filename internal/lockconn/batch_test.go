@@ -39,8 +39,10 @@ func (f *fixture) duringATrip(t *testing.T, n int, ask func(i int)) {
 }
 
 // prepared returns a Conn that has the prepared statement. It holds the lock of id(0).
-func prepared(t *testing.T) *fixture {
-	f := newConn(t, 0)
+func prepared(t *testing.T) *fixture { return preparedOn(t, new(server)) }
+
+func preparedOn(t *testing.T, srv *server) *fixture {
+	f := newConnOn(t, srv, 0)
 	f.srv.rtt = time.Millisecond
 	f.must(t, lockconn.Try, id(0)...)
 	f.together(t, lockconn.Try, 1, prepareAfter+2)

@@ -16,7 +16,10 @@ import (
 // refusing returns a Conn that has the prepared statement, holds the lock of id(0), and refuses all batches,
 // and the tries of which refuse is true.
 func refusing(t *testing.T, refuse func(query string) bool) *fixture {
-	f := prepared(t)
+	return refuses(prepared(t), refuse)
+}
+
+func refuses(f *fixture, refuse func(query string) bool) *fixture {
 	f.srv.batch = func(string, string) (string, error) { return "", serverError("53200") }
 	f.srv.answer = func(_ context.Context, query string) (int64, error) {
 		if refuse(query) {
@@ -40,6 +43,18 @@ func TestABatchThatIsRefused(t *testing.T) {
 			t.Errorf("%v, %v", oks, errs)
 		}
 		f.srv.want(t, pgsql.Ping, "batch {1,1,1} {1,2,3}", held(1, 2, 3), try(1), try(2), held(2), try(3))
+		f.s.Discard()
+	})
+}
+
+// What is answered by itself after that does not go through the driver's cache, out of which a failure would
+// throw it.
+func TestABatchThatIsRefusedWhereTheDriverCaches(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := refuses(preparedOn(t, &server{caches: true}), none)
+		f.together(t, lockconn.Try, 1, 2)
+		f.srv.want(t, pgsql.Ping, "batch {1,1} {1,2}", held(1, 2), try(1), try(2))
 		f.s.Discard()
 	})
 }

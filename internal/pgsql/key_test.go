@@ -280,7 +280,7 @@ func TestTheEdgesInAComment(t *testing.T) {
 			t.Errorf("%q: %q, want %q", statement, got, want)
 		}
 	}
-	const edges, shown = 900, 1023 // of waitgraph.Text; of the server
+	const edges, shown = 930, 1023 // of waitgraph.Text; of the server
 	if c := pgsql.Comment([]pgsql.Key{named(strings.Repeat("x", 1000), 5)}, strings.Repeat("1", edges)); len(c) > shown {
 		t.Errorf("%d bytes", len(c))
 	}

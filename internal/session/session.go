@@ -332,7 +332,7 @@ func (s *Session) reclaim() (held bool) {
 		if found {
 			rows, err := Run(ctx, &s.Sender, clearBound, 0, func(ctx context.Context) (rows int64, err error) {
 				_ = raw(conn, func(dc any) error {
-					if rows, err = execOn(ctx, dc, s.Reset()+pgsql.UnlockExposed(s.held, s.Shared)); err != nil {
+					if rows, err = execOn(ctx, dc, s.Reset()+pgsql.UnlockExposed(s.held, s.Shared)); err != nil || rows == 0 {
 						s.clear(dc)
 					}
 					return driver.ErrBadConn

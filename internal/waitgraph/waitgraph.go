@@ -92,7 +92,7 @@ func Same(a, b []Wait) bool {
 // (track_activity_query_size), and so the text has fewer.
 const (
 	next    = " < "
-	longest = 900
+	longest = 930
 )
 
 // Text returns the text of waits: of as many of them, and of the keys of each, as there is room for.

@@ -137,7 +137,7 @@ func TestLongTextsAreCut(t *testing.T) {
 			}
 			text := waitgraph.Text(some)
 			parsed := waitgraph.Parse(text)
-			if len(text) > 900 || len(parsed) == 0 || len(parsed) > len(some) {
+			if len(text) > 930 || len(parsed) == 0 || len(parsed) > len(some) {
 				t.Fatalf("%d waits of %d keys: %d bytes, %d waits parsed", len(some), keys, len(text), len(parsed))
 			}
 		}
