@@ -92,7 +92,7 @@ func TestDeadlocksBetweenProcessesAreFound(t *testing.T) {
 					began := time.Now()
 					errs := crossed(t, outer, inner, dbs, [2]advisory.Key{advisory.Name("a " + name), advisory.Name("b " + name)})
 					wantDeadlock(t, errs, "deadlock: this caller holds", "which pid ", app)
-					if took := time.Since(began); took > 15*time.Second {
+					if took := time.Since(began); took > 8*time.Second {
 						t.Errorf("%s: found after %v", name, took)
 					}
 					for _, db := range dbs {
@@ -105,6 +105,47 @@ func TestDeadlocksBetweenProcessesAreFound(t *testing.T) {
 		}
 		_ = g.Wait()
 	})
+}
+
+// The question for the waits of others leaves nothing prepared on the session that waits.
+func TestTheSearchForDeadlocksLeavesNothingPrepared(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		t.Parallel()
+		db, other := d.open(t, server.DSN()), d.open(t, server.DSN())
+		key := testKey(t)
+		conn, err := db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		before := preparedLike(t, conn, "%pg_stat_activity%")
+		err = advisory.WithLock(t.Context(), other, key, func(context.Context) error {
+			return advisory.WithLock(t.Context(), db, advisory.Name(t.Name()+" of the caller"), func(ctx context.Context) error {
+				err := advisory.AcquireConn(ctx, conn, key, advisory.Timeout(2500*time.Millisecond)) // two questions
+				if !errors.Is(err, advisory.ErrHeld) {
+					return fmt.Errorf("%w, want ErrHeld", err)
+				}
+				return nil
+			})
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		if after := preparedLike(t, conn, "%pg_stat_activity%"); before != 0 || after != 0 {
+			t.Errorf("%d statements are prepared, %d were", after, before)
+		}
+	})
+}
+
+// preparedLike counts the statements like pattern that conn's session has prepared.
+func preparedLike(t *testing.T, conn *sql.Conn, pattern string) (n int) {
+	t.Helper()
+	const query = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE $1 AND statement NOT LIKE '%pg_prepared_statements%'"
+	if err := conn.QueryRowContext(t.Context(), query, pattern).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // A pool that is dry finds deadlocks, too: the session that waits asks between two slices.

@@ -148,7 +148,9 @@ func (a *acquisition) equip(s *session.Session) {
 	s.Edges = a.edges
 	s.Waiting = func() {
 		a.waiting()
-		a.m.detect(func() ([]session.Statement, error) { return s.Waits(a.ctx) })
+		a.m.detect(func() ([]session.Statement, error) {
+			return s.Waits(a.ctx, pgsql.Comment([]pgsql.Key{a.at}, a.edges()))
+		})
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/pgadvisory/advisory/internal/manager"
 	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
+	"github.com/pgadvisory/advisory/internal/waitgraph"
 )
 
 // holding is a request by a caller who holds a key.
@@ -102,7 +105,7 @@ func TestAPanicOfTheDriverLeavesNoWaitBehind(t *testing.T) {
 		db, srv := newDB(t)
 		srv.answer = taken(key(2), 100*time.Millisecond)
 		asked := 0
-		srv.waits = func() { asked++; panic("driver") }
+		srv.waits = func(string) { asked++; panic("driver") }
 		for range 2 {
 			func() {
 				defer func() {
@@ -118,6 +121,33 @@ func TestAPanicOfTheDriverLeavesNoWaitBehind(t *testing.T) {
 			t.Errorf("asked %d times", asked)
 		}
 		wantState(t, db, 0, 0)
+	})
+}
+
+// Others see a wait while its session asks for theirs.
+func TestTheQuestionForWaitsCarriesTheWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		srv.answer = taken(key(2), 100*time.Millisecond)
+		asked := 0
+		srv.waits = func(query string) {
+			if !strings.HasSuffix(query, pgsql.Waits) {
+				return // it asks for the holder, at the end
+			}
+			asked++
+			waits := waitgraph.Parse(pgsql.EdgesIn(query))
+			if len(waits) != 1 || waits[0].Wanted != "2" || !slices.Equal(waits[0].Held, []string{"1"}) {
+				t.Errorf("%v in %s", waits, query)
+			}
+		}
+		r := holding(key(1), key(2))
+		r.Timeout = 5 * time.Second
+		_, err := acquire(t.Context(), db, r)
+		wantError(t, err, session.ErrTimeout)
+		if asked < 4 {
+			t.Errorf("asked %d times", asked)
+		}
 	})
 }
 

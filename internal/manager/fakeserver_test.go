@@ -24,7 +24,7 @@ import (
 type server struct {
 	answer func(ctx context.Context, conn int, query string) (rows int64, err error) // nil: one row
 	dial   func() error                                                              // nil: a connection is made
-	waits  func()                                                                    // is called when it is asked for waits; there are none
+	waits  func(query string)                                                        // is called when it is asked for waits; there are none
 
 	opened, open atomic.Int32
 }
@@ -63,9 +63,9 @@ func (c *conn) ExecContext(ctx context.Context, query string, _ []driver.NamedVa
 	return driver.RowsAffected(rows), err
 }
 
-func (c *conn) QueryContext(context.Context, string, []driver.NamedValue) (driver.Rows, error) {
+func (c *conn) QueryContext(_ context.Context, query string, _ []driver.NamedValue) (driver.Rows, error) {
 	if c.srv.waits != nil {
-		c.srv.waits()
+		c.srv.waits(query)
 	}
 	return noRows{}, nil
 }

@@ -69,14 +69,14 @@ func noExec(dc any) error {
 	return fmt.Errorf("the driver's connection, a %T, does not execute statements without preparing them (driver.ExecerContext)", dc)
 }
 
-// waitsOn executes pgsql.Waits on a driver's connection: database/sql's Query would close a dead
+// waitsOn executes query, a pgsql.Waits, on a driver's connection: database/sql's Query would close a dead
 // connection, and wait for its transaction first, for ever.
-func waitsOn(ctx context.Context, dc any) (all []Statement, err error) {
+func waitsOn(ctx context.Context, dc any, query string) (all []Statement, err error) {
 	queryer, ok := dc.(driver.QueryerContext)
 	if !ok {
 		return nil, noExec(dc)
 	}
-	rows, err := queryer.QueryContext(ctx, pgsql.Waits, nil)
+	rows, err := queryer.QueryContext(ctx, query, unprepared(dc))
 	if err != nil {
 		return nil, err
 	}
@@ -190,24 +190,50 @@ func pgConn(dc any) reflect.Value {
 	return reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0].MethodByName("PgConn").Call(nil)[0]
 }
 
+// pgxConfig returns the configuration of pgx's connection. It is not valid of any other's.
+func pgxConfig(dc any) (none reflect.Value) {
+	if t := reflect.TypeOf(dc); t.Kind() != reflect.Pointer || !isPgx(t) {
+		return none
+	}
+	config := reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0].MethodByName("Config")
+	if !config.IsValid() || config.Type().NumIn() != 0 || config.Type().NumOut() != 1 {
+		return none
+	}
+	c := reflect.Indirect(config.Call(nil)[0])
+	if c.Kind() != reflect.Struct || !c.FieldByName("DefaultQueryExecMode").IsValid() {
+		return none
+	}
+	return c
+}
+
 // caches tells whether dc is pgx's, in the mode that keeps statements with arguments prepared, which is
 // its default. Such a statement costs a quarter less than one without arguments, which is parsed each
 // time.
 func caches(dc any) bool {
-	if t := reflect.TypeOf(dc); t.Kind() != reflect.Pointer || !isPgx(t) {
+	c := pgxConfig(dc)
+	if !c.IsValid() {
 		return false
 	}
-	config := reflect.ValueOf(dc).MethodByName("Conn").Call(nil)[0].MethodByName("Config")
-	if !config.IsValid() || config.Type().NumIn() != 0 || config.Type().NumOut() != 1 {
-		return false
-	}
-	c := reflect.Indirect(config.Call(nil)[0])
-	if c.Kind() != reflect.Struct {
-		return false
-	}
-	mode, capacity := c.FieldByName("DefaultQueryExecMode"), c.FieldByName("StatementCacheCapacity")
-	return mode.IsValid() && fmt.Sprint(mode.Interface()) == "cache statement" &&
+	capacity := c.FieldByName("StatementCacheCapacity")
+	return fmt.Sprint(c.FieldByName("DefaultQueryExecMode").Interface()) == "cache statement" &&
 		capacity.IsValid() && capacity.CanInt() && capacity.Int() > 0
+}
+
+// unprepared returns the argument by which pgx does not keep a query prepared. It would, whatever the query,
+// and no other will have the same comment.
+func unprepared(dc any) []driver.NamedValue {
+	c := pgxConfig(dc)
+	if !c.IsValid() || !c.FieldByName("DefaultQueryExecMode").CanInt() {
+		return nil
+	}
+	mode := reflect.New(c.FieldByName("DefaultQueryExecMode").Type()).Elem()
+	for n := range int64(8) {
+		mode.SetInt(n)
+		if fmt.Sprint(mode.Interface()) == "exec" { // pgx.QueryExecModeExec
+			return []driver.NamedValue{{Ordinal: 1, Value: mode.Interface()}}
+		}
+	}
+	return nil
 }
 
 // rowsOpen tells whether rows are open on a driver's connection. pgx hides that in

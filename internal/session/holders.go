@@ -132,11 +132,13 @@ type Statement struct {
 }
 
 // Waits returns the statements that wait for locks in the session's database. It returns at most Grace
-// and abandonAfter past the end of ctx.
-func (s *Session) Waits(ctx context.Context) ([]Statement, error) {
-	all, err := Run(ctx, &s.Sender, AnswerBound, len(pgsql.Waits), func(ctx context.Context) (all []Statement, err error) {
+// and abandonAfter past the end of ctx. The question begins with comment: if the session waits itself, others
+// see that meanwhile.
+func (s *Session) Waits(ctx context.Context, comment string) ([]Statement, error) {
+	query := comment + pgsql.Waits
+	all, err := Run(ctx, &s.Sender, AnswerBound, len(query), func(ctx context.Context) (all []Statement, err error) {
 		rawErr := raw(s.conn, func(dc any) error {
-			all, err = waitsOn(ctx, unwrap(dc))
+			all, err = waitsOn(ctx, unwrap(dc), query)
 			return nil
 		})
 		return all, cmp.Or(rawErr, err)
@@ -160,7 +162,7 @@ func (p Pool) Waits(ctx context.Context) (all []Statement, err error) {
 		return nil, err
 	}
 	s.End(func() bool {
-		all, err = s.Waits(ctx)
+		all, err = s.Waits(ctx, "")
 		return err == nil || pgsql.Answered(err)
 	})
 	return all, err
