@@ -32,13 +32,13 @@ func TestTheSlicesOfAWaitGrow(t *testing.T) {
 			wantTook(t, start, timeout, timeout+time.Millisecond)
 			for i := range at {
 				age := at[i].Seconds()
-				want := min(100+300*age/(age+10), float64(timeout-at[i])/1e6)
+				want := min(100+300*age/(age+3), float64(timeout-at[i])/1e6)
 				if got := float64(bounds[i]) / 1e6; got < want-1 || got > want+1 {
 					t.Errorf("at %v: %v, want %.0fms", at[i], bounds[i], want)
 				}
 			}
-			if i := slices.IndexFunc(at, func(d time.Duration) bool { return d >= 10*time.Second }); bounds[0] != sliceMin || bounds[i] < 245*time.Millisecond || bounds[i] > 255*time.Millisecond {
-				t.Errorf("%v at first, %v after 10 s", bounds[0], bounds[i])
+			if i := slices.IndexFunc(at, func(d time.Duration) bool { return d >= 3*time.Second }); bounds[0] != sliceMin || bounds[i] < 245*time.Millisecond || bounds[i] > 255*time.Millisecond {
+				t.Errorf("%v at first, %v after 3 s", bounds[0], bounds[i])
 			}
 			mostPerSecond(t, at, 10)
 		})

@@ -59,7 +59,7 @@ const (
 	sliceMax = 400 * time.Millisecond
 
 	// sliceAge is the age of a wait whose slices are half-way between the two.
-	sliceAge = 10 * time.Second
+	sliceAge = 3 * time.Second
 )
 
 // sliceOf returns the length of the next slice of a wait that began at since.
