@@ -345,7 +345,7 @@ func breakLockBehindPgpool(t *testing.T, d driver, s *pgtest.Server, p *pgtest.P
 	other := d.open(t, p.DSN())
 	go func() { result <- withLock.with(ctx, other, key, noWork) }()
 	waitForWaiters(t, direct, key, 1)
-	if _, err := direct.Exec(`SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'`); err != nil {
+	if _, err := direct.Exec(`SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted`); err != nil {
 		t.Fatal(err)
 	}
 	if !awaitLoss(t, lock.Context()) {
