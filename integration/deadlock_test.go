@@ -148,6 +148,40 @@ func preparedLike(t *testing.T, conn *sql.Conn, pattern string) (n int) {
 	return n
 }
 
+// A wait that tries again and again, because its pool has no connection to spare, is not seen by others. It
+// ends itself, though it is the older one.
+func TestADeadlockWithAnOlderWaitThatIsNotSeen(t *testing.T) {
+	t.Parallel()
+	bothDrivers(t, func(t *testing.T, d driver) {
+		t.Parallel()
+		small, other := d.open(t, server.DSN()), d.open(t, server.DSN())
+		small.SetMaxOpenConns(3)
+		a, b := advisory.Name("a "+t.Name()), advisory.Name("b "+t.Name())
+		ctx, holds, waits := soon(t), make(chan struct{}), make(chan struct{})
+		var unseen, seen error
+		err := concurrently(2, 1, func(i int) error {
+			if i == 0 {
+				return advisory.WithLock(ctx, small, a, func(ctx context.Context) error {
+					<-holds
+					close(waits)
+					unseen = withLock.with(ctx, small, b, noWork)
+					return nil
+				})
+			}
+			return advisory.WithLock(ctx, other, b, func(ctx context.Context) error {
+				close(holds)
+				<-waits
+				time.Sleep(300 * time.Millisecond) // nothing shows when the other waits
+				seen = withLock.with(ctx, other, a, noWork)
+				return nil
+			})
+		})
+		if err != nil || !errors.Is(unseen, advisory.ErrDeadlock) || seen != nil {
+			t.Errorf("%v; the older wait: %v; the other: %v", err, unseen, seen)
+		}
+	})
+}
+
 // A pool that is dry finds deadlocks, too: the session that waits asks between two slices.
 func TestDeadlocksAreFoundByPoolsThatAreDry(t *testing.T) {
 	t.Parallel()

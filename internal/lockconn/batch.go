@@ -381,7 +381,7 @@ func (c *Conn) alive(sent time.Time) {
 	c.watch.proof = sent
 }
 
-// only tells whether the session holds no other locks than those of keys.
+// only tells whether the session holds no other locks than those of keys, all of which it holds.
 func (c *Conn) only(keys []pgsql.Key) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -137,6 +137,7 @@ func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
 	if err != nil {
 		return queued, err
 	}
+	s.Edges, s.Waiting, s.Yield = nil, nil, nil // which would keep this acquisition in memory
 	c := lockconn.New(s, a.Log, keys, a.Shared, m.lost)
 	m.mu.Lock()
 	if m.conn == nil || m.conn.Empty() {

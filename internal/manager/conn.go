@@ -28,7 +28,8 @@ func (a *acquisition) openCounted(ctx context.Context) (*session.Session, error)
 	}
 	a.m.tookOnly(a.pool, a.Log)
 	opened = true
-	s.OnEnd = func() { a.m.ended(s) }
+	m := a.m // alone: the session may outlive the acquisition by months
+	s.OnEnd = func() { m.ended(s) }
 	return s, nil
 }
 

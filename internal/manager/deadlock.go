@@ -154,9 +154,15 @@ func (a *acquisition) equip(s *session.Session) {
 	}
 }
 
-// search is called again and again by a wait that has no session of its own.
+// search is called again and again by a wait that has no session of its own. Others do not see it, nor the
+// cycles that it is in: it counts as the youngest, and ends itself.
 func (a *acquisition) search() {
 	a.waiting()
+	a.m.mu.Lock()
+	if a.nested != nil {
+		a.nested.Since = math.MaxInt64
+	}
+	a.m.mu.Unlock()
 	if !a.pool.Exhausted() {
 		a.m.detect(func() ([]session.Statement, error) { return a.pool.Waits(a.ctx) })
 	}

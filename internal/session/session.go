@@ -31,7 +31,8 @@ const (
 	ForTx               // fn uses a transaction on it: WithTxLock
 )
 
-// A Session is one connection, and the locks on it. Exec, Run and Do are safe to call from several
+// A Session is one connection, and the locks on it. What sends (Exec, ExecQuiet, Do, Run), Hasten, Interrupt,
+// Discard, and the settings (Silence, ChangeSilence, Reset, WasReset) are safe to call from several
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 type Session struct {
 	Sender
