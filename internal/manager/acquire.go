@@ -58,7 +58,6 @@ type acquisition struct {
 	refused bool        // the server has refused the lock: another has it
 	waited  bool        // it has begun to wait: another has the lock, or asks for it
 	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
-	tries   bool        // it waits by trying again and again, which no statement shows
 
 	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
 	lives  int       // how often a common session, or a lock just granted, may still be lost

@@ -29,12 +29,12 @@ func OnConn(ctx context.Context, conn *sql.Conn, r *Request) error {
 // InTx is OnConn in a transaction of the caller's.
 func InTx(ctx context.Context, tx *sql.Tx, r *Request) error {
 	a := newCallers(ctx, r)
-	a.tries = true
 	return a.endCallers(func() error {
 		return session.LockTx(a.ctx, tx, a.at, a.Shared, a.NoWait, func() {
-			a.waiting()
 			if len(a.Held) > 0 {
 				a.search()
+			} else { // r.DB is not known
+				a.waiting()
 			}
 		})
 	})

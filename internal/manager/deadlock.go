@@ -76,7 +76,7 @@ func (a *acquisition) holds() []pgsql.Key {
 func newNestedWait(a *acquisition, holds []pgsql.Key) *nestedWait {
 	s := &nestedWait{of: a, holds: holds, wants: a.at, began: time.Now()}
 	s.Wait = waitgraph.Wait{ID: strconv.FormatUint(rand.Uint64(), 36), Since: s.began.UnixMilli(), Wanted: a.at.Text()}
-	if a.tries || a.pool.RefusesWaits() {
+	if a.pool.RefusesWaits() {
 		s.Since = math.MaxInt64 // no statement shows it, so that others do not see its cycles
 	}
 	for _, k := range s.holds {
