@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pgadvisory/advisory/internal/lockconn"
 	"github.com/pgadvisory/advisory/internal/manager"
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
@@ -21,7 +20,6 @@ type hold struct {
 	cfg    config
 
 	locks   *manager.Locks   // nil: the lock is on session
-	holder  lockconn.Holder  // of locks
 	until   time.Time        // AtLeast: locks are kept until then
 	waits   int64            // the pool's WaitCount when the hold began
 	session *session.Session // that of WithConnLock, which its caller drives
@@ -47,10 +45,9 @@ func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key
 // acquire acquires keys, and has them watched.
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
-	h.holder.Heartbeat, h.holder.Silence = h.cfg.heartbeat, h.cfg.holderTimeout
 	r := h.cfg.request(ctx, c.db, keys)
-	r.Lead = c.leads
-	locks, err := manager.Acquire(ctx, r, &h.holder)
+	r.Heartbeat, r.Silence, r.Lead = h.cfg.heartbeat, h.cfg.holderTimeout, c.leads
+	locks, err := manager.Acquire(ctx, r)
 	h.until = time.Now().Add(h.cfg.atLeast)
 	if err != nil {
 		err = acquireError(ctx, keys, &h.cfg, err)
@@ -65,7 +62,7 @@ func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	ctx = h.observed.acquired(ctx, func() { _ = locks.Release() })
 	h.locks, h.waits = locks, c.db.Stats().WaitCount
 	h.begin(ctx, c.db, keys, locks.Session())
-	h.holder.Begin(h.lost)
+	locks.Begin(h.lost)
 	return nil
 }
 
@@ -156,7 +153,7 @@ func (h *hold) keep() bool {
 	// another goroutine, because this one tells other holders.
 	var told sync.Once
 	warn := func(err error) { h.cfg.logger.Warn("advisory: lock lost before AtLeast was over", "error", err) }
-	h.holder.Begin(func(cause error) {
+	h.locks.Begin(func(cause error) {
 		go told.Do(func() {
 			err := lostError("hold", h.keys, cause)
 			warn(err)

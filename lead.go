@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"log/slog"
-	"math/rand/v2"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/manager"
@@ -73,7 +72,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	if cfg.logger == silent {
 		cfg.logger = slog.Default()
 	}
-	pause := leadPauseMin
+	pauses := session.NewBackoff(leadPauseMin, leadPauseMax)
 	var failed error // the last campaign
 	var told time.Time
 	for {
@@ -91,7 +90,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 			case ctx.Err() != nil:
 				return join(fnErr, ctx.Err())
 			case time.Since(acquired) > leadPauseMax:
-				pause = leadPauseMin
+				pauses = session.NewBackoff(leadPauseMin, leadPauseMax)
 				continue
 			}
 		case ctx.Err() != nil && acquired.Sub(began) < leadPauseMax:
@@ -105,8 +104,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 			}
 			failed = err
 		}
-		session.Sleep(ctx, pause/2+rand.N(pause/2))
-		pause = min(2*pause, leadPauseMax)
+		pauses.Pause(ctx)
 	}
 }
 

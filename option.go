@@ -133,9 +133,9 @@ func TxOptions(o *sql.TxOptions) Option {
 }
 
 // Logger sets where the package reports what it cannot return as an error. Among that are the
-// beginning and the end of an outage that waits go through; a session that was lost while
-// waiting and replaced; a pool that is too small for fn; a release that failed while fn
-// panicked; a lock that was lost under [AtLeast]; a [Lock] that was never released.
+// beginning and the end of an outage that waits go through; a connection that failed while
+// waiting; a pool that is too small for fn; a release that failed while fn panicked; a lock
+// that was lost under [AtLeast]; a [Lock] that was never released.
 //
 // The default, and nil, is silent, except for [Lead], where it is [slog.Default]. Logger
 // applies to all functions.

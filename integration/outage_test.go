@@ -66,7 +66,7 @@ func (l *logbook) wantOutage(t testing.TB, lasted time.Duration, reasons ...stri
 	if !slices.ContainsFunc(reasons, func(reason string) bool { return strings.Contains(lines[0], reason) }) {
 		t.Errorf("the first line is %s, want one of the reasons %q", lines[0], reasons)
 	}
-	if strings.Contains(lines[0], "session lost while waiting") {
+	if strings.Contains(lines[0], "connection failed while waiting") {
 		t.Errorf("the first line is %s, which is about one wait", lines[0])
 	}
 	if said := l.durations(1); len(said) != 1 || said[0] < lasted-time.Second || said[0] > lasted+4*time.Second {

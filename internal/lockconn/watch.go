@@ -44,20 +44,11 @@ func (h *Holder) lose(cause error) {
 	}
 }
 
-// Lost tells whether a lock has been lost.
-func (h *Holder) Lost() bool {
+// Lost returns why a lock has been lost, or nil.
+func (h *Holder) Lost() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.lost != nil
-}
-
-// TakeLoss returns why a lock has been lost before Begin, if one has, and forgets it.
-func (h *Holder) TakeLoss() error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	lost := h.lost
-	h.lost = nil
-	return lost
+	return h.lost
 }
 
 // A watch checks the session of held locks every heartbeat. If two heartbeats have passed since the
@@ -89,7 +80,7 @@ func (c *Conn) Hold(h *Holder) error {
 	every, first := c.strictLocked(h.Heartbeat), len(c.holders) == 0
 	c.holders[h] = struct{}{}
 	next := now.Add(every)
-	if fresh := w.proof.Add(every); first && fresh.After(now) { // an older proof is ProveFresh's to renew
+	if fresh := w.proof.Add(every); first && fresh.After(now) { // ProveFresh renews an older proof
 		next = fresh
 	}
 	if first || every < w.every {
@@ -222,7 +213,7 @@ func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op:
 // on its way that the server has ended the session since.
 func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	c.mu.Lock()
-	watched := c.Watched()
+	watched := c.s.Silence() > 0
 	stale := time.Since(c.watch.proof) >= c.strictLocked(every)
 	if stale && !watched {
 		c.watch.proof = time.Now() // the server does not watch, and so has not ended the session: the answer is proof enough
@@ -234,9 +225,6 @@ func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	return nil
 }
 
-// Watched tells whether the server watches the session.
-func (c *Conn) Watched() bool { return c.s.Silence() > 0 }
-
 // heartbeatStatement returns the statement of a heartbeat and how long its answer may take, or "" if there is
 // nothing to ask for: a release may have come first, and have undone the settings.
 func (c *Conn) heartbeatStatement() (query string, bound time.Duration) {
@@ -246,7 +234,7 @@ func (c *Conn) heartbeatStatement() (query string, bound time.Duration) {
 	if _, silence := c.paceLocked(); silence > 0 && len(c.locks) > 0 {
 		set = c.s.ChangeSilence(silence)
 	}
-	if !c.Watched() || len(c.locks) == 0 {
+	if c.s.Silence() == 0 || len(c.locks) == 0 {
 		return "", 0
 	}
 	bound = session.AnswerBound

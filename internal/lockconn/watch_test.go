@@ -56,12 +56,12 @@ func TestHeartbeats(t *testing.T) {
 			return 1, nil
 		})
 		f.must(t, lockconn.Try, id(1)...)
-		if f.Watched() {
+		if f.Session().Silence() > 0 {
 			t.Error("the server watches from the start")
 		}
 		h, tells := f.hold(t, time.Second, 15*time.Second)
 		time.Sleep(2500 * time.Millisecond)
-		if !f.Watched() {
+		if f.Session().Silence() == 0 {
 			t.Error("the server does not watch")
 		}
 		f.must(t, lockconn.Ping) // an answer is a proof, too, but the pace stays
@@ -289,30 +289,24 @@ func TestALossBreaksOffTheStatementUnderWay(t *testing.T) {
 	})
 }
 
-// A holder that begins after a loss is told at once, unless it has been taken.
+// A holder that begins after a loss is told at once.
 func TestAHolderThatBeginsAfterALoss(t *testing.T) {
 	t.Parallel()
-	for _, taken := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			f := newConn(t, 0)
-			f.must(t, lockconn.Try, id(1)...)
-			h := &lockconn.Holder{Heartbeat: time.Second, Silence: time.Minute}
-			wantError(t, f.Hold(h), nil)
-			f.srv.answer = func(context.Context, string) (int64, error) { return 0, io.ErrUnexpectedEOF }
-			wantError(t, f.Prove(t.Context()), io.ErrUnexpectedEOF)
-			if taken {
-				wantError(t, h.TakeLoss(), io.ErrUnexpectedEOF)
-			}
-			var cause error
-			h.Begin(func(err error) { cause = err })
-			if (cause == nil) != taken {
-				t.Errorf("taken: %v, told: %v", taken, cause)
-			}
-			if err := f.Hold(h); !errors.As(err, new(lockconn.LostError)) {
-				t.Errorf("it is watched: %v", err)
-			}
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		f := newConn(t, 0)
+		f.must(t, lockconn.Try, id(1)...)
+		h := &lockconn.Holder{Heartbeat: time.Second, Silence: time.Minute}
+		wantError(t, f.Hold(h), nil)
+		f.srv.answer = func(context.Context, string) (int64, error) { return 0, io.ErrUnexpectedEOF }
+		wantError(t, f.Prove(t.Context()), io.ErrUnexpectedEOF)
+		wantError(t, h.Lost(), io.ErrUnexpectedEOF)
+		var cause error
+		h.Begin(func(err error) { cause = err })
+		wantError(t, cause, io.ErrUnexpectedEOF)
+		if err := f.Hold(h); !errors.As(err, new(lockconn.LostError)) {
+			t.Errorf("it is watched: %v", err)
+		}
+	})
 }
 
 // ProveFresh asks only where the server watches, and the grant has been on its way for a heartbeat.

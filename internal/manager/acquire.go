@@ -24,6 +24,10 @@ type Request struct {
 	Timeout time.Duration // 0: none
 	Log     *slog.Logger
 
+	// Acquire has the sessions of its locks watched.
+	Heartbeat time.Duration // how often
+	Silence   time.Duration // after which the server ends a silent session
+
 	// Lead: the wait outlives any outage, even one at its start. Before the lock counts as acquired,
 	// the server is asked whether it is a primary.
 	Lead bool
@@ -82,9 +86,8 @@ func newAcquisition(ctx context.Context, r *Request) *acquisition {
 }
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
-func Acquire(ctx context.Context, r *Request, h *lockconn.Holder) (l *Locks, err error) {
+func Acquire(ctx context.Context, r *Request) (l *Locks, err error) {
 	a := newAcquisition(ctx, r)
-	a.got = &Locks{m: a.m, holder: h, shared: r.Shared}
 	defer a.end(nil)
 	defer func() {
 		if l == nil { // also if the driver panics, or the Logger
@@ -92,6 +95,8 @@ func Acquire(ctx context.Context, r *Request, h *lockconn.Holder) (l *Locks, err
 		}
 	}()
 	for {
+		// A new holder each time: the loss of a session may be told late.
+		a.got = &Locks{m: a.m, holder: lockconn.Holder{Heartbeat: r.Heartbeat, Silence: r.Silence}, shared: r.Shared}
 		err := a.all()
 		if err == nil {
 			return a.got, nil
@@ -111,7 +116,6 @@ func Acquire(ctx context.Context, r *Request, h *lockconn.Holder) (l *Locks, err
 // it, and otherwise one by one, in order. After an error, it may have some of them.
 func (a *acquisition) all() (err error) {
 	a.at, a.refused = pgsql.Key{}, false // if it begins again
-	_ = a.got.holder.TakeLoss()
 	if waiters := a.enterIdle(); waiters != nil {
 		err = a.tryAll(waiters)
 	}
@@ -121,7 +125,7 @@ func (a *acquisition) all() (err error) {
 	if err != nil {
 		return err
 	}
-	a.at = pgsql.Key{} // a failure from here on has no other holder
+	a.at = pgsql.Key{} // from here on, no other holder is to blame for a failure
 	return a.prove()
 }
 
@@ -174,12 +178,12 @@ func (a *acquisition) one(k pgsql.Key) error {
 func (a *acquisition) prove() error {
 	var err error
 	for i := 0; err == nil && i < len(a.got.held); i++ {
-		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.got.holder.Heartbeat)
+		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.Heartbeat)
 	}
-	if c := a.got.held[0].grant.On; err == nil && a.Lead && !c.Watched() {
-		err = c.Prove(a.ctx)
+	if err == nil && a.Lead {
+		err = a.got.held[0].grant.On.Prove(a.ctx)
 	}
-	cause := a.got.holder.TakeLoss()
+	cause := a.got.holder.Lost()
 	if err != nil && session.Ended(a.ctx) == nil {
 		return err // a LostError
 	}

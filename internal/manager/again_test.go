@@ -129,13 +129,12 @@ func TestASharedCallerWhoComesBetweenLossAndQueue(t *testing.T) {
 			}
 			return 1, nil
 		}
-		shared := request(key(1))
-		shared.DB, shared.Shared = db, true
-		h := &lockconn.Holder{Heartbeat: time.Minute, Silence: time.Hour}
-		locks, err := manager.Acquire(t.Context(), shared, h)
+		shared := watched(db, request(key(1)), time.Minute)
+		shared.Shared = true
+		locks, err := manager.Acquire(t.Context(), shared)
 		wantError(t, err, nil)
 		told := make(chan error, 1)
-		h.Begin(func(error) {
+		locks.Begin(func(error) {
 			again := *shared
 			locks, err := acquire(t.Context(), db, &again)
 			if err == nil {

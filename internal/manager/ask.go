@@ -94,7 +94,7 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 	m := a.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := c.Hold(a.got.holder); err != nil {
+	if err := c.Hold(&a.got.holder); err != nil {
 		return err
 	}
 	for _, k := range keys {
@@ -124,7 +124,7 @@ func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
 	}, func(s *session.Session) error {
 		s.Shared = a.Shared
 		a.equip(s)
-		s.SetSilence(a.got.holder.Silence)
+		s.SetSilence(a.Silence)
 		s.Yield = func() bool { return time.Since(began) > yieldAfter && m.polling.Load() > 0 }
 		if err := s.Wait(a.ctx, a.at, a.began); err != nil {
 			return err

@@ -113,7 +113,7 @@ func (m *Manager) waitsLocked(counts func(*nestedWait) bool) (waits []waitgraph.
 // edges returns the wait, without what the acquisition has lost since it began.
 func (s *nestedWait) edges() waitgraph.Wait {
 	w, a := s.Wait, s.of
-	if a.got != nil && a.got.holder.Lost() {
+	if a.got != nil && a.got.holder.Lost() != nil {
 		w.Held = w.Held[:len(a.Held)]
 	}
 	return w

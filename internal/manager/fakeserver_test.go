@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pgadvisory/advisory/internal/lockconn"
 	"github.com/pgadvisory/advisory/internal/manager"
 	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
@@ -80,9 +79,9 @@ func (c *conn) Close() error                        { c.closed.Do(func() { c.srv
 func (c *conn) Prepare(string) (driver.Stmt, error) { return nil, errors.New("prepared") }
 func (c *conn) Begin() (driver.Tx, error)           { return nil, errors.New("no transactions") }
 
-func isTry(query string) bool { return strings.Contains(query, "pg_try_advisory_lock(") }
+func isTry(query string) bool { return strings.Contains(query, "pg_try_advisory_lock") }
 func isWait(query string) bool {
-	return strings.Contains(query, ", pg_catalog.pg_advisory_lock(")
+	return strings.Contains(query, ", pg_catalog.pg_advisory_lock")
 }
 
 // of tells whether a statement is about the lock of k.
@@ -119,13 +118,17 @@ func acquire(ctx context.Context, db *sql.DB, r *manager.Request) (*manager.Lock
 
 // acquireWatched acquires the locks of r, with heartbeats.
 func acquireWatched(ctx context.Context, db *sql.DB, r *manager.Request, heartbeat time.Duration) (*manager.Locks, error) {
-	h := &lockconn.Holder{Heartbeat: heartbeat, Silence: time.Hour}
-	r.DB = db
-	locks, err := manager.Acquire(ctx, r, h)
+	locks, err := manager.Acquire(ctx, watched(db, r, heartbeat))
 	if err == nil {
-		h.Begin(func(error) {})
+		locks.Begin(func(error) {})
 	}
 	return locks, err
+}
+
+// watched completes r.
+func watched(db *sql.DB, r *manager.Request, heartbeat time.Duration) *manager.Request {
+	r.DB, r.Heartbeat, r.Silence = db, heartbeat, time.Hour
+	return r
 }
 
 // take acquires the locks of keys, and fails the test if it cannot.

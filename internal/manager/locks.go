@@ -14,7 +14,7 @@ import (
 // Locks are what Acquire has acquired.
 type Locks struct {
 	m      *Manager
-	holder *lockconn.Holder
+	holder lockconn.Holder
 	shared bool
 	held   []held
 }
@@ -29,6 +29,9 @@ type held struct {
 
 // Session returns the session that holds the first of the locks.
 func (l *Locks) Session() *session.Session { return l.held[0].grant.On.Session() }
+
+// Begin has tell called when a lock is lost, or if one has been.
+func (l *Locks) Begin(tell func(cause error)) { l.holder.Begin(tell) }
 
 // Ping returns nil if the server answers on each session that carries the locks. It does not ask
 // whether the locks are there: they are for as long as their session lives.
@@ -77,7 +80,7 @@ func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
 			r.Keys = append(r.Keys, h.key)
 		}
 	}
-	c.LetGo(l.holder)
+	c.LetGo(&l.holder)
 	alive := c.Use()
 	m.mu.Unlock()
 	if !alive {
@@ -106,11 +109,11 @@ func (l *Locks) releaseOn(c *lockconn.Conn, on []held) error {
 
 // giveBack releases what an acquisition got in vain. After the end of ctx, it does not wait for that.
 func (a *acquisition) giveBack() {
-	l := *a.got
-	a.got.held = nil
-	if len(l.held) > 0 && a.ctx.Err() != nil {
-		go func() { _ = l.Release() }()
+	l, held := a.got, a.got.held
+	l.held = nil
+	if len(held) > 0 && a.ctx.Err() != nil {
+		go func() { _ = l.release(held) }()
 		return
 	}
-	_ = l.Release()
+	_ = l.release(held)
 }

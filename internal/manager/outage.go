@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -19,14 +18,13 @@ const (
 	outagePauseMin = 50 * time.Millisecond
 	outagePauseMax = 2 * time.Second
 
-	// probeBound is how long one attempt takes at most: what it waits for may never come, and the next
-	// one's may.
+	// probeBound is how long one attempt takes at most: it may hang where the next one would succeed.
 	probeBound = 2 * time.Second
 )
 
-// An outage lasts from the loss of a waiting session until the server answers again. All waits of a
-// *sql.DB go through it together. One goroutine tries to reach the server, until it does or nobody
-// waits any more.
+// An outage begins when a wait loses its session, or cannot open one, and lasts until the server answers
+// again. All waits of a *sql.DB go through it together. One goroutine tries to reach the server, until it
+// does or nobody waits any more.
 type outage struct {
 	began time.Time
 	over  chan struct{}      // closed at the end
@@ -95,7 +93,7 @@ func (m *Manager) missedLocked() error {
 	return m.outage.missed
 }
 
-// joinOutage counts a wait, which has lost its session by err, among those that wait for the server. It
+// joinOutage counts a wait, whose connection has failed with err, among those that wait for the server. It
 // returns why the server was missed, if the wait's Logger is to be told.
 func (a *acquisition) joinOutage(err error) (*outage, error) {
 	m, log := a.m, a.Log
@@ -106,7 +104,7 @@ func (a *acquisition) joinOutage(err error) (*outage, error) {
 		o = &outage{began: time.Now(), over: make(chan struct{}), stop: stop, loggers: make(map[*slog.Logger]bool)}
 		m.outage = o
 		go m.reach(ctx, o, a.pool, func() {
-			log.Warn("advisory: session lost while waiting, and replaced", "key", pgsql.List(a.Keys), "error", err)
+			log.Warn("advisory: connection failed while waiting; going on with another", "key", pgsql.List(a.Keys), "error", err)
 		})
 	}
 	o.waits++
@@ -132,19 +130,19 @@ func (m *Manager) leaveOutage(o *outage) {
 }
 
 // reach tries to reach the server until it answers, or ctx ends. If it answers at once, no more than a
-// session was lost: then reach calls replaced.
-func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, replaced func()) {
+// connection has failed: then reach calls noOutage.
+func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, noOutage func()) {
 	defer func() {
 		if p := recover(); p != nil { // the driver's, or a Logger's
 			m.endOutage(o, fmt.Errorf("%w: %v", session.ErrPanicked, p))
 		}
 	}()
-	for pause := outagePauseMin; ; pause = min(2*pause, outagePauseMax) {
-		session.Sleep(ctx, pause/2+rand.N(pause/2))
+	pauses := session.NewBackoff(outagePauseMin, outagePauseMax)
+	for first := true; ; first = false {
+		pauses.Pause(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		first := pause == outagePauseMin
 		if first && pool.Exhausted() {
 			m.endOutage(o, nil) // a wait for the pool is each wait's own
 			return
@@ -155,7 +153,7 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, repla
 			return
 		case err == nil:
 			if first {
-				replaced()
+				noOutage()
 			}
 			m.endOutage(o, nil)
 			return

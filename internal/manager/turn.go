@@ -99,7 +99,7 @@ const glanceEvery = 400 * time.Millisecond
 func (a *acquisition) join(q *queue, g keyqueue.Grant[*lockconn.Conn]) error {
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
-	if err := g.On.Hold(a.got.holder); err != nil {
+	if err := g.On.Hold(&a.got.holder); err != nil {
 		q.Lost(g.On, time.Now()) // which g.On may not have said yet
 		a.m.tidyLocked(a.at)
 		return err

@@ -3,7 +3,6 @@ package session
 import (
 	"context"
 	"database/sql"
-	"math/rand/v2"
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
@@ -28,7 +27,8 @@ func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, w
 	c := callersTx{tx: tx, sender: newSender()}
 	lookAt := time.Now().Add(deadlockPause)
 	suspect := false
-	for pause := PauseMin; ; pause = min(2*pause, txPauseMax) {
+	pauses := NewBackoff(PauseMin, txPauseMax)
+	for {
 		last := timedOut(ctx) // it tries once more then
 		if ctx.Err() != nil && !last {
 			return context.Cause(ctx)
@@ -47,7 +47,7 @@ func LockTx(ctx context.Context, tx *sql.Tx, k pgsql.Key, shared, noWait bool, w
 			return ErrTimeout
 		}
 		waiting()
-		Sleep(ctx, pause/2+rand.N(pause/2))
+		pauses.Pause(ctx)
 		if time.Now().Before(lookAt) || ctx.Err() != nil {
 			continue
 		}

@@ -130,23 +130,19 @@ func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Con
 		late = making.Done()
 	}
 	done := spawn(func() (*sql.Conn, error) { return p.borrow(making) })
-	var err error
+	o, returned, err := outcome[*sql.Conn]{}, false, error(nil)
 	select {
-	case o := <-done:
-		cancel()
-		return o.result()
+	case o = <-done:
+		returned = true
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	case <-late:
 		err = context.Cause(making)
-		soon := time.NewTimer(abandonAfter)
-		defer soon.Stop()
-		select {
-		case o := <-done:
-			cancel()
-			return o.result()
-		case <-soon.C:
-		}
+		o, returned = done.soon()
+	}
+	if returned {
+		cancel()
+		return o.result()
 	}
 	go func() {
 		defer cancel()
@@ -155,14 +151,4 @@ func (p Pool) borrowLeavable(ctx context.Context, bound time.Duration) (*sql.Con
 		}
 	}()
 	return nil, err
-}
-
-// Sleep sleeps for d or until ctx ends.
-func Sleep(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
 }

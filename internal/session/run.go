@@ -44,7 +44,7 @@ const (
 // A Sender sends statements over one connection: one at a time, from any goroutine, and each of them
 // bounded. It knows nothing of what they are.
 type Sender struct {
-	// sending is filled by who may send (take), until give. An abandoned statement's is emptied when its
+	// sending is filled by who may send (take), until give is called. An abandoned statement's is emptied when its
 	// driver returns (aside), and Discard's never. It is a channel, because a wait for it ends with a context.
 	sending chan struct{}
 
@@ -72,7 +72,7 @@ type abandonedError struct{}
 func (abandonedError) Error() string        { return "the driver has not returned from the statement before" }
 func (abandonedError) Is(target error) bool { return target == driver.ErrBadConn }
 
-// take waits for the right to send a statement, until give.
+// take waits for the right to send a statement. The caller gives it back by give.
 func (s *Sender) take(ctx context.Context, bound time.Duration) error {
 	select {
 	case s.sending <- struct{}{}:
@@ -171,25 +171,22 @@ func aside[T any](ctx context.Context, s *Sender, bound time.Duration, f func(co
 	defer s.guardOver(ctx, no, bound)()
 	defer s.guard.end()
 	done := spawn(func() (T, error) { return f(inner) })
+	o, returned := outcome[T]{}, true
 	select {
-	case o := <-done:
-		t, err = o.result()
+	case o = <-done:
 	case <-inner.Done():
-		grace := time.NewTimer(abandonAfter)
-		defer grace.Stop()
-		select {
-		case o := <-done:
-			t, err = o.result()
-		case <-grace.C:
-			s.worsen(abandoned)
-			go func() {
-				<-done
-				<-s.sending
-			}()
-			return t, context.Cause(inner)
-		}
+		o, returned = done.soon()
 	}
-	if err != nil && inner.Err() != nil { // otherwise the driver has let go of inner, and the connection is sound
+	if !returned {
+		s.worsen(abandoned)
+		go func() {
+			<-done
+			<-s.sending
+		}()
+		return t, context.Cause(inner)
+	}
+	t, err = o.result()
+	if err != nil && inner.Err() != nil { // if inner has not ended, the connection is sound
 		// Whatever the driver makes of it: it may report a statement that it has cancelled as the
 		// server's error, on a connection that it has closed.
 		err = context.Cause(inner)
@@ -242,9 +239,12 @@ type outcome[T any] struct {
 // ErrPanicked is the error of a driver that panicked, until the panic has propagated.
 var ErrPanicked = errors.New("the driver panicked")
 
+// A spawned function's outcome comes when it has ended.
+type spawned[T any] chan outcome[T]
+
 // spawn runs f on a goroutine of its own.
-func spawn[T any](f func() (T, error)) <-chan outcome[T] {
-	done := make(chan outcome[T], 1)
+func spawn[T any](f func() (T, error)) spawned[T] {
+	done := make(spawned[T], 1)
 	go func() {
 		o := outcome[T]{err: ErrPanicked}
 		defer func() {
@@ -256,17 +256,26 @@ func spawn[T any](f func() (T, error)) <-chan outcome[T] {
 	return done
 }
 
+// soon waits a moment for the outcome.
+func (s spawned[T]) soon() (o outcome[T], ok bool) {
+	t := time.NewTimer(abandonAfter)
+	defer t.Stop()
+	select {
+	case o = <-s:
+		return o, true
+	case <-t.C:
+		return o, false
+	}
+}
+
 // Soon runs f on a goroutine of its own, and waits a moment for it.
 func Soon(f func()) {
 	done := spawn(func() (struct{}, error) { f(); return struct{}{}, nil })
-	soon := time.NewTimer(abandonAfter)
-	defer soon.Stop()
-	select {
-	case o := <-done:
-		_, _ = o.result()
-	case <-soon.C:
+	o, ok := done.soon()
+	if !ok {
 		go func() { _, _ = (<-done).result() }() // a panic is not swallowed
 	}
+	_, _ = o.result()
 }
 
 // result returns what the function has, or has the panic propagate.

@@ -191,9 +191,7 @@ func (s *Session) ended() {
 // goroutine of its own goes on until the driver returns, and until what fn has left open on its
 // conn is closed.
 func (s *Session) Discard() {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	Soon(func() {
 		s.sending <- struct{}{} // not given back: nothing is sent any more
 		err := raw(s.conn, func(dc any) error {
 			s.clear(dc)
@@ -206,13 +204,7 @@ func (s *Session) Discard() {
 			_ = s.conn.Close() // sql.ErrConnDone by now
 			s.ended()
 		}
-	}()
-	t := time.NewTimer(abandonAfter)
-	defer t.Stop()
-	select {
-	case <-done:
-	case <-t.C:
-	}
+	})
 }
 
 // clear leaves no lock on the driver's connection. Those of a transaction go with it, and behind a

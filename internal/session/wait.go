@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"math/rand/v2"
 	"sync/atomic"
 	"time"
 
@@ -73,6 +72,10 @@ const (
 	PauseMin = 5 * time.Millisecond
 	PauseMax = 250 * time.Millisecond
 )
+
+// standbyAfter is after how many refused tries a wait asks whether the server is a standby, which never
+// grants. It is some 250 ms.
+const standbyAfter = 6
 
 // Refused tells whether the server has refused the lock, so that a wait has begun.
 func (s *Session) Refused() bool { return s.refused }
@@ -318,16 +321,17 @@ func (s *Session) noteFact(fact *atomic.Bool, message string, err error) {
 
 // waitByTrying is Wait where the server refuses that.
 func (s *Session) waitByTrying(ctx context.Context, k pgsql.Key) error {
-	for pause := PauseMin; ; pause = min(2*pause, PauseMax) {
+	pauses := NewBackoff(PauseMin, PauseMax)
+	for n := 1; ; n++ {
 		s.waiting()
-		Sleep(ctx, pause/2+rand.N(pause/2))
+		pauses.Pause(ctx)
 		if err := cmp.Or(Ended(ctx), s.poolClosed()); err != nil {
 			return err
 		}
 		if granted, err := s.try(ctx, k); err != nil || granted {
 			return err
 		}
-		if pause < PauseMax && 2*pause >= PauseMax { // once: a standby never grants
+		if n == standbyAfter {
 			if rows, err := s.Exec(ctx, AnswerBound, pgsql.Probe); err != nil || rows == pgsql.OnStandby {
 				return cmp.Or(err, ErrStandby)
 			}
