@@ -124,22 +124,11 @@ func checkOther(ctx context.Context, pool session.Pool, cfg *config, patience ti
 	return err
 }
 
-// openMarked opens a session, marks it, and checks that it leads to a primary. The mark, its first
-// statement, also finds the dead connections of the pool.
+// openMarked opens a session, marks it, and checks that it leads to a primary.
 func openMarked(ctx context.Context, pool session.Pool, cfg *config) (*session.Session, error) {
-	for stale := pool.DB.Stats().OpenConnections; ; stale-- {
-		s, err := pool.Open(ctx, cfg.logger, session.ForLocks)
-		if err != nil {
-			return nil, err
-		}
-		if err = step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes); err == nil {
-			return s, nil
-		}
-		s.Discard()
-		if stale <= 0 || ctx.Err() != nil || !pgsql.Gone(err) {
-			return nil, err
-		}
-	}
+	return pool.OpenLive(ctx, cfg.logger, func(s *session.Session) error {
+		return step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes)
+	})
 }
 
 // step sends a statement, and returns an error if its answer does not have as many rows as wanted.

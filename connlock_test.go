@@ -189,6 +189,12 @@ func TestWithConnLocksConnectionIsDiscardedIfFnClosedOrLostIt(t *testing.T) {
 		t.Errorf("%d connections in use, %d idle; log: %s", stats.InUse, stats.Idle, log.String())
 	}
 
+	// Closed, and the lock is not on it any more: nothing else is either.
+	db, srv = newServer(t, granted, refused)
+	err = WithConnLock(t.Context(), db, key, func(_ context.Context, conn *sql.Conn) error { return conn.Close() }, log.option())
+	wantError(t, err, ErrLost, sql.ErrConnDone)
+	srv.want(t, on(1, "open", tryQuery, unlockExposedQuery, pgsql.UnlockAll, "close")...)
+
 	// Another has it from there.
 	var other *sql.Conn
 	err = WithConnLock(t.Context(), db, key, func(_ context.Context, conn *sql.Conn) (err error) {

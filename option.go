@@ -250,7 +250,7 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 func (c *config) request(ctx context.Context, db *sql.DB, keys []Key) *manager.Request {
 	db, held := held(ctx, db)
 	return &manager.Request{
-		DB: db, Keys: bare(keys), Shared: c.shared, NoWait: c.noWait, Timeout: c.timeout, Log: c.logger, Held: held,
+		DB: db, Keys: bare(keys), Shared: c.shared, NoWait: c.noWait, Timeout: c.timeout, Log: c.logger, CallerHolds: held,
 	}
 }
 

@@ -119,7 +119,7 @@ func TestTheSearchForDeadlocksLeavesNothingPrepared(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		before := preparedLike(t, conn, "%pg_stat_activity%")
+		before := countPrepared(t, conn, "statement LIKE '%pg_stat_activity%'")
 		err = advisory.WithLock(t.Context(), other, key, func(context.Context) error {
 			return advisory.WithLock(t.Context(), db, advisory.Name(t.Name()+" of the caller"), func(ctx context.Context) error {
 				err := advisory.AcquireConn(ctx, conn, key, advisory.Timeout(2500*time.Millisecond)) // two questions
@@ -132,20 +132,10 @@ func TestTheSearchForDeadlocksLeavesNothingPrepared(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		if after := preparedLike(t, conn, "%pg_stat_activity%"); before != 0 || after != 0 {
+		if after := countPrepared(t, conn, "statement LIKE '%pg_stat_activity%'"); before != 0 || after != 0 {
 			t.Errorf("%d statements are prepared, %d were", after, before)
 		}
 	})
-}
-
-// preparedLike counts the statements like pattern that conn's session has prepared.
-func preparedLike(t *testing.T, conn *sql.Conn, pattern string) (n int) {
-	t.Helper()
-	const query = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE $1 AND statement NOT LIKE '%pg_prepared_statements%'"
-	if err := conn.QueryRowContext(t.Context(), query, pattern).Scan(&n); err != nil {
-		t.Fatal(err)
-	}
-	return n
 }
 
 // A wait that tries again and again, because its pool has no connection to spare, is not seen by others. It

@@ -87,13 +87,20 @@ func wantNoStatement(t testing.TB, db *sql.DB) {
 			t.Fatal(err)
 		}
 		defer conn.Close() // not before: each one once
-		var n int
-		if err := conn.QueryRowContext(t.Context(), `SELECT count(*) FROM pg_prepared_statements
-			WHERE statement LIKE '%pg_advisory_unlock%' AND statement NOT LIKE '%pg_prepared_statements%'
-			AND name NOT LIKE 'stmtcache%'`).Scan(&n); err != nil || n > 0 {
-			t.Errorf("%d statements are left on a pooled connection (%v)", n, err)
+		if n := countPrepared(t, conn, "statement LIKE '%pg_advisory_unlock%' AND name NOT LIKE 'stmtcache%'"); n > 0 {
+			t.Errorf("%d statements are left on a pooled connection", n)
 		}
 	}
+}
+
+// countPrepared counts those of the statements prepared on conn's session for which condition is true.
+func countPrepared(t testing.TB, conn *sql.Conn, condition string) (n int) {
+	t.Helper()
+	query := "SELECT count(*) FROM pg_prepared_statements WHERE statement NOT LIKE '%pg_prepared_statements%' AND " + condition
+	if err := conn.QueryRowContext(t.Context(), query).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 func TestThousandLocksOnTwoConnections(t *testing.T) {

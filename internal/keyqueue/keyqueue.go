@@ -45,7 +45,7 @@ type Queue[S comparable] struct {
 }
 
 // A Grant is what the server has granted, and on which session. The number tells it from older
-// ones: who comes back with one that is over, because its session was lost, changes nothing.
+// ones: a release of one that is over, because its session was lost, has no effect.
 type Grant[S comparable] struct {
 	On S
 	No uint64
@@ -76,8 +76,8 @@ type Action uint8
 const (
 	Await  Action = iota // wait for Turns
 	Hold                 // it holds the grant
-	Ask                  // ask the server for the lock, and call Granted, GrantedDedicated, Refused or GaveUp
-	Look                 // look whether others wait in the server's queue, and call Looked or GaveUp
+	Ask                  // ask the server for the lock, and call Granted, GrantedDedicated, Refused or Done
+	Look                 // look whether others wait in the server's queue, and call Looked or Done
 	Refuse               // another holds the lock, and the waiter does not wait
 )
 
@@ -152,11 +152,11 @@ func (q *Queue[S]) advance(now time.Time) {
 }
 
 // Granted is the server's grant to the requester, who holds it from then on. HandOffFor counts from
-// the time at: when the lock was asked for, or, after a wait, granted.
-func (q *Queue[S]) Granted(on S, at, now time.Time) Grant[S] {
+// since: when the lock was asked for, or, after a wait, granted.
+func (q *Queue[S]) Granted(on S, since, now time.Time) Grant[S] {
 	q.requester, q.refused = nil, false
 	q.grant = Grant[S]{on, q.grant.No + 1}
-	q.granted, q.until, q.holders = true, at.Add(HandOffFor), 1
+	q.granted, q.until, q.holders = true, since.Add(HandOffFor), 1
 	q.advance(now)
 	return q.grant
 }
@@ -208,10 +208,10 @@ func (q *Queue[S]) GrantedDedicated(w *Waiter[S]) {
 	q.owners++
 }
 
-// GaveUp ends the turn of a waiter who was to Ask or to Look, and does not hold the grant. Those who share
-// its answer, and do not wait, are told why; nil: that is its own affair. If w is dedicated, GaveUp is also
-// the end of its hold.
-func (q *Queue[S]) GaveUp(w *Waiter[S], now time.Time, why error) {
+// Done ends the turn of a waiter who was to Ask or to Look, and does not hold the grant, or the hold of one
+// that is dedicated. Those who share the waiter's answer, and do not wait, are told why; nil: that is its own
+// affair.
+func (q *Queue[S]) Done(w *Waiter[S], now time.Time, why error) {
 	if w.holds {
 		w.holds = false
 		q.owners--

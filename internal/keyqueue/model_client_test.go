@@ -347,7 +347,7 @@ func (t *trial) fails(c *client, why error) {
 	if !c.w.Dedicated {
 		t.requester = nil
 	}
-	t.q.GaveUp(&c.w, t.now, why)
+	t.q.Done(&c.w, t.now, why)
 	t.collect()
 	t.must(why == nil || !slices.ContainsFunc(t.line, func(c *client) bool { return c.w.NoWait }), "somebody waits for another answer")
 }
@@ -355,7 +355,7 @@ func (t *trial) fails(c *client, why error) {
 func (t *trial) releaseDedicated(c *client) {
 	t.say("%v leaves", c)
 	c.phase = atNothing
-	t.q.GaveUp(&c.w, t.now, nil)
+	t.q.Done(&c.w, t.now, nil)
 	t.collect()
 }
 

@@ -60,13 +60,13 @@ var actionNames = map[keyqueue.Action]string{
 //	a in idle [shared]           Enter, if the queue is Idle
 //	a granted [20ms ago]         Granted, of what was asked for now or then, or GrantedDedicated
 //	a refused                    the server refuses it
-//	a gives up                   GaveUp
+//	a gives up                   Done
 //	a fails                      the same, with an error
 //	away                         Refuse, with an error
 //	a sees others                Looked; a sees nobody: there are no others
 //	a sees others, as of b       the same, of the grant that b has or had
 //	a cancels                    Cancel
-//	a releases                   Release, or GaveUp of a dedicated one
+//	a releases                   Release, or Done of a dedicated one
 //	a unlocked                   Unlocked
 //	lost                         the session with the grant dies
 //	another lost                 another session dies
@@ -134,9 +134,9 @@ func (d *desk) tell(words []string) string {
 	case "refused":
 		d.q.Refused()
 	case "gives":
-		d.q.GaveUp(w, d.now, nil)
+		d.q.Done(w, d.now, nil)
 	case "fails":
-		d.q.GaveUp(w, d.now, errFails)
+		d.q.Done(w, d.now, errFails)
 	case "sees":
 		of := name
 		if has("of") {
@@ -147,7 +147,7 @@ func (d *desk) tell(words []string) string {
 		return strconv.FormatBool(d.q.Cancel(w, d.now))
 	case "releases":
 		if w.Dedicated {
-			d.q.GaveUp(w, d.now, nil)
+			d.q.Done(w, d.now, nil)
 		} else if d.q.Release(d.grants[name], d.now) {
 			return "unlock"
 		}

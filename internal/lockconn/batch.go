@@ -45,7 +45,7 @@ func (c *Conn) portionLocked() int {
 	locks, asks := 0, 0
 	for n, r := range c.pending {
 		locks += max(1, len(r.Keys))
-		if r.Op != Ping { // any answer will do for that
+		if r.Op != Ping { // a Ping accepts any answer
 			asks++
 		}
 		switch {

@@ -329,7 +329,7 @@ func (c *Conn) serve(reqs []*Request) {
 		for _, r := range reqs {
 			r.panicked = panicked
 			switch {
-			case r.Op == Ping && (err == nil || pgsql.Answered(err)): // any answer will do for that
+			case r.Op == Ping && (err == nil || pgsql.Answered(err)): // a Ping accepts any answer
 				r.OK = true
 			case err != nil:
 				r.lose(err)

@@ -13,13 +13,8 @@ import (
 	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
-// refusing returns a Conn that has the prepared statement, holds the lock of id(0), and refuses all batches,
-// and the tries of which refuse is true.
-func refusing(t *testing.T, refuse func(query string) bool) *fixture {
-	return refuses(prepared(t), refuse)
-}
-
-func refuses(f *fixture, refuse func(query string) bool) *fixture {
+// refusing has the server of f refuse all batches, and the statements of which refuse is true.
+func refusing(f *fixture, refuse func(query string) bool) *fixture {
 	f.srv.batch = func(string, string) (string, error) { return "", serverError("53200") }
 	f.srv.answer = func(_ context.Context, query string) (int64, error) {
 		if refuse(query) {
@@ -37,7 +32,7 @@ func none(string) bool { return false }
 func TestABatchThatIsRefused(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		f := refusing(t, func(query string) bool { return query == try(2) })
+		f := refusing(prepared(t), func(query string) bool { return query == try(2) })
 		oks, errs := f.together(t, lockconn.Try, 1, 3)
 		if !slices.Equal(oks, []bool{true, false, true}) || errs[0] != nil || errs[1] != serverError("53200") || errs[2] != nil {
 			t.Errorf("%v, %v", oks, errs)
@@ -52,7 +47,7 @@ func TestABatchThatIsRefused(t *testing.T) {
 func TestABatchThatIsRefusedWhereTheDriverCaches(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		f := refuses(preparedOn(t, &server{caches: true}), none)
+		f := refusing(preparedOn(t, &server{caches: true}), none)
 		f.together(t, lockconn.Try, 1, 2)
 		f.srv.want(t, pgsql.Ping, "batch {1,1} {1,2}", held(1, 2), try(1), try(2))
 		f.s.Discard()
@@ -72,7 +67,7 @@ func held(of ...int64) string {
 func TestAReleaseInABatchThatIsRefused(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		f := refusing(t, none)
+		f := refusing(prepared(t), none)
 		f.must(t, lockconn.Try, id(4)...)
 		f.srv.clear()
 		start := time.Now()
@@ -97,7 +92,7 @@ func TestAReleaseInABatchThatIsRefused(t *testing.T) {
 func TestABatchOfBothModesThatIsRefused(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		f := refusing(t, none)
+		f := refusing(prepared(t), none)
 		f.duringATrip(t, 2, func(i int) {
 			r := &lockconn.Request{Op: lockconn.Try, Keys: id(int64(1 + i)), Shared: i == 1}
 			if err := f.Ask(t.Context(), r); err != nil || !r.OK {
@@ -117,7 +112,7 @@ func TestReleasesGoBeforeWhatIsPutBack(t *testing.T) {
 		defer cancel()
 		var f *fixture
 		var release sync.WaitGroup
-		f = refusing(t, func(query string) bool {
+		f = refusing(prepared(t), func(query string) bool {
 			if query == try(1) {
 				cancel()
 				release.Go(func() { f.must(t, lockconn.Unlock, id(0)...) })
@@ -143,7 +138,7 @@ func TestReleasesGoBeforeWhatIsPutBack(t *testing.T) {
 func TestATryOfABatchThatIsRefusedIsLeft(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		f := refusing(t, none)
+		f := refusing(prepared(t), none)
 		ctx, cancel := context.WithTimeout(t.Context(), f.srv.rtt+f.srv.rtt/2)
 		defer cancel()
 		f.duringATrip(t, 3, func(i int) {
@@ -163,7 +158,7 @@ func TestATryOfABatchThatIsRefusedIsLeft(t *testing.T) {
 func TestABatchThatIsRefusedAndNotUndone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		f := refusing(t, func(query string) bool { return query == held(1, 2) })
+		f := refusing(prepared(t), func(query string) bool { return query == held(1, 2) })
 		oks, errs := f.together(t, lockconn.Try, 1, 2)
 		if slices.Contains(oks, true) {
 			t.Errorf("answers: %v", oks)
@@ -180,7 +175,7 @@ func TestWhatIsPutBackCostsNobodyTheSession(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		const asked = 10
-		f := refusing(t, func(query string) bool { return strings.Contains(query, "try") })
+		f := refusing(prepared(t), func(query string) bool { return strings.Contains(query, "try") })
 		h, lost := f.hold(t, time.Second, 15*time.Second)
 		f.srv.rtt = time.Second / 5
 		start := time.Now()

@@ -32,7 +32,7 @@ type Request struct {
 	// the server is asked whether it is a primary.
 	Lead bool
 
-	Held []pgsql.Key // by the caller, through DB
+	CallerHolds []pgsql.Key // through DB
 }
 
 // A Failure is the error of an acquisition, with what more is known of its reason.
@@ -72,7 +72,7 @@ type acquisition struct {
 
 func newAcquisition(ctx context.Context, r *Request) *acquisition {
 	end := func(error) {}
-	if len(r.Held) > 0 || len(r.Keys) > 1 {
+	if len(r.CallerHolds) > 0 || len(r.Keys) > 1 {
 		ctx, end = context.WithCancelCause(ctx)
 	}
 	if r.Timeout > 0 {

@@ -17,7 +17,7 @@ func (a *acquisition) tryAll(waiters []waiter) error {
 	defer func() {
 		if len(a.got.held) == 0 { // also if the driver panics
 			for i, k := range a.Keys {
-				a.m.gaveUp(k, &waiters[i], a.news(err)) // a refusal does not say of which key
+				a.m.done(k, &waiters[i], a.news(err)) // a refusal is not passed on: it may be about another key
 			}
 		}
 	}()
@@ -34,7 +34,7 @@ func (a *acquisition) ask(w *waiter) (err error) {
 	defer func() {
 		a.forgetWait()
 		if len(a.got.held) == before { // also if the driver panics, or the Logger
-			a.m.gaveUp(a.at, w, a.news(err))
+			a.m.done(a.at, w, a.news(err))
 		}
 	}()
 	keys := []pgsql.Key{a.at}
@@ -69,7 +69,7 @@ func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
 		if err := a.ready(); err != nil {
 			return false, err
 		}
-		c, at, err := a.lockConn()
+		c, where, err := a.lockConn()
 		if err == nil {
 			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
 			if err = c.Ask(a.ctx, r); err == nil && r.OK { // OK is written for a request that was left, too
@@ -81,7 +81,7 @@ func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
 			a.missed = time.Time{} // the server has answered
 			return true, nil
 		}
-		if err = a.again(err, at); err != nil {
+		if err = a.again(err, where); err != nil {
 			return false, err
 		}
 	}

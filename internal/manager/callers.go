@@ -14,7 +14,7 @@ func OnConn(ctx context.Context, conn *sql.Conn, r *Request) error {
 	a := newCallers(ctx, r)
 	s := session.OnConn(conn, r.Log, r.Shared)
 	s.Waiting = a.waiting
-	if len(a.Held) > 0 { // otherwise nothing but the lock is asked for on conn
+	if len(a.CallerHolds) > 0 { // otherwise nothing but the lock is asked for on conn
 		a.equip(s)
 	}
 	return a.endCallers(func() error {
@@ -31,7 +31,7 @@ func InTx(ctx context.Context, tx *sql.Tx, r *Request) error {
 	a := newCallers(ctx, r)
 	return a.endCallers(func() error {
 		return session.LockTx(a.ctx, tx, a.at, a.Shared, a.NoWait, func() {
-			if len(a.Held) > 0 {
+			if len(a.CallerHolds) > 0 {
 				a.search()
 			} else { // r.DB is not known
 				a.waiting()

@@ -97,7 +97,7 @@ func (a *acquisition) openConn(o *opening) (*lockconn.Conn, stage, error) {
 	told = err
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if c := m.conn; c != nil && !pgsql.PoolClosed(err) && c.Use() { // one that waited has been granted its lock meanwhile
+	if c := m.conn; c != nil && !pgsql.PoolClosed(err) && c.Use() { // a waiter's session has become the common one meanwhile
 		if err == nil {
 			go s.HandBack()
 		}

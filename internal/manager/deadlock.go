@@ -64,7 +64,7 @@ func (a *acquisition) noteWait() {
 
 // holds returns the keys that the caller holds, and then those that the acquisition has got.
 func (a *acquisition) holds() []pgsql.Key {
-	holds := slices.Clone(a.Held)
+	holds := slices.Clone(a.CallerHolds)
 	if a.got != nil {
 		for _, h := range a.got.held {
 			holds = append(holds, h.key)
@@ -114,7 +114,7 @@ func (m *Manager) waitsLocked(counts func(*nestedWait) bool) (waits []waitgraph.
 func (s *nestedWait) edges() waitgraph.Wait {
 	w, a := s.Wait, s.of
 	if a.got != nil && a.got.holder.Lost() != nil {
-		w.Held = w.Held[:len(a.Held)]
+		w.Held = w.Held[:len(a.CallerHolds)]
 	}
 	return w
 }
@@ -148,9 +148,7 @@ func (a *acquisition) equip(s *session.Session) {
 	s.Edges = a.edges
 	s.Waiting = func() {
 		a.waiting()
-		a.m.detect(func() ([]session.Statement, error) {
-			return s.Waits(a.ctx, pgsql.Comment([]pgsql.Key{a.at}, a.edges()))
-		})
+		a.m.detect(func() ([]session.Statement, error) { return s.Waits(a.ctx, a.at) })
 	}
 }
 

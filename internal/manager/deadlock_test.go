@@ -19,7 +19,7 @@ import (
 // holding is a request by a caller who holds a key.
 func holding(held, wanted pgsql.Key) *manager.Request {
 	r := request(wanted)
-	r.Held = []pgsql.Key{held}
+	r.CallerHolds = []pgsql.Key{held}
 	return r
 }
 

@@ -78,7 +78,7 @@ func (d *dedicated) enter() error {
 func (d *dedicated) leave() {
 	if d.has {
 		d.has = false
-		d.m.gaveUp(d.at, d.w, nil)
+		d.m.done(d.at, d.w, nil)
 	}
 }
 

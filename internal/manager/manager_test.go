@@ -13,6 +13,7 @@ import (
 	"weak"
 
 	"github.com/pgadvisory/advisory/internal/manager"
+	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
@@ -229,4 +230,40 @@ func TestARequestThatFindsTheSessionDead(t *testing.T) {
 		synctest.Wait()
 		wantState(t, db, 0, 0)
 	})
+}
+
+// A session outlives those who have opened it, and waited on it. It does not keep them in memory.
+func TestASessionDoesNotKeepItsFirstCallerInMemory(t *testing.T) {
+	t.Parallel()
+	for name, refused := range map[string]bool{"of a try": false, "of a wait": true} {
+		db, srv := newDB(t)
+		srv.answer = func(_ context.Context, _ int, query string) (int64, error) {
+			if refused && isTry(query) && of(key(1), query) {
+				return 0, nil
+			}
+			return 1, nil
+		}
+		type valueKey struct{}
+		var others *manager.Locks
+		first := func() weak.Pointer[[64]byte] {
+			value := new([64]byte)
+			r := request(key(1))
+			r.CallerHolds = []pgsql.Key{key(7)} // so that its waits are noted
+			locks, err := acquire(context.WithValue(t.Context(), valueKey{}, value), db, r)
+			wantError(t, err, nil)
+			others = take(t, db, key(2))
+			wantError(t, locks.Release(), nil)
+			return weak.Make(value)
+		}()
+		for range 2000 {
+			if runtime.GC(); first.Value() == nil {
+				break
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+		if n := srv.opened.Load(); first.Value() != nil || srv.open.Load() == 0 {
+			t.Errorf("%s: kept: %v, %d sessions", name, first.Value() != nil, n)
+		}
+		wantError(t, others.Release(), nil)
+	}
 }

@@ -147,7 +147,7 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, noOut
 			m.endOutage(o, nil) // a wait for the pool is each wait's own
 			return
 		}
-		err := probe(ctx, pool)
+		err := pool.Probe(ctx, probeBound)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -162,30 +162,6 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, noOut
 			return
 		}
 		m.missServer(o, err)
-	}
-}
-
-// probe returns nil if the server answers, and is a primary. It passes over dead connections of the
-// pool.
-func probe(ctx context.Context, pool session.Pool) error {
-	for dead := pool.DB.Stats().Idle; ; dead-- {
-		soon, cancel := context.WithTimeoutCause(ctx, probeBound, pgsql.NoAnswer{After: probeBound})
-		s, err := pool.Open(soon, slog.New(slog.DiscardHandler), session.ForLocks)
-		cancel()
-		if err != nil {
-			return err
-		}
-		var rows int64
-		s.End(func() bool {
-			rows, err = s.ExecQuiet(ctx, probeBound, pgsql.Probe)
-			return err == nil
-		})
-		switch {
-		case err == nil && rows == pgsql.OnStandby:
-			return session.ErrStandby
-		case err == nil || dead <= 0 || ctx.Err() != nil:
-			return err
-		}
 	}
 }
 

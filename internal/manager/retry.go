@@ -27,11 +27,11 @@ func (a *acquisition) keepTrying(open func(context.Context) (*session.Session, e
 		if err := a.ready(); err != nil {
 			return nil, err
 		}
-		at := nowhere
+		where := nowhere
 		s, err := open(a.ctx)
 		if err == nil {
-			at = onOwn
-			if err = attemptOn(s, attempt); err == nil {
+			where = onOwn
+			if err = s.Attempt(attempt); err == nil {
 				return s, nil
 			}
 			s.GiveUp(a.ctx, err)
@@ -39,7 +39,7 @@ func (a *acquisition) keepTrying(open func(context.Context) (*session.Session, e
 				a.waited, a.refused, a.missed = true, true, time.Time{}
 			}
 		}
-		if err = a.again(err, at); err != nil {
+		if err = a.again(err, where); err != nil {
 			return nil, err
 		}
 	}
@@ -56,19 +56,6 @@ func (a *acquisition) ready() error {
 	return a.joinUnderWay()
 }
 
-// attemptOn has attempt run on s, which is closed if the driver panics.
-func attemptOn(s *session.Session, attempt func(*session.Session) error) error {
-	ok := false
-	defer func() {
-		if !ok {
-			s.Discard()
-		}
-	}()
-	err := attempt(s)
-	ok = true
-	return err
-}
-
 // again returns nil, perhaps after a pause, if there is to be another attempt after one that has
 // failed with err.
 //
@@ -77,29 +64,29 @@ func attemptOn(s *session.Session, attempt func(*session.Session) error) error {
 //   - Connections in the pool may be dead, after a restart of the server, say: as database/sql
 //     does, such a one is dropped and the next one tried.
 //   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
-func (a *acquisition) again(err error, at stage) error {
+func (a *acquisition) again(err error, where stage) error {
 	if errors.Is(err, session.ErrYield) { // the caller goes on, and finds the end of ctx itself
 		return err
 	}
 	if a.ctx.Err() != nil {
-		return a.late(err, at)
+		return a.late(err, where)
 	}
 	lost := errors.As(err, new(lockconn.LostError)) // by a request of another's, perhaps
 	// database/sql closes a Conn that it has found dead.
-	gone := lost || pgsql.Gone(err) || at != nowhere && errors.Is(err, sql.ErrConnDone)
+	gone := lost || pgsql.Gone(err) || where != nowhere && errors.Is(err, sql.ErrConnDone)
 	if errors.Is(err, session.ErrStandby) { // after a failover, the way may lead to one for a while
 		gone = !a.missed.IsZero()
 	}
-	passes := gone || at == nowhere && (a.waited || a.Lead) && pgsql.MayPass(err)
+	passes := gone || where == nowhere && (a.waited || a.Lead) && pgsql.MayPass(err)
 	switch {
 	case !passes || errors.Is(err, session.ErrRefused) || pgsql.PoolClosed(err):
 		return err
 	case a.waited:
 		return a.outlive(err)
-	case (lost || at == onOthers) && a.lives > 0:
+	case (lost || where == onOthers) && a.lives > 0:
 		a.lives--
 		return nil
-	case a.stale > 0 && (at != nowhere || pgsql.IsNoAnswer(err)):
+	case a.stale > 0 && (where != nowhere || pgsql.IsNoAnswer(err)):
 		a.stale--
 		return nil
 	case a.Lead:
@@ -110,12 +97,12 @@ func (a *acquisition) again(err error, at stage) error {
 }
 
 // late returns the error of an attempt that has failed with err, after the end of ctx, and sets hint.
-func (a *acquisition) late(err error, at stage) error {
+func (a *acquisition) late(err error, where stage) error {
 	cause := context.Cause(a.ctx)
 	switch {
-	case at == nowhere && a.pool.Exhausted():
+	case where == nowhere && a.pool.Exhausted():
 		a.hint = a.m.busy(a.pool)
-	case !errors.Is(err, cause) && (pgsql.Gone(err) || at == nowhere):
+	case !errors.Is(err, cause) && (pgsql.Gone(err) || where == nowhere):
 		a.hint = err.Error() // why not even the server has answered
 	}
 	if errors.Is(err, cause) {

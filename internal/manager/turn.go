@@ -24,11 +24,12 @@ func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
 	return q, t
 }
 
-// gaveUp ends the turn of w, who does not hold the grant. why is for those who share its answer.
-func (m *Manager) gaveUp(k pgsql.Key, w *waiter, why error) {
+// done ends the turn of w, who does not hold the grant, or its dedicated hold. why is for those who share its
+// answer.
+func (m *Manager) done(k pgsql.Key, w *waiter, why error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.queues[k.Unnamed()].GaveUp(w, time.Now(), why)
+	m.queues[k.Unnamed()].Done(w, time.Now(), why)
 	m.tidyLocked(k)
 }
 
@@ -85,7 +86,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	// Its turn has come meanwhile, and is passed on.
 	switch t := <-w.Turns; t.To {
 	case keyqueue.Ask, keyqueue.Look:
-		q.GaveUp(w, now, nil)
+		q.Done(w, now, nil)
 	case keyqueue.Hold:
 		a.got.held = append(a.got.held, held{key: a.at, q: q, grant: t.Grant}) // to be given back
 	}
@@ -116,7 +117,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 	err, asked := error(lockconn.LostError{}), false
 	defer func() {
 		if !asked { // the driver panicked
-			m.gaveUp(a.at, w, nil)
+			m.done(a.at, w, nil)
 		}
 	}()
 	if c.Use() {
@@ -133,7 +134,7 @@ func (a *acquisition) look(q *queue, w *waiter, g keyqueue.Grant[*lockconn.Conn]
 	case session.Ended(a.ctx) == nil && (errors.As(err, new(lockconn.LostError)) || pgsql.Gone(err)):
 		q.Lost(c, now) // which c may not have said yet
 	default:
-		q.GaveUp(w, now, nil)
+		q.Done(w, now, nil)
 		return turn{}, cmp.Or(session.Ended(a.ctx), err)
 	}
 	return q.Looked(w, g, r.OK, now), nil

@@ -132,9 +132,13 @@ type Statement struct {
 }
 
 // Waits returns the statements that wait for locks in the session's database. It returns at most Grace
-// and abandonAfter past the end of ctx. The question begins with comment: if the session waits itself, others
-// see that meanwhile.
-func (s *Session) Waits(ctx context.Context, comment string) ([]Statement, error) {
+// and abandonAfter past the end of ctx. The session itself waits for the lock of k, which others see
+// meanwhile.
+func (s *Session) Waits(ctx context.Context, k pgsql.Key) ([]Statement, error) {
+	return s.waits(ctx, s.comment(k))
+}
+
+func (s *Session) waits(ctx context.Context, comment string) ([]Statement, error) {
 	query := comment + pgsql.Waits
 	all, err := Run(ctx, &s.Sender, AnswerBound, len(query), func(ctx context.Context) (all []Statement, err error) {
 		rawErr := raw(s.conn, func(dc any) error {
@@ -162,7 +166,7 @@ func (p Pool) Waits(ctx context.Context) (all []Statement, err error) {
 		return nil, err
 	}
 	s.End(func() bool {
-		all, err = s.Waits(ctx, "")
+		all, err = s.waits(ctx, "")
 		return err == nil || pgsql.Answered(err)
 	})
 	return all, err

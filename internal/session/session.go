@@ -34,11 +34,20 @@ const (
 // A Session is one connection, and the locks on it. What sends (Exec, ExecQuiet, Do, Run), Hasten, Interrupt,
 // Discard, and the settings (Silence, ChangeSilence, Reset, WasReset) are safe to call from several
 // goroutines. The rest is for the goroutine that takes or releases the lock.
+//
+// These are all kinds of sessions that there are:
+//
+//	taken by                 use       place     pool.DB
+//	lock connections, Check  ForLocks  OnOwn     set
+//	WithConnLock             ForConn   OnOwn     set
+//	WithTxLock               ForTx     InTx      set
+//	  above READ COMMITTED   ForTx     OnOwn     set
+//	AcquireConn              ForConn   OnCalled  nil
 type Session struct {
 	Sender
 	Shared bool // the lock is shared
 
-	// Edges returns what a statement that waits tells other processes. Waiting is called when a wait begins,
+	// Edges returns what the comment of a wait tells other processes. Waiting is called when a wait begins,
 	// and again and again while it lasts; it may end ctx. Both may be nil.
 	Edges   func() string
 	Waiting func()
@@ -223,6 +232,19 @@ func (s *Session) clear(dc any) {
 	if conn, ok := dc.(driver.Conn); ok {
 		_ = conn.Close() // database/sql calls it again, and has the error
 	}
+}
+
+// Attempt runs f. If the driver panics, the session is discarded.
+func (s *Session) Attempt(f func(*Session) error) error {
+	returned := false
+	defer func() {
+		if !returned {
+			s.Discard()
+		}
+	}()
+	err := f(s)
+	returned = true
+	return err
 }
 
 // GiveUp ends a session on which an acquisition under ctx has failed with err. If its state is known, it

@@ -259,11 +259,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 		s.made = !settings.None()
 	}
 	s.sent = time.Now()
-	edges := ""
-	if s.Edges != nil {
-		edges = s.Edges()
-	}
-	rows, err := s.execLeavable(ctx, bound+AnswerBound, pgsql.Comment([]pgsql.Key{k}, edges)+pgsql.Wait(s.place, s.restart(), k, s.Shared, bound, settings))
+	rows, err := s.execLeavable(ctx, bound+AnswerBound, s.comment(k)+pgsql.Wait(s.place, s.restart(), k, s.Shared, bound, settings))
 	checkRefused := s.refusesCheck(err)
 	switch {
 	case err == nil && rows == pgsql.OnStandby:
@@ -287,6 +283,15 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 	default:
 		return false, err
 	}
+}
+
+// comment returns what a statement begins with that is sent for a wait for the lock of k.
+func (s *Session) comment(k pgsql.Key) string {
+	edges := ""
+	if s.Edges != nil {
+		edges = s.Edges()
+	}
+	return pgsql.Comment([]pgsql.Key{k}, edges)
 }
 
 // undo returns the statement that frees the lock of k, if a statement that takes it may have got it.
