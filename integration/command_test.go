@@ -347,8 +347,9 @@ func TestCommandKeepsItsLockForWhatOutlivesIt(t *testing.T) {
 
 // Nothing that the command has started outlives a killed "advisory run", whatever it does about signals.
 func TestCommandDiesWithAdvisoryRun(t *testing.T) {
-	a := startAdvisory(t, advisoryDSN(t), "run", t.Name(), "--", "sh", "-c", stubborn)
+	a := startAdvisory(t, advisoryDSN(t), "run", "-v", t.Name(), "--", "sh", "-c", stubborn)
 	a.wantLine("ready")
+	a.waitForEvent("started") // by then, the guard knows its group
 	a.signal(syscall.SIGKILL)
 	a.wantAllDead()
 	wantFree(t, adminDB(t), testKey(t))

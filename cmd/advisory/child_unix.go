@@ -50,21 +50,23 @@ func (c *child) live(path string, argv, env []string, started chan<- error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	adoptOrphans()
+	g := startGuard(c.log)
 	p, err := os.StartProcess(path, argv, &os.ProcAttr{
 		Env:   env,
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 		Sys:   childAttr(),
 	})
 	if err != nil {
+		g.end()
 		started <- err
 		return
 	}
+	g.begin(p.Pid)
 	c.pid = p.Pid
 	_ = p.Release() // wait waits for it
 	if c.tty = openTerminal(); c.tty != nil && interactive() {
 		c.tty.give(c.pid)
 	}
-	stopGuard := startGuard(c.pid, c.log)
 	soon(func() { c.log.Info("started", "pid", c.pid) })
 	started <- nil
 
@@ -73,7 +75,7 @@ func (c *child) live(path string, argv, env []string, started chan<- error) {
 	if c.tty != nil {
 		c.tty.takeBack(c.pid)
 	}
-	stopGuard()
+	g.end()
 	close(c.done)
 }
 

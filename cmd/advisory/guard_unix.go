@@ -3,37 +3,56 @@
 package main
 
 import (
+	"bufio"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 )
 
-// A guard is a process that kills the command's process group if this process is killed. On Linux, the
-// kernel kills the command itself then, but not what that has started.
+// guardName is what the guard is called as. A guard is a process that kills the command's process group if
+// this process is killed. On Linux, the kernel kills the command itself then, but not what that has started.
 const guardName = "advisory-guard"
 
-// startGuard starts the guard of a process group, and returns what ends it.
-func startGuard(group int, log *slog.Logger) (stop func()) {
+// A guardPipe leads to the guard's standard input. nil: there is no guard.
+type guardPipe struct{ *os.File }
+
+// startGuard starts the guard. It does so before the command is started, because a kill between that and
+// begin leaves alive what the command has started by then.
+func startGuard(log *slog.Logger) (g guardPipe) {
 	in, out, err := os.Pipe()
 	if err == nil {
 		defer in.Close()
-		err = runGuard(in, group)
-	}
-	if err != nil {
-		soon(func() {
-			log.Warn("there is no guard: if this process is killed, what the command has started goes on", "error", err)
-		})
-		return func() {}
-	}
-	return func() {
-		_, _ = out.Write([]byte{1})
+		if err = runGuard(in); err == nil {
+			return guardPipe{out}
+		}
 		out.Close()
+	}
+	soon(func() {
+		log.Warn("there is no guard: if this process is killed, what the command has started goes on", "error", err)
+	})
+	return g
+}
+
+// begin tells the guard which group to kill.
+func (g guardPipe) begin(group int) {
+	if g.File != nil {
+		fmt.Fprintln(g, group)
 	}
 }
 
-func runGuard(in *os.File, group int) error {
+// end ends the guard. The group, if there was one, is dead.
+func (g guardPipe) end() {
+	if g.File != nil {
+		fmt.Fprintln(g)
+		g.Close()
+	}
+}
+
+func runGuard(in *os.File) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -43,7 +62,7 @@ func runGuard(in *os.File, group int) error {
 		return err
 	}
 	defer null.Close()
-	p, err := os.StartProcess(self, []string{guardName, strconv.Itoa(group)}, &os.ProcAttr{
+	p, err := os.StartProcess(self, []string{guardName}, &os.ProcAttr{
 		Dir:   "/",
 		Files: []*os.File{in, null, null},
 		Sys:   &syscall.SysProcAttr{Setsid: true}, // away from the terminal, and from signals to the group
@@ -55,17 +74,22 @@ func runGuard(in *os.File, group int) error {
 }
 
 // isGuard returns whether this process is a guard.
-func isGuard() bool { return len(os.Args) == 2 && os.Args[0] == guardName }
+func isGuard() bool { return len(os.Args) == 1 && os.Args[0] == guardName }
 
-// guard waits until the other end of its standard input is closed, and kills the group unless it was told
-// that this is dead.
+// guard reads which group to guard, and waits until the other end of its standard input is closed. It then
+// kills the group unless it was told that this is dead.
 func guard() {
 	signal.Ignore() // every signal: who ends a whole service ends its members one by one
-	group, err := strconv.Atoi(os.Args[1])
+	in := bufio.NewReader(os.Stdin)
+	line, err := in.ReadString('\n')
+	if err != nil { // the command was not started
+		return
+	}
+	group, err := strconv.Atoi(strings.TrimSpace(line))
 	if err != nil || group < 2 {
 		return
 	}
-	if n, _ := os.Stdin.Read(make([]byte, 1)); n == 0 {
+	if _, err := in.ReadByte(); err != nil {
 		_ = syscall.Kill(-group, syscall.SIGKILL)
 	}
 }
