@@ -20,7 +20,7 @@ func TestAcquireConn(t *testing.T) {
 	t.Parallel()
 	died := io.ErrUnexpectedEOF
 	sharedTry := strings.Replace(tryCalledQuery, "_lock(", "_lock_shared(", 1)
-	sharedWait := commentedWait(pgsql.OnCalled, "", key.key, true, sliceMin, pgsql.Settings{})
+	sharedWait := commentedWait(pgsql.OnCallers, "", key.key, true, sliceMin, pgsql.Settings{})
 	for _, test := range []struct {
 		name    string
 		replies []reply

@@ -50,7 +50,7 @@ func WithLocks(ctx context.Context, db *sql.DB, keys []Key, fn func(context.Cont
 // Logger. That is a safety net: it may be minutes late.
 func Acquire(ctx context.Context, db *sql.DB, key Key, opts ...Option) (*Lock, error) {
 	h, keys := new(hold), []Key{key}
-	c := call{function: "Acquire", options: sessionOptions, db: db, missing: missing("db", db == nil, "", false), detached: true}
+	c := call{function: "Acquire", options: sessionOptions, db: db, missing: nilArg("db", db == nil), detached: true}
 	var err error
 	if h.cfg, err = c.prepare(ctx, keys, opts); err != nil {
 		return nil, err

@@ -110,7 +110,7 @@ func TestALossDuringARelease(t *testing.T) {
 	for range 300 {
 		_, dbs, _ := newTable(t, 1)
 		c := newConn(t, dbs[0])
-		h := &lockconn.Holder{Heartbeat: 50 * time.Microsecond, Silence: time.Hour}
+		h := &lockconn.Holder{Heartbeat: 50 * time.Microsecond, IdleTimeout: time.Hour}
 		h.Begin(func(error) {})
 		wantError(t, c.Hold(h))
 		time.Sleep(time.Duration(100+rand.N(300)) * time.Microsecond)

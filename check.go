@@ -47,7 +47,7 @@ const (
 //
 // Behind a transaction pooler, [WithTxLock] at READ COMMITTED works.
 func Check(ctx context.Context, db *sql.DB) error {
-	c := call{function: "Check", db: db, missing: missing("db", db == nil, "", false)}
+	c := call{function: "Check", db: db, missing: nilArg("db", db == nil)}
 	cfg, err := c.check(ctx, "check", nil, nil)
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"time"
@@ -29,14 +30,14 @@ import (
 // panics are as with WithLock.
 func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Conn) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "WithConnLock", options: withConnOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "WithConnLock", options: withConnOptions, db: db, missing: cmp.Or(nilArg("db", db == nil), nilArg("fn", fn == nil))}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
 	}
 	ctx, o := observe(ctx, c.function, keys, &cfg)
 	s, done, err := manager.Dedicated(ctx, cfg.request(ctx, db, keys), session.ForConn, func(ctx context.Context, s *session.Session, since time.Time) error {
-		s.SetSilence(cfg.givenHolderTimeout())
+		s.SetIdleTimeout(cfg.givenHolderTimeout())
 		return s.Lock(ctx, key.key, cfg.noWait, since)
 	})
 	if err != nil {
@@ -73,7 +74,7 @@ func WithConnLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Cont
 // database: conn does not tell.
 func AcquireConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "AcquireConn", options: acquireOptions, missing: missing("conn", conn == nil, "", false)}
+	c := call{function: "AcquireConn", options: acquireOptions, missing: nilArg("conn", conn == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
@@ -102,7 +103,7 @@ func ReleaseConn(ctx context.Context, conn *sql.Conn, key Key, opts ...Option) e
 
 func releaseConn(ctx context.Context, conn *sql.Conn, key Key, allowed optionSet, opts []Option) error {
 	keys := []Key{key}
-	c := call{function: "ReleaseConn", options: allowed, missing: missing("conn", conn == nil, "", false)}
+	c := call{function: "ReleaseConn", options: allowed, missing: nilArg("conn", conn == nil)}
 	cfg, err := c.check(ctx, "release", keys, opts)
 	if err != nil {
 		return err

@@ -75,7 +75,7 @@ func TestWaitsOfWithConnLockAreArmedWithHolderTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db, srv := newServer(t, refused, refused, granted)
 		wantError(t, withConnLock(t.Context(), db, HolderTimeout(time.Minute)))
-		wait := commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{Silence: time.Minute, Nonce: "N", Exposed: true})
+		wait := commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{IdleTimeout: time.Minute, Nonce: "N", Exposed: true})
 		srv.want(t, on(1, "open", tryExposedQuery, wait, wait, disarmExposedQuery+unlockExposedQuery)...)
 	})
 }

@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -78,5 +79,40 @@ func TestEveryLineOfTheLoggerIsExplained(t *testing.T) {
 	}
 	if lines < 15 {
 		t.Errorf("%d lines found", lines)
+	}
+}
+
+// What CONTRIBUTING.md calls by a name is called so in the code, or in what runs its tests.
+func TestTheNamesInContributingAreThoseOfTheCode(t *testing.T) {
+	t.Parallel()
+	words, word := map[string]bool{}, regexp.MustCompile(`\w+`)
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || filepath.Ext(path) != ".go" && filepath.Dir(path) != ".ci" && path != "Makefile" {
+			return err
+		}
+		words[d.Name()] = true
+		source, err := os.ReadFile(path)
+		for _, w := range word.FindAllString(string(source), -1) {
+			words[w] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile("CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile("`([A-Za-z_]*[a-z][\\w.]*)`").FindAllStringSubmatch(string(page), -1)
+	for _, name := range names {
+		for _, part := range strings.Split(name[1], ".") {
+			if !words[name[1]] && !words[part] {
+				t.Errorf("no code has %s", name[1])
+			}
+		}
+	}
+	if len(names) < 200 {
+		t.Errorf("%d names", len(names))
 	}
 }

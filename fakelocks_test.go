@@ -221,20 +221,20 @@ func (p *lockTable) begin(ctx context.Context, id backendID, query string) (b *b
 }
 
 var (
-	lockCall  = regexp.MustCompile(`pg_catalog\.pg_(try_)?advisory_(xact_)?(lock|unlock)(_shared)?\(([^()]*)\)`)
-	waitCall  = regexp.MustCompile(`, pg_catalog\.pg_advisory_(xact_)?lock(_shared)?\(`)
-	boundOf   = regexp.MustCompile(`LEAST\((\d+),`)
-	keyOf     = regexp.MustCompile(`'advisory\.(key|class|object)', '(-?\d+)'`)
-	silenceOf = regexp.MustCompile(`'(?:advisory\.silence|idle_session_timeout)', '(\d+)'`)
-	nonceOf   = regexp.MustCompile(`'advisory\.(?:nonce|session)', '([0-9a-z]+)'`)
-	beatOf    = regexp.MustCompile(`'advisory\.session', true\) OPERATOR\(pg_catalog\.=\) '([0-9a-z]+)'`)
-	setting   = regexp.MustCompile(`^(?:/\*[^*]*\*/ )?SELECT pg_catalog\.set_config\('advisory\.session', [^;]*; `)
-	resetting = regexp.MustCompile(`^RESET advisory\.session; RESET idle_session_timeout; (RESET idle_in_transaction_session_timeout; )?`)
+	lockCall      = regexp.MustCompile(`pg_catalog\.pg_(try_)?advisory_(xact_)?(lock|unlock)(_shared)?\(([^()]*)\)`)
+	waitCall      = regexp.MustCompile(`, pg_catalog\.pg_advisory_(xact_)?lock(_shared)?\(`)
+	boundOf       = regexp.MustCompile(`LEAST\((\d+),`)
+	keyOf         = regexp.MustCompile(`'advisory\.(key|class|object)', '(-?\d+)'`)
+	idleTimeoutOf = regexp.MustCompile(`'(?:advisory\.idle_timeout|idle_session_timeout)', '(\d+)'`)
+	nonceOf       = regexp.MustCompile(`'advisory\.(?:nonce|session)', '([0-9a-z]+)'`)
+	beatOf        = regexp.MustCompile(`'advisory\.session', true\) OPERATOR\(pg_catalog\.=\) '([0-9a-z]+)'`)
+	setting       = regexp.MustCompile(`^(?:/\*[^*]*\*/ )?SELECT pg_catalog\.set_config\('advisory\.session', [^;]*; `)
+	resetting     = regexp.MustCompile(`^RESET advisory\.session; RESET idle_session_timeout; (RESET idle_in_transaction_session_timeout; )?`)
 )
 
 // arm makes the settings of a session that query names, if it does.
 func (b *backend) arm(query string) {
-	if m := silenceOf.FindStringSubmatch(query); m != nil {
+	if m := idleTimeoutOf.FindStringSubmatch(query); m != nil {
 		ms, _ := strconv.Atoi(m[1])
 		b.armed = time.Duration(ms) * time.Millisecond
 		b.nonce = nonceOf.FindStringSubmatch(query)[1]
@@ -309,9 +309,9 @@ func (p *lockTable) execute(ctx context.Context, b *backend, query string) (int6
 		k, _ := callKey(calls[0])
 		switch {
 		case b.inTx:
-			return pgsql.CalledInTx, nil
+			return pgsql.CallersInTx, nil
 		case len(modes(p.lock(k.key.Unnamed()), b)) > 0:
-			return pgsql.CalledHeld, nil
+			return pgsql.CallersHeld, nil
 		}
 		return one(p.do(b, k.key.Unnamed(), true, calls[0][4] != "", false))
 	case strings.Contains(query, " OFFSET 0) AS held"): // unlocks what is held
@@ -388,7 +388,7 @@ func modes(l *tableLock, b *backend) []bool {
 }
 
 func callKey(call []string) (Key, error) {
-	a, b, pair := strings.Cut(strings.ReplaceAll(call[5], "-2147483647-1", "-2147483648"), ", ")
+	a, b, pair := strings.Cut(call[5], ", ")
 	x, err := strconv.ParseInt(a, 10, 64)
 	if err == nil && pair {
 		var y int64

@@ -33,12 +33,12 @@ func TestStatementsOfTheHeartbeat(t *testing.T) {
 		result("SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN NOT pg_catalog.pg_try_advisory_lock(-1) THEN 0"+
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(4294967298) THEN 1"+
 			" WHEN NOT pg_catalog.pg_try_advisory_lock(7440995589958059143) THEN 2"+
-			" WHEN NOT pg_catalog.pg_try_advisory_lock(-7, -2147483647-1) THEN 3 ELSE 4 END)", 4)
+			" WHEN NOT pg_catalog.pg_try_advisory_lock(-7, -2147483648) THEN 3 ELSE 4 END)", 4)
 		result("/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+set+beat, 1)
 		result("/* advisory: -1, 4294967298, nightly-report, -7.-2147483648 */ "+beat, 1)
 		result("RESET advisory.session; RESET idle_session_timeout; SELECT WHERE pg_catalog.pg_advisory_unlock(-1)"+
 			" AND pg_catalog.pg_advisory_unlock(4294967298) AND pg_catalog.pg_advisory_unlock(7440995589958059143)"+
-			" AND pg_catalog.pg_advisory_unlock(-7, -2147483647-1)", 1)
+			" AND pg_catalog.pg_advisory_unlock(-7, -2147483648)", 1)
 		wantError(t, WithLocks(t.Context(), db, []Key{Pair(-7, -2147483648), ID(1<<32 + 2), ID(-1), Name("nightly-report")}, sleeps(50*time.Second), Heartbeat(20*time.Second), HolderTimeout(time.Minute)))
 	})
 }
@@ -386,7 +386,7 @@ func TestTheStrictestHeartbeatAndHolderTimeoutCount(t *testing.T) {
 		p.fail = func(_ int, query string) error {
 			if beatOf.MatchString(query) {
 				beat := fmt.Sprint(time.Since(start))
-				if m := silenceOf.FindStringSubmatch(query); m != nil {
+				if m := idleTimeoutOf.FindStringSubmatch(query); m != nil {
 					beat += " sets " + m[1]
 				}
 				at = append(at, beat)

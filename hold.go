@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -32,7 +33,7 @@ type hold struct {
 
 // with runs fn while h holds the locks of keys.
 func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key, fn func(context.Context) error, opts []Option) (err error) {
-	c := call{function: function, options: sessionOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: function, options: sessionOptions, db: db, missing: cmp.Or(nilArg("db", db == nil), nilArg("fn", fn == nil))}
 	if h.cfg, err = c.prepare(ctx, keys, opts); err != nil {
 		return err
 	}
@@ -46,7 +47,7 @@ func (h *hold) with(ctx context.Context, function string, db *sql.DB, keys []Key
 func (h *hold) acquire(ctx context.Context, c call, keys []Key) error {
 	ctx, h.observed = observe(ctx, c.function, keys, &h.cfg)
 	r := h.cfg.request(ctx, c.db, keys)
-	r.Heartbeat, r.Silence, r.Lead = h.cfg.heartbeat, h.cfg.holderTimeout, c.leads
+	r.Heartbeat, r.IdleTimeout, r.Lead = h.cfg.heartbeat, h.cfg.holderTimeout, c.leads
 	locks, err := manager.Acquire(ctx, r)
 	h.until = time.Now().Add(h.cfg.atLeast)
 	if err != nil {
@@ -187,21 +188,17 @@ type call struct {
 	function string
 	options  optionSet // those that apply
 	db       *sql.DB   // nil where the function is not given one
-	missing  string    // the argument that is nil, or ""
+	missing  string    // the first argument that is nil, or ""
 	detached bool      // the hold outlives ctx
 	leads    bool      // it is Lead
 }
 
-// missing returns the name of the first argument that is nil, or "".
-func missing(name1 string, nil1 bool, name2 string, nil2 bool) string {
-	switch {
-	case nil1:
-		return name1
-	case nil2:
-		return name2
-	default:
-		return ""
+// nilArg returns the name of an argument that is nil, or "".
+func nilArg(name string, isNil bool) string {
+	if isNil {
+		return name
 	}
+	return ""
 }
 
 // prepare checks the call of an acquiring function, and reads its options.

@@ -51,7 +51,7 @@ type Holder struct {
 // operator ends the session that holds it: SELECT pg_terminate_backend(pid). That ends all the
 // locks on the session, and their holders find out within two heartbeats.
 func Holders(ctx context.Context, q Querier, key Key) ([]Holder, error) {
-	c := call{function: "Holders", missing: missing("q", isNil(q), "", false)}
+	c := call{function: "Holders", missing: nilArg("q", isNil(q))}
 	if _, err := c.check(ctx, "look up", []Key{key}, nil); err != nil {
 		return nil, err
 	}
@@ -88,7 +88,7 @@ type LockState struct {
 // As with [Holders], callers who wait behind another caller of their own process, or who try
 // with pauses, are not in the server's queue, and are not seen.
 func Locks(ctx context.Context, q Querier) ([]LockState, error) {
-	c := call{function: "Locks", missing: missing("q", isNil(q), "", false)}
+	c := call{function: "Locks", missing: nilArg("q", isNil(q))}
 	if _, err := c.check(ctx, "look up locks", nil, nil); err != nil {
 		return nil, err
 	}

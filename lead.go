@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -64,7 +65,7 @@ const (
 // [slog.Default].
 func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "Lead", options: leadOptions, db: db, leads: true, missing: missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "Lead", options: leadOptions, db: db, leads: true, missing: cmp.Or(nilArg("db", db == nil), nilArg("fn", fn == nil))}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err

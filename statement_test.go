@@ -51,9 +51,9 @@ ORDER BY l.granted DESC, l.waitstart, a.backend_start, l.pid`
 
 // The statements that wait for key: TestStatementsThatWait has them verbatim.
 var (
-	armedWaitQuery  = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"})
+	armedWaitQuery  = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{IdleTimeout: 15 * time.Second, Nonce: "N"})
 	ownWaitQuery    = commentedWait(pgsql.OnOwn, "", key.key, false, sliceMin, pgsql.Settings{})
-	calledWaitQuery = commentedWait(pgsql.OnCalled, "", key.key, false, sliceMin, pgsql.Settings{})
+	calledWaitQuery = commentedWait(pgsql.OnCallers, "", key.key, false, sliceMin, pgsql.Settings{})
 	waitTxQuery     = commentedWait(pgsql.InTx, pgsql.Restart+"; ", key.key, false, sliceMin, pgsql.Settings{})
 )
 
@@ -78,9 +78,9 @@ func newMock(t *testing.T) (*sql.DB, sqlmock.Sqlmock) {
 // The statements that wait. What they are, verbatim, is tested where they are made.
 func TestStatementsThatWait(t *testing.T) {
 	t.Parallel()
-	watched := pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"}
+	watched := pgsql.Settings{IdleTimeout: 15 * time.Second, Nonce: "N"}
 	minute, exposed := watched, watched
-	minute.Silence, exposed.Exposed = time.Minute, true
+	minute.IdleTimeout, exposed.Exposed = time.Minute, true
 	wait := func(on pgsql.Place, restart string, k Key, shared bool, w pgsql.Settings) string {
 		return commentedWait(on, restart, k.key, shared, 100*time.Millisecond, w)
 	}
@@ -107,12 +107,12 @@ func TestStatementsThatWait(t *testing.T) {
 		{"HolderTimeout", withLock, key, []Option{HolderTimeout(time.Minute)}, wait(pgsql.OnOwn, "", key, false, minute)},
 		{"one that it is not to watch", withConnLock, key, nil, wait(pgsql.OnOwn, "", key, false, pgsql.Settings{})},
 		{"one that fn uses, and that is to be watched", withConnLock, key, []Option{HolderTimeout(15 * time.Second)}, wait(pgsql.OnOwn, "", key, false, exposed)},
-		{"the caller's session", acquireConn, key, nil, wait(pgsql.OnCalled, "", key, false, pgsql.Settings{})},
-		{"the caller's session, shared, a pair", acquireConn, Pair(-7, 42), []Option{Shared()}, wait(pgsql.OnCalled, "", Pair(-7, 42), true, pgsql.Settings{})},
+		{"the caller's session", acquireConn, key, nil, wait(pgsql.OnCallers, "", key, false, pgsql.Settings{})},
+		{"the caller's session, shared, a pair", acquireConn, Pair(-7, 42), []Option{Shared()}, wait(pgsql.OnCallers, "", Pair(-7, 42), true, pgsql.Settings{})},
 		{"a transaction", withTxLock, key, nil, wait(pgsql.InTx, pgsql.Restart+"; ", key, false, pgsql.Settings{})},
 		{
 			"a transaction with a HolderTimeout, shared, a pair", withTxLock, Pair(1, -2147483648), []Option{HolderTimeout(time.Minute), Shared()},
-			wait(pgsql.InTx, pgsql.Restart+"; "+pgsql.TxSilence(time.Minute), Pair(1, -2147483648), true, pgsql.Settings{}),
+			wait(pgsql.InTx, pgsql.Restart+"; "+pgsql.TxIdleTimeout(time.Minute), Pair(1, -2147483648), true, pgsql.Settings{}),
 		},
 		{"the smallest number", withConnLock, ID(math.MinInt64), nil, wait(pgsql.OnOwn, "", ID(math.MinInt64), false, pgsql.Settings{})},
 		{"a name", withConnLock, Name("a */ b'; --"), nil, wait(pgsql.OnOwn, "", Name("a */ b'; --"), false, pgsql.Settings{})},

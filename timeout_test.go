@@ -49,9 +49,9 @@ func TestAServerThatDoesNotAnswerEndsATimeoutSoonAfter(t *testing.T) {
 			start := time.Now()
 			err := c.run(t.Context(), db, key, nothing, Timeout(2*time.Second))
 			wantError(t, err, ErrNotAcquired, "not acquired within 2s", "no answer from the server")
-			var silence pgsql.NoAnswer
+			var idleTimeout pgsql.NoAnswer
 			var is interface{ Timeout() bool }
-			if !errors.As(err, &silence) || !errors.As(err, &is) || !is.Timeout() {
+			if !errors.As(err, &idleTimeout) || !errors.As(err, &is) || !is.Timeout() {
 				t.Errorf("error %v", err)
 			}
 			wantTook(t, start, 2*time.Second, 2*time.Second+session.Grace+2*abandonAfter)

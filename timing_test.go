@@ -40,7 +40,7 @@ func TestARequestLeftBeforeItIsServed(t *testing.T) {
 	for i := range 100 {
 		_, dbs, _ := newTable(t, 1)
 		c := newConn(t, dbs[0])
-		h := &lockconn.Holder{Heartbeat: time.Minute, Silence: time.Hour}
+		h := &lockconn.Holder{Heartbeat: time.Minute, IdleTimeout: time.Hour}
 		lost := make(chan error, 1)
 		h.Begin(func(cause error) { lost <- cause })
 		wantError(t, c.Hold(h))

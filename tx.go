@@ -1,6 +1,7 @@
 package advisory
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -35,7 +36,7 @@ import (
 // server ends the transaction within about a second (client_connection_check_interval).
 func WithTxLock(ctx context.Context, db *sql.DB, key Key, fn func(context.Context, *sql.Tx) error, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "WithTxLock", options: txOptions, db: db, missing: missing("db", db == nil, "fn", fn == nil)}
+	c := call{function: "WithTxLock", options: txOptions, db: db, missing: cmp.Or(nilArg("db", db == nil), nilArg("fn", fn == nil))}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err
@@ -150,7 +151,7 @@ func endTx(t *session.Tx, keys []Key, cfg *config) error {
 // database: tx does not tell.
 func AcquireTx(ctx context.Context, tx *sql.Tx, key Key, opts ...Option) error {
 	keys := []Key{key}
-	c := call{function: "AcquireTx", options: acquireOptions, missing: missing("tx", tx == nil, "", false)}
+	c := call{function: "AcquireTx", options: acquireOptions, missing: nilArg("tx", tx == nil)}
 	cfg, err := c.prepare(ctx, keys, opts)
 	if err != nil {
 		return err

@@ -298,10 +298,12 @@ func TestLockThatIsBrokenBehindPgpool(t *testing.T) {
 	for i, test := range []struct {
 		name     string
 		opts     []pgtest.PoolOption
-		detached bool
+		detached bool // Pgpool-II detaches the server
+		orNot    bool // or does not
 	}{
 		{name: "default", detached: true},
-		{name: "no failover on shutdown", opts: settings("failover_on_backend_shutdown", "off"), detached: true},
+		// Most often. It depends on which of its processes finds the loss first, and how.
+		{name: "no failover on shutdown", opts: settings("failover_on_backend_shutdown", "off"), detached: true, orNot: true},
 		{name: "no failover", opts: settings("failover_on_backend_shutdown", "off", "failover_on_backend_error", "off")},
 		{name: "disallowed", opts: settings("backend_flag0", "DISALLOW_TO_FAILOVER")},
 	} {
@@ -316,13 +318,11 @@ func TestLockThatIsBrokenBehindPgpool(t *testing.T) {
 			}
 			for _, d := range ds {
 				waiter, another := breakLockBehindPgpool(t, d, s, p, wait)
-				if test.detached {
-					const says = "pgpool is not accepting any new connections"
-					if waiter == nil || another == nil || !strings.Contains(another.Error(), says) {
-						t.Errorf("the waiter: %v; a new connection: %v", waiter, another)
-					}
-				} else if waiter != nil && !errors.Is(waiter, advisory.ErrLost) || another != nil {
-					// The session on which the waiter is granted the lock may be one that Pgpool-II is about to end.
+				const says = "pgpool is not accepting any new connections"
+				detached := waiter != nil && another != nil && strings.Contains(another.Error(), says)
+				// The session on which the waiter is granted the lock may be one that Pgpool-II is about to end.
+				goesOn := (waiter == nil || errors.Is(waiter, advisory.ErrLost)) && another == nil
+				if detached != test.detached && !test.orNot || !detached && !goesOn {
 					t.Errorf("the waiter: %v; a new connection: %v", waiter, another)
 				}
 			}

@@ -8,6 +8,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"math"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -238,6 +239,10 @@ func (p *hostilePool) useEverything(t *testing.T) {
 	do("heartbeats", func(ctx context.Context) error { return p.beat(ctx, t) })
 	do("shared locks", func(ctx context.Context) error { return p.share(ctx, t) })
 	do("nested locks", func(ctx context.Context) error { return p.nest(ctx, t) })
+	do("the smallest keys", func(ctx context.Context) error {
+		keys := []advisory.Key{advisory.ID(math.MinInt64), advisory.Pair(math.MinInt32, math.MinInt32)}
+		return advisory.WithLocks(ctx, p.db, keys, func(context.Context) error { return nil }, p.log.option())
+	})
 	do("some of several locks", func(ctx context.Context) error { return p.fail(ctx, t) })
 	do("Check", func(ctx context.Context) error { return advisory.Check(ctx, p.another(t)) })
 	_ = g.Wait()

@@ -32,8 +32,8 @@ type Queue[S comparable] struct {
 	closed   bool      // others wait in the server's queue
 	releases bool      // it is on its way back to the server
 
-	// The requester asks the server for a grant, or whether others wait for it. Granted and Refused are
-	// the answers to the requester: it is not nil then.
+	// The requester asks the server for a grant, or whether others wait for it. Granted and Refused are called
+	// only while there is one.
 	requester *Waiter[S]
 	refused   bool // the server has refused, and the requester waits there
 
@@ -115,7 +115,7 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 	case !fits:
 		return await // those inside go first
 	case w.Dedicated && q.granted && q.holders == 0:
-		return await // the grant goes back first
+		return await // the grant goes back first (within Release alone)
 	case w.Dedicated:
 		q.dedicated++
 		q.exclusive = !w.Shared
@@ -134,7 +134,7 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 		q.requester = w
 		return Turn[S]{To: Look, Grant: q.grant}
 	default:
-		return await // its time is over: the grant goes back first
+		return await // its time is over: the grant goes back first (within Release alone)
 	}
 }
 
@@ -208,9 +208,8 @@ func (q *Queue[S]) GrantedDedicated(w *Waiter[S]) {
 	q.owners++
 }
 
-// Done ends the turn of a waiter who was to Ask or to Look, and does not hold the grant, or the hold of one
-// that is dedicated. Those who share the waiter's answer, and do not wait, are told why; nil: that is its own
-// affair.
+// Done ends a turn to Ask or to Look that has brought w no grant. If w is dedicated, it also ends its hold. A
+// why that is not nil is given to all who do not wait: they share w's answer.
 func (q *Queue[S]) Done(w *Waiter[S], now time.Time, why error) {
 	if w.holds {
 		w.holds = false

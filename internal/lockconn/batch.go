@@ -35,13 +35,16 @@ type batcher struct {
 func (c *Conn) take() []*Request {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n := c.portionLocked()
+	n, waits := c.nextLocked()
+	c.waited += waits
 	reqs := slices.Clone(c.pending[:n])
 	c.pending, c.first = slices.Delete(c.pending, 0, n), max(0, c.first-n)
 	return reqs
 }
 
-func (c *Conn) portionLocked() int {
+// nextLocked returns how many of the pending requests are served together, and how many wait for another's round
+// trip because the statement that would serve them, too, is not prepared.
+func (c *Conn) nextLocked() (n, waits int) {
 	locks, asks := 0, 0
 	for n, r := range c.pending {
 		locks += max(1, len(r.Keys))
@@ -51,13 +54,12 @@ func (c *Conn) portionLocked() int {
 		switch {
 		case n == 0:
 		case locks > batchLimit, !r.joins(), !c.pending[0].joins():
-			return n
+			return n, 0
 		case asks > 1 && c.stmt == nil && (c.unknown || c.waited < prepareAfter):
-			c.waited += len(c.pending) - n
-			return n
+			return n, len(c.pending) - n
 		}
 	}
-	return len(c.pending)
+	return len(c.pending), 0
 }
 
 // joins tells whether r is answered together with others.
@@ -103,7 +105,7 @@ func (c *Conn) answerAll(reqs []*Request) (refused bool, err error) {
 	if len(asks) == 0 {
 		asks = reqs[:1]
 	}
-	if len(asks) > 1 && c.batches(ctx, bound) {
+	if len(asks) > 1 && c.prepareBatch(ctx, bound) {
 		return c.answerTogether(ctx, asks, bound)
 	}
 	for _, r := range asks {
@@ -114,8 +116,8 @@ func (c *Conn) answerAll(reqs []*Request) (refused bool, err error) {
 	return false, nil
 }
 
-// batches tells whether requests are answered together: the statement is prepared.
-func (c *Conn) batches(ctx context.Context, bound time.Duration) bool {
+// prepareBatch prepares the statement that answers requests together, once. It tells whether there is one.
+func (c *Conn) prepareBatch(ctx context.Context, bound time.Duration) bool {
 	if c.stmt != nil || c.unknown {
 		return c.stmt != nil
 	}

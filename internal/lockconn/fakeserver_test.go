@@ -179,14 +179,14 @@ type fixture struct {
 	lost chan error // why it was lost, when onLost was called
 }
 
-// newConn returns a Conn. If silence is not 0, it holds the lock of id(0), and the server has been
+// newConn returns a Conn. If idleTimeout is not 0, it holds the lock of id(0), and the server has been
 // told to watch it.
-func newConn(t *testing.T, silence time.Duration) *fixture {
+func newConn(t *testing.T, idleTimeout time.Duration) *fixture {
 	t.Helper()
-	return newConnOn(t, new(server), silence)
+	return newConnOn(t, new(server), idleTimeout)
 }
 
-func newConnOn(t *testing.T, srv *server, silence time.Duration) *fixture {
+func newConnOn(t *testing.T, srv *server, idleTimeout time.Duration) *fixture {
 	t.Helper()
 	f := &fixture{srv: srv, lost: make(chan error, 1)}
 	f.db = sql.OpenDB(f.srv)
@@ -200,9 +200,9 @@ func newConnOn(t *testing.T, srv *server, silence time.Duration) *fixture {
 		t.Fatal(err)
 	}
 	var keys []pgsql.Key
-	if silence > 0 {
+	if idleTimeout > 0 {
 		keys = id(0)
-		f.s.SetSilence(silence)
+		f.s.SetIdleTimeout(idleTimeout)
 		wantError(t, f.s.Lock(t.Context(), keys[0], false, time.Now()), nil)
 		f.srv.clear()
 	}

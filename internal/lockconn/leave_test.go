@@ -17,7 +17,7 @@ func TestTheLastOneToLeaveCleansAndHandsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := prepared(t)
 		f.Use()
-		h := &lockconn.Holder{Heartbeat: time.Second, Silence: time.Minute}
+		h := &lockconn.Holder{Heartbeat: time.Second, IdleTimeout: time.Minute}
 		wantError(t, f.Hold(h), nil)
 		wantError(t, f.Prove(t.Context()), nil)
 		f.LetGo(h)
@@ -29,7 +29,7 @@ func TestTheLastOneToLeaveCleansAndHandsBack(t *testing.T) {
 		if n := f.db.Stats().InUse; n != 1 || !f.Empty() {
 			t.Errorf("%d connections in use", n)
 		}
-		f.s.ChangeSilence(time.Second) // as is left when the last unlock goes out with others
+		f.s.ChangeIdleTimeout(time.Second) // as is left when the last unlock goes out with others
 		f.Leave()
 		f.srv.want(t, reset+unlock(0), "deallocate", reset)
 		f.wantHandedBack(t)
@@ -89,7 +89,7 @@ func TestASessionThatCannotBeCleanedIsDiscarded(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			f := prepared(t)
 			f.must(t, lockconn.Unlock, id(0)...)
-			f.s.ChangeSilence(time.Second)
+			f.s.ChangeIdleTimeout(time.Second)
 			if dirty == "reset" {
 				dirty = f.s.Reset()
 			}
@@ -118,7 +118,7 @@ func TestADriversPanicWhileASessionIsCleaned(t *testing.T) {
 		f := newConn(t, 0)
 		ended := make(chan struct{})
 		f.s.OnEnd = func() { close(ended) }
-		f.s.ChangeSilence(time.Second)
+		f.s.ChangeIdleTimeout(time.Second)
 		reset := f.s.Reset()
 		f.srv.answer = func(context.Context, string) (int64, error) { panic("driver") }
 		func() {
@@ -144,7 +144,7 @@ func TestADriversPanicInARequest(t *testing.T) {
 		f := newConn(t, 0)
 		f.must(t, lockconn.Try, id(1)...)
 		told := make(chan error, 1)
-		h := &lockconn.Holder{Heartbeat: time.Second, Silence: time.Minute}
+		h := &lockconn.Holder{Heartbeat: time.Second, IdleTimeout: time.Minute}
 		h.Begin(func(cause error) { told <- cause })
 		wantError(t, f.Hold(h), nil)
 		f.srv.answer = func(context.Context, string) (int64, error) { panic("driver") }

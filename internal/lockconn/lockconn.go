@@ -156,8 +156,8 @@ func (c *Conn) lose(cause error) {
 	c.s.Discard()
 }
 
-// A LostError is the error of a request whose session is lost to another's request, or to a heartbeat, and of
-// the heartbeat. Any other request that finds the loss has the driver's own error.
+// A LostError says that the session is lost. Only a request whose own statement has failed, and nobody else's
+// with it, has the driver's error in its place.
 type LostError struct{ Cause error }
 
 func (e LostError) Error() string { return e.Cause.Error() }
@@ -173,11 +173,9 @@ type Request struct {
 	OK   bool      // Try: all are granted; Unlock: all were held; Look: others wait
 	Sent time.Time // when the request went out
 
-	// err is the server's own error to this request alone; or, if the session is lost, that of the statement
-	// of this request which has found that, or a LostError.
-	err      error
-	panicked any  // by the driver
-	alone    bool // it has failed together with others, and is answered by itself
+	err      error // the server's error to this request alone, or why the session is lost: see LostError
+	panicked any   // by the driver
+	alone    bool  // it has failed together with others, and is answered by itself
 
 	done chan struct{} // closed with the answer; nil: it is answered where it is asked for
 
@@ -213,7 +211,7 @@ const (
 // leavable tells whether the caller of r may leave it. A release is waited for.
 func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op == prove }
 
-// Ask has r answered. If ctx ends before, and others have locks on the session, it returns the cause of
+// Ask has r answered. Its caller is between Use and Leave, or has a lock on the session. If ctx ends before, and others have locks on the session, it returns the cause of
 // that, and what r gets is given back: to break r off would cost them their locks.
 func (c *Conn) Ask(ctx context.Context, r *Request) error {
 	c.mu.Lock()

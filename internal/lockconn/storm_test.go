@@ -210,7 +210,7 @@ func TestStormOfRequests(t *testing.T) {
 									if err != nil || !ok {
 										return
 									}
-									h := &lockconn.Holder{Heartbeat: 5 * time.Millisecond, Silence: 15 * time.Millisecond}
+									h := &lockconn.Holder{Heartbeat: 5 * time.Millisecond, IdleTimeout: 15 * time.Millisecond}
 									if f.Hold(h) != nil {
 										return
 									}

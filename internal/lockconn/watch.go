@@ -13,8 +13,8 @@ import (
 
 // A Holder holds locks, on one Conn or on several, and is told if one of them is lost.
 type Holder struct {
-	Heartbeat time.Duration // how often the session is checked
-	Silence   time.Duration // after which the server ends a silent session
+	Heartbeat   time.Duration // how often the session is checked
+	IdleTimeout time.Duration // after which the server ends a silent session
 
 	mu   sync.Mutex // guards the rest
 	lost error      // why
@@ -58,14 +58,14 @@ func (h *Holder) Lost() error {
 // heartbeats. So the holders give up before the server frees the locks: they count from an earlier
 // moment, in which a statement went out, and to a nearer one.
 //
-// Where several holders have locks on the session, the shortest Heartbeat and the shortest Silence
+// Where several holders have locks on the session, the shortest Heartbeat and the shortest IdleTimeout
 // count. Between heartbeats, a watch is one timer, which may fire once more after its end.
 type watch struct {
 	timer   *time.Timer   // calls tick
-	proof   time.Time     // when a statement went out that the session has answered
+	proof   time.Time     // when a statement went out that the session has answered; see ProveFresh
 	every   time.Duration // the pace: the shortest Heartbeat
 	since   time.Time     // when that pace began
-	next    time.Time     // when the next heartbeat is due: every from the last, whatever else has been answered
+	next    time.Time     // when the next heartbeat is due; other answers do not postpone it
 	beating bool          // one is under way
 }
 
@@ -100,26 +100,26 @@ func (c *Conn) LetGo(h *Holder) {
 	delete(c.holders, h)
 }
 
-// strictLocked returns every, or a third of the silence that the server has been told to wait for, if
+// strictLocked returns every, or a third of the time that the server has been told to wait for, if
 // that is shorter: it may have been a holder's who has left.
 func (c *Conn) strictLocked(every time.Duration) time.Duration {
-	if silence := c.s.Silence(); silence > 0 {
-		return min(every, silence/3)
+	if idleTimeout := c.s.IdleTimeout(); idleTimeout > 0 {
+		return min(every, idleTimeout/3)
 	}
 	return every
 }
 
-// paceLocked returns the shortest Heartbeat and the shortest Silence of the holders.
-func (c *Conn) paceLocked() (every, silence time.Duration) {
+// paceLocked returns the shortest Heartbeat and the shortest IdleTimeout of the holders.
+func (c *Conn) paceLocked() (every, idleTimeout time.Duration) {
 	for h := range c.holders {
 		if every == 0 || h.Heartbeat < every {
 			every = h.Heartbeat
 		}
-		if silence == 0 || h.Silence < silence {
-			silence = h.Silence
+		if idleTimeout == 0 || h.IdleTimeout < idleTimeout {
+			idleTimeout = h.IdleTimeout
 		}
 	}
-	return c.strictLocked(every), silence
+	return c.strictLocked(every), idleTimeout
 }
 
 // deadlineLocked returns when the locks cannot be shown to be held any more.
@@ -130,8 +130,8 @@ func (c *Conn) deadlineLocked() time.Time {
 		from = w.since
 	}
 	deadline := from.Add(2 * w.every)
-	if silence := c.s.Silence(); silence > 0 { // the server counts from the proof
-		if server := w.proof.Add(2 * silence / 3); server.Before(deadline) {
+	if idleTimeout := c.s.IdleTimeout(); idleTimeout > 0 { // the server counts from the proof
+		if server := w.proof.Add(2 * idleTimeout / 3); server.Before(deadline) {
 			return server
 		}
 	}
@@ -206,17 +206,18 @@ func (c *Conn) beat() {
 }
 
 // Prove asks the server whether the session still has its locks, and has it watch the session as
-// the holders' Silence asks. After an error, the session is lost, or ctx has ended.
+// the holders' IdleTimeout asks. After an error, the session is lost, or ctx has ended.
 func (c *Conn) Prove(ctx context.Context) error { return c.Ask(ctx, &Request{Op: prove}) }
 
-// ProveFresh is Prove if the last proof is a heartbeat old: the answer to a grant may have been so long
-// on its way that the server has ended the session since.
+// ProveFresh is Prove if the last proof is a heartbeat old, and the server watches the session: the answer to
+// a grant may have been so long on its way that the server has ended the session since. A server that does not
+// watch has not: then the proof counts from now.
 func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	c.mu.Lock()
-	watched := c.s.Silence() > 0
+	watched := c.s.IdleTimeout() > 0
 	stale := time.Since(c.watch.proof) >= c.strictLocked(every)
 	if stale && !watched {
-		c.watch.proof = time.Now() // the server does not watch, and so has not ended the session: the answer is proof enough
+		c.watch.proof = time.Now()
 	}
 	c.mu.Unlock()
 	if stale && watched {
@@ -231,10 +232,10 @@ func (c *Conn) heartbeatStatement() (query string, bound time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	set := ""
-	if _, silence := c.paceLocked(); silence > 0 && len(c.locks) > 0 {
-		set = c.s.ChangeSilence(silence)
+	if _, idleTimeout := c.paceLocked(); idleTimeout > 0 && len(c.locks) > 0 {
+		set = c.s.ChangeIdleTimeout(idleTimeout)
 	}
-	if c.s.Silence() == 0 || len(c.locks) == 0 {
+	if c.s.IdleTimeout() == 0 || len(c.locks) == 0 {
 		return "", 0
 	}
 	bound = session.AnswerBound

@@ -18,9 +18,9 @@ import (
 )
 
 // hold has f watched for a holder, and returns it, and when and why it is told of a loss.
-func (f *fixture) hold(t *testing.T, every, silence time.Duration) (*lockconn.Holder, <-chan told) {
+func (f *fixture) hold(t *testing.T, every, idleTimeout time.Duration) (*lockconn.Holder, <-chan told) {
 	t.Helper()
-	h, tells := &lockconn.Holder{Heartbeat: every, Silence: silence}, make(chan told, 1)
+	h, tells := &lockconn.Holder{Heartbeat: every, IdleTimeout: idleTimeout}, make(chan told, 1)
 	h.Begin(func(cause error) { tells <- told{time.Now(), cause} })
 	wantError(t, f.Hold(h), nil)
 	return h, tells
@@ -56,12 +56,12 @@ func TestHeartbeats(t *testing.T) {
 			return 1, nil
 		})
 		f.must(t, lockconn.Try, id(1)...)
-		if f.Session().Silence() > 0 {
+		if f.Session().IdleTimeout() > 0 {
 			t.Error("the server watches from the start")
 		}
 		h, tells := f.hold(t, time.Second, 15*time.Second)
 		time.Sleep(2500 * time.Millisecond)
-		if f.Session().Silence() == 0 {
+		if f.Session().IdleTimeout() == 0 {
 			t.Error("the server does not watch")
 		}
 		f.must(t, lockconn.Ping) // an answer is a proof, too, but the pace stays
@@ -152,7 +152,7 @@ func TestEveryAnswerIsAProof(t *testing.T) {
 // the session meanwhile. So a slow answer puts off no loss.
 func TestAProofIsAsOldAsItsStatement(t *testing.T) {
 	t.Parallel()
-	const slow, silence = 900 * time.Millisecond, 3 * time.Second // of which two thirds count
+	const slow, idleTimeout = 900 * time.Millisecond, 3 * time.Second // of which two thirds count
 	silent := func(ctx context.Context, _ int, _ string) (int64, error) { <-ctx.Done(); return 0, ctx.Err() }
 	asked := func(t *testing.T) *fixture {
 		f := newConn(t, 0)
@@ -181,7 +181,7 @@ func TestAProofIsAsOldAsItsStatement(t *testing.T) {
 			}
 			return 1, nil
 		}), nil, nil, time.Second},
-		{"a grant after a wait", func(t *testing.T) *fixture { return newConnOn(t, &server{rtt: slow}, silence) }, beats(silent), nil, nil, -slow},
+		{"a grant after a wait", func(t *testing.T) *fixture { return newConnOn(t, &server{rtt: slow}, idleTimeout) }, beats(silent), nil, nil, -slow},
 		{"a request", asked, beats(silent), nil, func(t *testing.T, f *fixture) { f.must(t, lockconn.Try, id(2)...) }, 0},
 		{"a request that is refused", asked, func(ctx context.Context, query string) (int64, error) {
 			if isBeat(query) {
@@ -200,7 +200,7 @@ func TestAProofIsAsOldAsItsStatement(t *testing.T) {
 				f := test.conn(t)
 				f.srv.answer, f.srv.batch = test.answer, test.batch
 				start := time.Now()
-				_, tells := f.hold(t, time.Second, silence)
+				_, tells := f.hold(t, time.Second, idleTimeout)
 				if test.ask != nil {
 					test.ask(t, f)
 				}
@@ -245,7 +245,7 @@ func TestALossTellsTheHoldersFirst(t *testing.T) {
 		c := lockconn.New(f.s, nil, nil, false, func(c *lockconn.Conn) { f.srv.write(fmt.Sprint("onLost: ", c.Lost() != nil)) })
 		wantError(t, c.Ask(t.Context(), &lockconn.Request{Op: lockconn.Try, Keys: id(1)}), nil)
 		for range 2 {
-			h := &lockconn.Holder{Heartbeat: time.Second, Silence: time.Minute}
+			h := &lockconn.Holder{Heartbeat: time.Second, IdleTimeout: time.Minute}
 			h.Begin(func(error) { f.srv.write("holder") })
 			wantError(t, c.Hold(h), nil)
 		}
@@ -295,7 +295,7 @@ func TestAHolderThatBeginsAfterALoss(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newConn(t, 0)
 		f.must(t, lockconn.Try, id(1)...)
-		h := &lockconn.Holder{Heartbeat: time.Second, Silence: time.Minute}
+		h := &lockconn.Holder{Heartbeat: time.Second, IdleTimeout: time.Minute}
 		wantError(t, f.Hold(h), nil)
 		f.srv.answer = func(context.Context, string) (int64, error) { return 0, io.ErrUnexpectedEOF }
 		wantError(t, f.Prove(t.Context()), io.ErrUnexpectedEOF)
@@ -327,11 +327,11 @@ func TestProveFresh(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				silence := time.Duration(0)
+				idleTimeout := time.Duration(0)
 				if test.watched {
-					silence = time.Minute
+					idleTimeout = time.Minute
 				}
-				f := newConn(t, silence)
+				f := newConn(t, idleTimeout)
 				if !test.watched {
 					f.must(t, lockconn.Try, id(0)...)
 				}

@@ -25,8 +25,8 @@ type Request struct {
 	Log     *slog.Logger
 
 	// Acquire has the sessions of its locks watched.
-	Heartbeat time.Duration // how often
-	Silence   time.Duration // after which the server ends a silent session
+	Heartbeat   time.Duration // how often
+	IdleTimeout time.Duration // after which the server ends a silent session
 
 	// Lead: the wait outlives any outage, even one at its start. Before the lock counts as acquired,
 	// the server is asked whether it is a primary.
@@ -63,11 +63,11 @@ type acquisition struct {
 	waited  bool        // it has begun to wait: another has the lock, or asks for it
 	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
 
-	stale  int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives  int       // how often a common session, or a lock just granted, may still be lost
-	missed time.Time // when the server was first missed, while waiting
-	away   error     // why it cannot be reached; nil: it can, as far as is known
-	hint   string    // what to add to the error
+	stale       int       // connections in the pool that may be dead; -1: none has been taken yet
+	lives       int       // how often a common session, or a lock just granted, may still be lost
+	missedSince time.Time // when the server was first missed, while waiting
+	away        error     // why it cannot be reached; nil: it can, as far as is known
+	hint        string    // what to add to the error
 }
 
 func newAcquisition(ctx context.Context, r *Request) *acquisition {
@@ -96,7 +96,7 @@ func Acquire(ctx context.Context, r *Request) (l *Locks, err error) {
 	}()
 	for {
 		// A new holder each time: the loss of a session may be told late.
-		a.got = &Locks{m: a.m, holder: lockconn.Holder{Heartbeat: r.Heartbeat, Silence: r.Silence}, shared: r.Shared}
+		a.got = &Locks{m: a.m, holder: lockconn.Holder{Heartbeat: r.Heartbeat, IdleTimeout: r.IdleTimeout}, shared: r.Shared}
 		err := a.all()
 		if err == nil {
 			return a.got, nil

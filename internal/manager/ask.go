@@ -13,15 +13,16 @@ import (
 // tryAll acquires all the locks in one statement. Their queues have told waiters to ask. If the server
 // refuses one of them, it gets none, which is an error for NoWait alone: all goes on one by one.
 func (a *acquisition) tryAll(waiters []waiter) error {
-	var err error
+	var why error
 	defer func() {
 		if len(a.got.held) == 0 { // also if the driver panics
 			for i, k := range a.Keys {
-				a.m.done(k, &waiters[i], a.news(err)) // a refusal is not passed on: it may be about another key
+				a.m.done(k, &waiters[i], why)
 			}
 		}
 	}()
 	refused, err := a.try(a.Keys)
+	why = a.news(err) // never a refusal: it may be about another key
 	if refused && a.NoWait {
 		return session.ErrRefused
 	}
@@ -48,12 +49,12 @@ func (a *acquisition) ask(w *waiter) (err error) {
 		}
 		a.refused = true
 		a.waiting()
-		queued, err := a.wait(keys)
-		if !errors.Is(err, session.ErrYield) {
-			return err
-		}
-		if queued {
+		err = a.wait()
+		switch {
+		case errors.Is(err, session.ErrYield):
 			pause = session.PauseMax // it is others' turn
+		case err != errNoPlace && !errors.Is(err, session.ErrWaitRefused):
+			return err
 		}
 		a.search()
 		a.m.polling.Add(1)
@@ -69,7 +70,7 @@ func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
 		if err := a.ready(); err != nil {
 			return false, err
 		}
-		c, where, err := a.lockConn()
+		c, by, err := a.lockConn()
 		if err == nil {
 			r := &lockconn.Request{Op: lockconn.Try, Keys: keys, Shared: a.Shared}
 			if err = c.Ask(a.ctx, r); err == nil && r.OK { // OK is written for a request that was left, too
@@ -78,10 +79,10 @@ func (a *acquisition) try(keys []pgsql.Key) (refused bool, err error) {
 			c.Leave()
 		}
 		if err == nil {
-			a.missed = time.Time{} // the server has answered
+			a.missedSince = time.Time{} // the server has answered
 			return true, nil
 		}
-		if err = a.again(err, where); err != nil {
+		if err = a.again(err, by); err != nil {
 			return false, err
 		}
 	}
@@ -107,37 +108,37 @@ func (a *acquisition) granted(keys []pgsql.Key, c *lockconn.Conn, sent time.Time
 // yieldAfter is how long one waits in the server's queue while others cannot.
 const yieldAfter = time.Second
 
-// wait waits for the lock of keys, which is one, in the server's queue, on a session of its own. ErrYield
-// means that it cannot wait there, or, if queued is true, has done so for long enough while others cannot.
-func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
+// errNoPlace is the error of a wait for which there is no session.
+var errNoPlace = errors.New("no session can be spared for a wait")
+
+// wait waits for one lock in the server's queue, on a session of its own. Its error is errNoPlace or
+// ErrWaitRefused if it cannot, and ErrYield if it has waited for long enough while others cannot.
+func (a *acquisition) wait() error {
 	m := a.m
 	m.mu.Lock()
 	m.queues[a.at.Unnamed()].Refused()
 	m.mu.Unlock()
 	began := time.Now()
 	s, err := a.keepTrying(func(ctx context.Context) (*session.Session, error) {
-		if !m.mayWait(a.pool) {
-			return nil, session.ErrYield
+		if !m.takeWait(a.pool) {
+			return nil, errNoPlace
 		}
-		queued = true
 		return a.openCounted(ctx)
 	}, func(s *session.Session) error {
 		s.Shared = a.Shared
 		a.equip(s)
-		s.SetSilence(a.Silence)
+		s.SetIdleTimeout(a.IdleTimeout)
 		s.Yield = func() bool { return time.Since(began) > yieldAfter && m.polling.Load() > 0 }
 		if err := s.Wait(a.ctx, a.at, a.began); err != nil {
 			return err
 		}
 		return session.Ended(a.ctx)
 	})
-	if errors.Is(err, session.ErrWaitRefused) {
-		err = session.ErrYield
-	}
 	if err != nil {
-		return queued, err
+		return err
 	}
 	s.Edges, s.Waiting, s.Yield = nil, nil, nil // which would keep this acquisition in memory
+	keys := []pgsql.Key{a.at}
 	c := lockconn.New(s, a.Log, keys, a.Shared, m.lost)
 	m.mu.Lock()
 	if m.conn == nil || m.conn.Empty() {
@@ -145,5 +146,5 @@ func (a *acquisition) wait(keys []pgsql.Key) (queued bool, err error) {
 		m.openedLocked(m.opening, nil) // somebody may be about to open another
 	}
 	m.mu.Unlock()
-	return queued, a.granted(keys, c, time.Now())
+	return a.granted(keys, c, time.Now())
 }

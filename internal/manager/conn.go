@@ -36,7 +36,7 @@ func (a *acquisition) openCounted(ctx context.Context) (*session.Session, error)
 // An opening is one caller's opening of the common session, for which others wait.
 type opening struct {
 	done chan struct{}
-	err  error // not that of the opener's own ctx
+	err  error // not that of the by's own ctx
 }
 
 // openedLocked tells those who wait for o.
@@ -49,8 +49,8 @@ func (m *Manager) openedLocked(o *opening, err error) {
 }
 
 // lockConn returns the common session, which the caller is to Leave, and whether the caller has opened it
-// (onOwn) or others have (onOthers). If there is none, it opens one, or waits for another who does.
-func (a *acquisition) lockConn() (*lockconn.Conn, stage, error) {
+// (itself) or others have (others). If there is none, it opens one, or waits for another who does.
+func (a *acquisition) lockConn() (*lockconn.Conn, opener, error) {
 	m := a.m
 	for {
 		m.mu.Lock()
@@ -58,9 +58,9 @@ func (a *acquisition) lockConn() (*lockconn.Conn, stage, error) {
 			m.mu.Unlock()
 			if err := a.pool.Closed(); err != nil {
 				c.Leave()
-				return nil, nowhere, err
+				return nil, nobody, err
 			}
-			return c, onOthers, nil
+			return c, others, nil
 		}
 		o := m.opening
 		if o == nil {
@@ -74,15 +74,15 @@ func (a *acquisition) lockConn() (*lockconn.Conn, stage, error) {
 		select {
 		case <-o.done:
 			if o.err != nil {
-				return nil, nowhere, o.err
+				return nil, nobody, o.err
 			}
 		case <-a.ctx.Done():
-			return nil, nowhere, context.Cause(a.ctx)
+			return nil, nobody, context.Cause(a.ctx)
 		}
 	}
 }
 
-func (a *acquisition) openConn(o *opening) (*lockconn.Conn, stage, error) {
+func (a *acquisition) openConn(o *opening) (*lockconn.Conn, opener, error) {
 	m := a.m
 	told := session.ErrPanicked // for those who wait for o
 	defer func() {
@@ -102,11 +102,11 @@ func (a *acquisition) openConn(o *opening) (*lockconn.Conn, stage, error) {
 			go s.HandBack()
 		}
 		told = nil
-		return c, onOthers, nil
+		return c, others, nil
 	}
 	if err != nil {
-		return nil, nowhere, err
+		return nil, nobody, err
 	}
 	m.conn = lockconn.New(s, a.Log, nil, false, m.lost)
-	return m.conn, onOwn, nil
+	return m.conn, itself, nil
 }

@@ -14,10 +14,15 @@ import (
 	"github.com/pgadvisory/advisory/internal/waitgraph"
 )
 
-// detectEvery is how old a wait is when those of other processes are first read, how often they are
-// read, and how long a cycle lasts that is a deadlock. A wait that has ended may still be read for up
-// to 650 ms: until its slice of 400 ms is over, and for 250 ms after that (pgsql.Waits).
-const detectEvery = time.Second
+const (
+	// detectEvery is how often the waits of other processes are read, from the time when a wait is that old. A
+	// cycle that lasts as long is a deadlock. A wait that has ended may still be read for up to 650 ms: until its
+	// slice of 400 ms is over, and for 250 ms after that (pgsql.Waits).
+	detectEvery = time.Second
+
+	// sharedAfter is how old a shared wait is when it counts in a cycle of its process: see counts.
+	sharedAfter = time.Second
+)
 
 // A Deadlock is the error of a wait that cannot end, because it waits for others who wait for what its
 // caller holds. The server does not see it: waits end before its detector looks, and locks are held
@@ -57,7 +62,7 @@ func (a *acquisition) noteWait() {
 	if !a.nested.counts() {
 		return
 	}
-	if cycle := waitgraph.New(m.waitsLocked((*nestedWait).counts)).Cycle(a.nested.edges()); cycle != nil {
+	if cycle := waitgraph.New(m.waitsLocked((*nestedWait).counts)).Cycle(a.nested.current()); cycle != nil {
 		a.end(a.nested.deadlock(cycle))
 	}
 }
@@ -88,7 +93,7 @@ func newNestedWait(a *acquisition, holds []pgsql.Key) *nestedWait {
 // counts tells whether s counts in a cycle of this process. A shared wait may be over in a moment,
 // though others hold the lock, because it may share it. Once it has lasted, an exclusive waiter stands
 // between.
-func (s *nestedWait) counts() bool { return !s.of.Shared || time.Since(s.began) >= detectEvery }
+func (s *nestedWait) counts() bool { return !s.of.Shared || time.Since(s.began) >= sharedAfter }
 
 // forgetWait is called when the wait has ended.
 func (a *acquisition) forgetWait() {
@@ -103,15 +108,15 @@ func (a *acquisition) forgetWait() {
 // waitsLocked returns those waits of this process that count, except one that is about to end.
 func (m *Manager) waitsLocked(counts func(*nestedWait) bool) (waits []waitgraph.Wait) {
 	for s := range m.nested {
-		if w := s.edges(); s.of.ctx.Err() == nil && len(w.Held) > 0 && counts(s) {
+		if w := s.current(); s.of.ctx.Err() == nil && len(w.Held) > 0 && counts(s) {
 			waits = append(waits, w)
 		}
 	}
 	return waits
 }
 
-// edges returns the wait, without what the acquisition has lost since it began.
-func (s *nestedWait) edges() waitgraph.Wait {
+// current returns the wait, without what the acquisition has lost since it began.
+func (s *nestedWait) current() waitgraph.Wait {
 	w, a := s.Wait, s.of
 	if a.got != nil && a.got.holder.Lost() != nil {
 		w.Held = w.Held[:len(a.CallerHolds)]
@@ -175,7 +180,7 @@ func (a *acquisition) edges() string {
 	var edges []waitgraph.Wait
 	w := waitgraph.Wait{Held: []string{a.at.Text()}} // others of this process may wait for that, too
 	if a.nested != nil {
-		mine := a.nested.edges()
+		mine := a.nested.current()
 		w.ID, w.Held = mine.ID, append(w.Held, mine.Held...)
 		if len(mine.Held) > 0 {
 			edges = append(edges, mine)
@@ -232,7 +237,7 @@ func (m *Manager) endCyclesLocked(statements []session.Statement, asked time.Tim
 		if s.of.ctx.Err() != nil {
 			continue
 		}
-		switch cycle := graph.Cycle(s.edges()); {
+		switch cycle := graph.Cycle(s.current()); {
 		case cycle == nil:
 		case !waitgraph.Same(cycle, s.cycle):
 			s.cycle, s.seen = cycle, time.Now()

@@ -114,7 +114,7 @@ func (d *dedicated) openInTurn(ctx context.Context, use session.Use) (s *session
 		}
 	}()
 	s, err = d.pool.Open(ctx, d.Log, use)
-	return s, false, err
+	return s, inTurn, err
 }
 
 // enterNow takes the turn if it is to be had at once.

@@ -127,7 +127,7 @@ func acquireWatched(ctx context.Context, db *sql.DB, r *manager.Request, heartbe
 
 // watched completes r.
 func watched(db *sql.DB, r *manager.Request, heartbeat time.Duration) *manager.Request {
-	r.DB, r.Heartbeat, r.Silence = db, heartbeat, time.Hour
+	r.DB, r.Heartbeat, r.IdleTimeout = db, heartbeat, time.Hour
 	return r
 }
 

@@ -141,9 +141,9 @@ func (m *Manager) ended(s *session.Session) {
 // maxWaits is how many sessions wait in the server's queue at a time where the pool has no limit.
 const maxWaits = 8
 
-// mayWait tells whether one more session may wait in the server's queue, and counts it. All
+// takeWait counts one more session that waits in the server's queue, if there may be one more. All
 // sessions, the common one included, take no more than half of a limited pool.
-func (m *Manager) mayWait(pool session.Pool) bool {
+func (m *Manager) takeWait(pool session.Pool) bool {
 	limit := 1 + maxWaits
 	if most := pool.DB.Stats().MaxOpenConnections; most > 0 {
 		limit = min(limit, most/2)
@@ -151,8 +151,8 @@ func (m *Manager) mayWait(pool session.Pool) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	sessions := m.sessions
-	if m.conn == nil {
-		sessions++ // there is always room for that
+	if m.conn == nil && m.opening == nil {
+		sessions++ // there is always room for the common one
 	}
 	if pool.RefusesWaits() || pool.Exhausted() || sessions >= limit {
 		return false
@@ -161,8 +161,8 @@ func (m *Manager) mayWait(pool session.Pool) bool {
 	return true
 }
 
-// untilTick returns the time until the next tick of a clock that ticks every pause, or up to an eighth
-// later. All waits of m go by the same ticks, so that they try together; other processes have others.
+// untilTick returns the time until the next tick of a clock that ticks every pause. All waits of m share it, so
+// that they try together. Each tick is late by up to an eighth, by chance, so that processes differ.
 func (m *Manager) untilTick(pause time.Duration) time.Duration {
 	now := time.Now()
 	tick := now.UnixNano()/int64(pause) + 1

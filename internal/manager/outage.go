@@ -33,25 +33,25 @@ type outage struct {
 	// Guarded by Manager.mu.
 	waits   int
 	loggers map[*slog.Logger]bool // of the waits: whether it has been told
-	missed  error                 // why the server was last not reached; nil: it has not been tried yet
+	lastErr error                 // why the server was last not reached; nil: it has not been tried yet
 	final   error                 // that will not pass; set before over is closed
 }
 
 // outlive waits until the server answers again. The wait has lost its session by err, or could not
 // open one.
 func (a *acquisition) outlive(err error) error {
-	if a.missed.IsZero() {
-		a.missed = time.Now()
+	if a.missedSince.IsZero() {
+		a.missedSince = time.Now()
 	}
-	o, missed := a.joinOutage(err)
+	o, untold := a.joinOutage(err)
 	defer a.m.leaveOutage(o)
-	if missed != nil {
-		tellMissed(a.Log, missed)
+	if untold != nil {
+		tellMissed(a.Log, untold)
 	}
 	ctx := a.ctx
 	if !a.Lead {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, a.missed.Add(reconnectFor))
+		ctx, cancel = context.WithDeadline(ctx, a.missedSince.Add(reconnectFor))
 		defer cancel()
 	}
 	select {
@@ -62,7 +62,7 @@ func (a *acquisition) outlive(err error) error {
 	}
 	a.m.mu.Lock()
 	defer a.m.mu.Unlock()
-	if a.away = o.missed; a.away == nil {
+	if a.away = o.lastErr; a.away == nil {
 		a.away = err
 	}
 	if a.ctx.Err() != nil {
@@ -77,12 +77,12 @@ func (a *acquisition) joinUnderWay() error {
 		return nil
 	}
 	a.m.mu.Lock()
-	missed := a.m.missedLocked()
+	err := a.m.missedLocked()
 	a.m.mu.Unlock()
-	if missed == nil {
+	if err == nil {
 		return nil
 	}
-	return a.outlive(missed)
+	return a.outlive(err)
 }
 
 // missedLocked returns why the server cannot be reached, if there is an outage and it has been tried.
@@ -90,7 +90,7 @@ func (m *Manager) missedLocked() error {
 	if m.outage == nil {
 		return nil
 	}
-	return m.outage.missed
+	return m.outage.lastErr
 }
 
 // joinOutage counts a wait, whose connection has failed with err, among those that wait for the server. It
@@ -112,8 +112,8 @@ func (a *acquisition) joinOutage(err error) (*outage, error) {
 	if o.loggers[log] {
 		return o, nil
 	}
-	o.loggers[log] = o.missed != nil
-	return o, o.missed
+	o.loggers[log] = o.lastErr != nil
+	return o, o.lastErr
 }
 
 // leaveOutage uncounts a wait. An outage that nobody waits out is forgotten.
@@ -175,7 +175,7 @@ func (m *Manager) missServer(o *outage, err error) {
 			tell = append(tell, log)
 		}
 	}
-	o.missed = err
+	o.lastErr = err
 	for _, q := range m.queues { // they share the answer of one that waits for the server
 		q.Refuse(err)
 	}

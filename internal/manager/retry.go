@@ -11,13 +11,13 @@ import (
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
-// A stage is where an attempt has failed.
-type stage uint8
+// An opener is who has opened the session of an attempt.
+type opener uint8
 
 const (
-	nowhere  stage = iota // there was no connection
-	onOwn                 // on a session that it had opened
-	onOthers              // on a session that others had opened
+	nobody opener = iota // there was no connection
+	itself               // the acquisition
+	others               // others, for a common session
 )
 
 // keepTrying opens sessions until attempt succeeds on one, or fails for a reason that another
@@ -27,19 +27,19 @@ func (a *acquisition) keepTrying(open func(context.Context) (*session.Session, e
 		if err := a.ready(); err != nil {
 			return nil, err
 		}
-		where := nowhere
+		by := nobody
 		s, err := open(a.ctx)
 		if err == nil {
-			where = onOwn
+			by = itself
 			if err = s.Attempt(attempt); err == nil {
 				return s, nil
 			}
 			s.GiveUp(a.ctx, err)
 			if s.Refused() && !errors.Is(err, session.ErrStandby) {
-				a.waited, a.refused, a.missed = true, true, time.Time{}
+				a.waited, a.refused, a.missedSince = true, true, time.Time{}
 			}
 		}
-		if err = a.again(err, where); err != nil {
+		if err = a.again(err, by); err != nil {
 			return nil, err
 		}
 	}
@@ -64,29 +64,29 @@ func (a *acquisition) ready() error {
 //   - Connections in the pool may be dead, after a restart of the server, say: as database/sql
 //     does, such a one is dropped and the next one tried.
 //   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
-func (a *acquisition) again(err error, where stage) error {
-	if errors.Is(err, session.ErrYield) { // the caller goes on, and finds the end of ctx itself
+func (a *acquisition) again(err error, by opener) error {
+	if err == errNoPlace || errors.Is(err, session.ErrYield) { // the caller goes on, and finds the end of ctx itself
 		return err
 	}
 	if a.ctx.Err() != nil {
-		return a.late(err, where)
+		return a.late(err, by)
 	}
 	lost := errors.As(err, new(lockconn.LostError)) // by a request of another's, perhaps
 	// database/sql closes a Conn that it has found dead.
-	gone := lost || pgsql.Gone(err) || where != nowhere && errors.Is(err, sql.ErrConnDone)
+	gone := lost || pgsql.Gone(err) || by != nobody && errors.Is(err, sql.ErrConnDone)
 	if errors.Is(err, session.ErrStandby) { // after a failover, the way may lead to one for a while
-		gone = !a.missed.IsZero()
+		gone = !a.missedSince.IsZero()
 	}
-	passes := gone || where == nowhere && (a.waited || a.Lead) && pgsql.MayPass(err)
+	passes := gone || by == nobody && (a.waited || a.Lead) && pgsql.MayPass(err)
 	switch {
 	case !passes || errors.Is(err, session.ErrRefused) || pgsql.PoolClosed(err):
 		return err
 	case a.waited:
 		return a.outlive(err)
-	case (lost || where == onOthers) && a.lives > 0:
+	case (lost || by == others) && a.lives > 0:
 		a.lives--
 		return nil
-	case a.stale > 0 && (where != nowhere || pgsql.IsNoAnswer(err)):
+	case a.stale > 0 && (by != nobody || pgsql.IsNoAnswer(err)):
 		a.stale--
 		return nil
 	case a.Lead:
@@ -97,12 +97,12 @@ func (a *acquisition) again(err error, where stage) error {
 }
 
 // late returns the error of an attempt that has failed with err, after the end of ctx, and sets hint.
-func (a *acquisition) late(err error, where stage) error {
+func (a *acquisition) late(err error, by opener) error {
 	cause := context.Cause(a.ctx)
 	switch {
-	case where == nowhere && a.pool.Exhausted():
+	case by == nobody && a.pool.Exhausted():
 		a.hint = a.m.busy(a.pool)
-	case !errors.Is(err, cause) && (pgsql.Gone(err) || where == nowhere):
+	case !errors.Is(err, cause) && (pgsql.Gone(err) || by == nobody):
 		a.hint = err.Error() // why not even the server has answered
 	}
 	if errors.Is(err, cause) {

@@ -33,8 +33,8 @@ func (m *Manager) done(k pgsql.Key, w *waiter, why error) {
 	m.tidyLocked(k)
 }
 
-// news returns err, if that is the answer to others, too: a refusal, or a time-out, which is not for each of
-// them to sit out. Otherwise the next one asks for itself.
+// news returns err if those who share the answer should have it, too: a refusal, or a time-out, which is not
+// for each of them to sit out. Otherwise it returns nil, and the next one asks.
 func (a *acquisition) news(err error) error {
 	var late interface{ Timeout() bool }
 	switch {
@@ -66,7 +66,7 @@ func (a *acquisition) awaitTurn(q *queue, w *waiter) (turn, error) {
 	for err == nil {
 		select {
 		case t := <-w.Turns:
-			a.missed = time.Time{}
+			a.missedSince = time.Time{}
 			return t, nil
 		case <-a.ctx.Done():
 			err = context.Cause(a.ctx)

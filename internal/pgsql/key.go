@@ -111,34 +111,39 @@ func Plural(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// SQL returns the argument list of the lock functions, or "" for an invalid Key.
+// SQL returns the argument list of the lock functions, or "" for an invalid Key. Where a cast follows,
+// PostgreSQL reads a literal's digits before its sign, and the digits of the smallest integer overflow: that
+// one is a difference.
 func (k Key) SQL() string {
-	var buf [48]byte
-	return string(k.appendSQL(buf[:0]))
+	switch class, object := k.Pair(); {
+	case k.Space == Pair:
+		return int4(class) + ", " + int4(object)
+	case k.Space == Bigint && k.ID == math.MinInt64:
+		return "-9223372036854775807-1"
+	default:
+		return string(k.appendLiteral(nil))
+	}
 }
 
-func (k Key) appendSQL(b []byte) []byte {
+func int4(i int32) string {
+	if i == math.MinInt32 {
+		return "-2147483647-1"
+	}
+	return strconv.Itoa(int(i))
+}
+
+// appendLiteral appends what SQL returns, but without an operator, which could not be qualified. No cast may
+// follow.
+func (k Key) appendLiteral(b []byte) []byte {
 	switch k.Space {
 	case Bigint:
-		// Where a cast follows, PostgreSQL reads a literal's digits before its sign, and
-		// the digits of the smallest integer overflow.
-		if k.ID == math.MinInt64 {
-			return append(b, "-9223372036854775807-1"...)
-		}
 		return strconv.AppendInt(b, k.ID, 10)
 	case Pair:
 		class, object := k.Pair()
-		return appendInt4(append(appendInt4(b, class), ", "...), object)
+		return strconv.AppendInt(append(strconv.AppendInt(b, int64(class), 10), ", "...), int64(object), 10)
 	default:
 		return b
 	}
-}
-
-func appendInt4(b []byte, i int32) []byte {
-	if i == math.MinInt32 { // as above
-		return append(b, "-2147483647-1"...)
-	}
-	return strconv.AppendInt(b, int64(i), 10)
 }
 
 // Columns returns the key as pg_locks spreads it over its columns (PostgreSQL manual, section

@@ -51,28 +51,28 @@ func TryWith(w Settings, k Key, shared bool) string {
 
 // answer has one row if condition is true, none if it is not, and OnStandby rows on a standby.
 func answer(condition string) string {
-	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2 WHEN " + condition + " THEN 1 ELSE 0 END)"
+	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN " + strconv.Itoa(OnStandby) + " WHEN " + condition + " THEN 1 ELSE 0 END)"
 }
 
 // Numbers of rows that are neither yes nor no.
 const (
 	OnStandby = 2 // the server is a hot standby
 
-	// Of TryCalled alone.
-	CalledInTx = 3 // the session is in a transaction
-	CalledHeld = 4 // the session holds the lock already
+	// Of TryCallers alone.
+	CallersInTx = 3 // the session is in a transaction
+	CallersHeld = 4 // the session holds the lock already
 
 	// Of TryTx alone.
 	OneSnapshot = 5 // the transaction has one snapshot for all its statements
 )
 
-// TryCalled is Try on a session of the caller's, whose state is not known. In a transaction, now() stays
+// TryCallers is Try on a session of the caller's, whose state is not known. In a transaction, now() stays
 // at its begin, and so differs from statement_timestamp().
-func TryCalled(k Key, shared bool) string {
-	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
-		" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3" +
+func TryCallers(k Key, shared bool) string {
+	return "SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN " + strconv.Itoa(OnStandby) +
+		" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN " + strconv.Itoa(CallersInTx) +
 		" WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND " +
-		k.Row() + ") THEN 4" +
+		k.Row() + ") THEN " + strconv.Itoa(CallersHeld) +
 		calls(" WHEN ", "pg_try_advisory_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
 }
 
@@ -154,7 +154,7 @@ func TryCallersTx(k Key, shared bool) string {
 // default (default_transaction_isolation) gives the transaction one snapshot.
 func TryTx(k Key, shared bool) string {
 	return calls("SELECT FROM pg_catalog.generate_series(1, CASE"+
-		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN 5"+
+		" WHEN pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) ANY ('{repeatable read,serializable}') THEN "+strconv.Itoa(OneSnapshot)+
 		" WHEN pg_catalog.pg_is_in_recovery() THEN 0 WHEN ", "pg_try_advisory_xact_lock", []Key{k}, shared) + " THEN 1 ELSE 0 END)"
 }
 
@@ -172,9 +172,9 @@ const (
 	RollbackToSavepoint = "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"
 )
 
-// TxSilence is put before a statement, and has the server end the transaction once it has waited
+// TxIdleTimeout is put before a statement, and has the server end the transaction once it has waited
 // for its next statement for d. SET takes no snapshot.
-func TxSilence(d time.Duration) string {
+func TxIdleTimeout(d time.Duration) string {
 	return "SET LOCAL idle_in_transaction_session_timeout = " + milliseconds(d) + "; "
 }
 
@@ -263,7 +263,7 @@ func calls(prefix, function string, keys []Key, shared bool) string {
 			b = append(b, "_shared"...)
 		}
 		b = append(b, '(')
-		b = k.appendSQL(b)
+		b = k.appendLiteral(b)
 		b = append(b, ')')
 	}
 	return string(b)

@@ -44,7 +44,7 @@ func TestStatementsOfASession(t *testing.T) {
 		{"Try, shared", pgsql.Try(one, true), onPrimary + "pg_catalog.pg_try_advisory_lock_shared(42) END"},
 		{"Try, a pair", pgsql.Try(pairs, false), onPrimary + "pg_catalog.pg_try_advisory_lock(-7, 42) END"},
 		{"Try, the smallest number", pgsql.Try([]pgsql.Key{id(math.MinInt64)}, false),
-			onPrimary + "pg_catalog.pg_try_advisory_lock(-9223372036854775807-1) END"},
+			onPrimary + "pg_catalog.pg_try_advisory_lock(-9223372036854775808) END"},
 		{"Try, several", pgsql.Try(three, false),
 			"SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0" +
 				" WHEN NOT pg_catalog.pg_try_advisory_lock(42) THEN 0" +
@@ -54,12 +54,12 @@ func TestStatementsOfASession(t *testing.T) {
 			"SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0" +
 				" WHEN NOT pg_catalog.pg_try_advisory_lock_shared(42) THEN 0" +
 				" WHEN NOT pg_catalog.pg_try_advisory_lock_shared(-7, 42) THEN 1 ELSE 2 END)"},
-		{"TryCalled", pgsql.TryCalled(id(42), false),
+		{"TryCallers", pgsql.TryCallers(id(42), false),
 			"SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 				" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3" +
 				" WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + mine + row42 + ") THEN 4" +
 				" WHEN pg_catalog.pg_try_advisory_lock(42) THEN 1 ELSE 0 END)"},
-		{"TryCalled, shared, a pair", pgsql.TryCalled(pair(-7, 42), true),
+		{"TryCallers, shared, a pair", pgsql.TryCallers(pair(-7, 42), true),
 			"SELECT FROM pg_catalog.generate_series(1, CASE WHEN pg_catalog.pg_is_in_recovery() THEN 2" +
 				" WHEN pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp() THEN 3" +
 				" WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE " + mine + rowPair + ") THEN 4" +
@@ -139,7 +139,7 @@ func TestStatementsOfATransaction(t *testing.T) {
 		{"Restart", pgsql.Restart, "ROLLBACK AND CHAIN"},
 		{"Savepoint", pgsql.Savepoint, "SAVEPOINT advisory"},
 		{"RollbackToSavepoint", pgsql.RollbackToSavepoint, "ROLLBACK TO SAVEPOINT advisory; RELEASE SAVEPOINT advisory"},
-		{"TxSilence", pgsql.TxSilence(time.Minute), "SET LOCAL idle_in_transaction_session_timeout = 60000; "},
+		{"TxIdleTimeout", pgsql.TxIdleTimeout(time.Minute), "SET LOCAL idle_in_transaction_session_timeout = 60000; "},
 	})
 }
 
@@ -171,7 +171,7 @@ func TestStatementsThatReadColumns(t *testing.T) {
 // Rows that mean something else than yes or no must not be taken for that, or for each other.
 func TestNumbersOfRows(t *testing.T) {
 	t.Parallel()
-	if pgsql.OnStandby != 2 || pgsql.CalledInTx != 3 || pgsql.CalledHeld != 4 || pgsql.OneSnapshot != 5 {
+	if pgsql.OnStandby != 2 || pgsql.CallersInTx != 3 || pgsql.CallersHeld != 4 || pgsql.OneSnapshot != 5 {
 		t.Error("they are not those in the statements")
 	}
 }
@@ -186,6 +186,6 @@ func TestTimesAreSentInMillisecondsRoundedUp(t *testing.T) {
 		15 * time.Second:                 "15000",
 		math.MaxInt32 * time.Millisecond: "2147483647",
 	} {
-		check(t, []verbatim{{d.String(), pgsql.TxSilence(d), "SET LOCAL idle_in_transaction_session_timeout = " + want + "; "}})
+		check(t, []verbatim{{d.String(), pgsql.TxIdleTimeout(d), "SET LOCAL idle_in_transaction_session_timeout = " + want + "; "}})
 	}
 }

@@ -11,9 +11,9 @@ import (
 type Place uint8
 
 const (
-	OnOwn    Place = iota // a session that holds nothing else
-	OnCalled              // a session of the caller's, which may hold other locks
-	InTx                  // a transaction
+	OnOwn     Place = iota // a session that holds nothing else
+	OnCallers              // a session of the caller's, which may hold other locks
+	InTx                   // a transaction
 )
 
 // Wait is one bounded wait: an answer, with one row if the lock was granted. It is one message,
@@ -55,7 +55,7 @@ func Wait(on Place, restart string, k Key, shared bool, bound time.Duration, w S
 	switch on {
 	case OnOwn:
 		t.block.WriteString("PERFORM pg_catalog.pg_advisory_unlock_all();")
-	case OnCalled:
+	case OnCallers:
 		classid, objid := k.columns()
 		t.set("classid", "'"+classid+"'")
 		t.set("objid", "'"+objid+"'")
@@ -120,9 +120,9 @@ func (t *waitText) lock(k Key, shared bool) {
 // settings has the block make the settings of w, which stay with the grant: this process may be out of
 // reach by then.
 func (t *waitText) settings(w Settings) {
-	if w.Silence > 0 {
+	if w.IdleTimeout > 0 {
 		t.set("nonce", "'"+w.Nonce+"'")
-		t.set("silence", "'"+milliseconds(w.Silence)+"'")
+		t.set("idle_timeout", "'"+milliseconds(w.IdleTimeout)+"'")
 	}
 	for _, p := range w.parameters() {
 		t.apply(p.name, p.from, "false")
@@ -134,9 +134,9 @@ func (t *waitText) settings(w Settings) {
 
 // Settings are the settings of a session that holds locks.
 type Settings struct {
-	// Silence is how long the server waits for the session's next statement before it ends the
+	// IdleTimeout is how long the server waits for the session's next statement before it ends the
 	// session. 0: for ever.
-	Silence time.Duration
+	IdleTimeout time.Duration
 
 	// Nonce tells the session from every other. DISCARD ALL, which frees the locks, resets it.
 	Nonce string
@@ -155,17 +155,17 @@ type parameter struct{ name, from string }
 
 func (w Settings) parameters() []parameter {
 	switch {
-	case w.Silence == 0:
+	case w.IdleTimeout == 0:
 		return nil
 	case w.Exposed:
-		return []parameter{{"advisory.session", "nonce"}, {"idle_session_timeout", "silence"}, {"idle_in_transaction_session_timeout", "silence"}}
+		return []parameter{{"advisory.session", "nonce"}, {"idle_session_timeout", "idle_timeout"}, {"idle_in_transaction_session_timeout", "idle_timeout"}}
 	default:
-		return []parameter{{"advisory.session", "nonce"}, {"idle_session_timeout", "silence"}}
+		return []parameter{{"advisory.session", "nonce"}, {"idle_session_timeout", "idle_timeout"}}
 	}
 }
 
 // None tells whether there is nothing to set.
-func (w Settings) None() bool { return w.Silence == 0 && !w.Check }
+func (w Settings) None() bool { return w.IdleTimeout == 0 && !w.Check }
 
 // calls are the calls that make the settings. The nonce is set the first time alone.
 func (w Settings) calls(first bool) string {
@@ -174,7 +174,7 @@ func (w Settings) calls(first bool) string {
 		if p.from == "nonce" && !first {
 			continue
 		}
-		value := milliseconds(w.Silence)
+		value := milliseconds(w.IdleTimeout)
 		if p.from == "nonce" {
 			value = w.Nonce
 		}

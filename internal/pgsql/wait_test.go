@@ -27,19 +27,19 @@ func TestWait(t *testing.T) {
 		bound = "SELECT pg_catalog.set_config('lock_timeout', pg_catalog.ceil(LEAST(100, " +
 			"pg_catalog.date_part('epoch', pg_catalog.current_setting('deadlock_timeout')::pg_catalog.interval) OPERATOR(pg_catalog.*) 500))::pg_catalog.text, true), " +
 			"pg_catalog.set_config('advisory.granted', '', true)"
-		old      = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) "
-		bigint   = "(pg_catalog.current_setting('advisory.key')::pg_catalog.int8)"
-		pairArgs = "(pg_catalog.current_setting('advisory.class')::pg_catalog.int4, pg_catalog.current_setting('advisory.object')::pg_catalog.int4)"
-		silence  = ", pg_catalog.set_config('advisory.nonce', 'N', true), pg_catalog.set_config('advisory.silence', '15000', true)"
-		silences = ", pg_catalog.set_config('advisory.session', pg_catalog.current_setting('advisory.nonce'), false), " +
-			"pg_catalog.set_config('idle_session_timeout', pg_catalog.current_setting('advisory.silence'), false)"
-		silencesTx  = ", pg_catalog.set_config('idle_in_transaction_session_timeout', pg_catalog.current_setting('advisory.silence'), false)"
-		lockTimeout = ", pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old"
-		restores    = ", pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true)"
-		granted     = "pg_catalog.set_config('advisory.granted', '1', true)"
-		caught      = "; EXCEPTION WHEN lock_not_available OR query_canceled THEN "
-		frees       = "PERFORM pg_catalog.pg_advisory_unlock_all();"
-		looks       = "PERFORM " + granted + " FROM (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted" +
+		old          = "WITH old AS MATERIALIZED (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout) "
+		bigint       = "(pg_catalog.current_setting('advisory.key')::pg_catalog.int8)"
+		pairArgs     = "(pg_catalog.current_setting('advisory.class')::pg_catalog.int4, pg_catalog.current_setting('advisory.object')::pg_catalog.int4)"
+		idleTimeout  = ", pg_catalog.set_config('advisory.nonce', 'N', true), pg_catalog.set_config('advisory.idle_timeout', '15000', true)"
+		idleTimeouts = ", pg_catalog.set_config('advisory.session', pg_catalog.current_setting('advisory.nonce'), false), " +
+			"pg_catalog.set_config('idle_session_timeout', pg_catalog.current_setting('advisory.idle_timeout'), false)"
+		idleTimeoutsTx = ", pg_catalog.set_config('idle_in_transaction_session_timeout', pg_catalog.current_setting('advisory.idle_timeout'), false)"
+		lockTimeout    = ", pg_catalog.set_config('advisory.lock_timeout', old.lock_timeout, true) FROM old"
+		restores       = ", pg_catalog.set_config('lock_timeout', pg_catalog.current_setting('advisory.lock_timeout'), true)"
+		granted        = "pg_catalog.set_config('advisory.granted', '1', true)"
+		caught         = "; EXCEPTION WHEN lock_not_available OR query_canceled THEN "
+		frees          = "PERFORM pg_catalog.pg_advisory_unlock_all();"
+		looks          = "PERFORM " + granted + " FROM (SELECT FROM pg_catalog.pg_locks WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND granted" +
 			" AND mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND locktype OPERATOR(pg_catalog.=) 'advisory'" +
 			" AND classid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.classid')::pg_catalog.oid" +
 			" AND objid OPERATOR(pg_catalog.=) pg_catalog.current_setting('advisory.objid')::pg_catalog.oid AND objsubid OPERATOR(pg_catalog.=) 1) AS held;"
@@ -51,9 +51,9 @@ func TestWait(t *testing.T) {
 		ends     = " END; END$advisory$; MOVE ALL IN advisory_answer"
 		endsBare = " END$advisory$; " + rows
 	)
-	watched := pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"}
+	watched := pgsql.Settings{IdleTimeout: 15 * time.Second, Nonce: "N"}
 	minute, exposed, checked := watched, watched, watched
-	minute.Silence, exposed.Exposed, checked.Check = time.Minute, true, true
+	minute.IdleTimeout, exposed.Exposed, checked.Check = time.Minute, true, true
 	const number = "pg_catalog.set_config('advisory.key', '42', true)"
 	for _, test := range []struct {
 		name    string
@@ -66,13 +66,13 @@ func TestWait(t *testing.T) {
 	}{
 		{
 			"a session that the server watches", pgsql.OnOwn, "", id(42), false, watched,
-			"/* advisory: 42 */ " + bound + silence + ", " + number +
-				do + silences + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + idleTimeout + ", " + number +
+				do + idleTimeouts + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"for another time", pgsql.OnOwn, "", id(42), false, minute,
-			"/* advisory: 42 */ " + bound + strings.Replace(silence, "15000", "60000", 1) + ", " + number +
-				do + silences + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + strings.Replace(idleTimeout, "15000", "60000", 1) + ", " + number +
+				do + idleTimeouts + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"one that it does not watch", pgsql.OnOwn, "", id(42), false, pgsql.Settings{},
@@ -81,22 +81,22 @@ func TestWait(t *testing.T) {
 		},
 		{
 			"one that is exposed", pgsql.OnOwn, "", id(42), false, exposed,
-			"/* advisory: 42 */ " + bound + silence + ", " + number +
-				do + silences + silencesTx + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + idleTimeout + ", " + number +
+				do + idleTimeouts + idleTimeoutsTx + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
 			"one with the connection check", pgsql.OnOwn, "", id(42), false, checked,
-			"/* advisory: 42 */ " + bound + silence + ", " + number +
-				do + silences + ", " + connCheck + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
+			"/* advisory: 42 */ " + bound + idleTimeout + ", " + number +
+				do + idleTimeouts + ", " + connCheck + ", pg_catalog.pg_advisory_lock" + bigint + caught + frees + ends,
 		},
 		{
-			"the caller's session", pgsql.OnCalled, "", id(42), false, pgsql.Settings{},
+			"the caller's session", pgsql.OnCallers, "", id(42), false, pgsql.Settings{},
 			"/* advisory: 42 */ " + bound + ", " + number +
 				", pg_catalog.set_config('advisory.classid', '0', true), pg_catalog.set_config('advisory.objid', '42', true)" +
 				doBare + ", pg_catalog.pg_advisory_lock" + bigint + caught + looks + endsBare,
 		},
 		{
-			"the caller's session, shared, a pair", pgsql.OnCalled, "", pair(-7, 42), true, pgsql.Settings{},
+			"the caller's session, shared, a pair", pgsql.OnCallers, "", pair(-7, 42), true, pgsql.Settings{},
 			"/* advisory: -7.42 */ " + bound + ", pg_catalog.set_config('advisory.class', '-7', true), pg_catalog.set_config('advisory.object', '42', true)" +
 				", pg_catalog.set_config('advisory.classid', '4294967289', true), pg_catalog.set_config('advisory.objid', '42', true)" +
 				doBare + ", pg_catalog.pg_advisory_lock_shared" + pairArgs + caught +
@@ -118,7 +118,7 @@ func TestWait(t *testing.T) {
 				doBare + ", " + connCheckTx + ", pg_catalog.pg_advisory_xact_lock" + bigint + restores + caught + "NULL;" + endsBare,
 		},
 		{
-			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + "; " + pgsql.TxSilence(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
+			"a transaction that the server watches, shared, a pair", pgsql.InTx, pgsql.Restart + "; " + pgsql.TxIdleTimeout(time.Minute), pair(1, math.MinInt32), true, pgsql.Settings{},
 			"/* advisory: 1.-2147483648 */ SELECT; ROLLBACK AND CHAIN; SET LOCAL idle_in_transaction_session_timeout = 60000; " + old + bound +
 				", pg_catalog.set_config('advisory.class', '1', true), pg_catalog.set_config('advisory.object', '-2147483648', true)" + lockTimeout +
 				doBare + ", pg_catalog.pg_advisory_xact_lock_shared" + pairArgs + restores + caught + "NULL;" + endsBare,
@@ -149,10 +149,10 @@ func TestTheBlockThatWaitsIsTheSameForAllKeys(t *testing.T) {
 		_, block, _ := strings.Cut(pgsql.Wait(on, "", k, false, bound, w), "DO ")
 		return block
 	}
-	for _, on := range []pgsql.Place{pgsql.OnOwn, pgsql.OnCalled, pgsql.InTx} {
-		for _, silence := range []time.Duration{0, time.Second} {
-			a := block(on, id(1), time.Second, pgsql.Settings{Silence: silence, Nonce: "a"})
-			b := block(on, named("b", -5), time.Minute, pgsql.Settings{Silence: 2 * silence, Nonce: "b"})
+	for _, on := range []pgsql.Place{pgsql.OnOwn, pgsql.OnCallers, pgsql.InTx} {
+		for _, idleTimeout := range []time.Duration{0, time.Second} {
+			a := block(on, id(1), time.Second, pgsql.Settings{IdleTimeout: idleTimeout, Nonce: "a"})
+			b := block(on, named("b", -5), time.Minute, pgsql.Settings{IdleTimeout: 2 * idleTimeout, Nonce: "b"})
 			if a != b {
 				t.Errorf("place %d:\n%s\n%s", on, a, b)
 			}
@@ -188,12 +188,12 @@ func TestSettings(t *testing.T) {
 			tryWith: "SELECT" + try, isNone: true,
 		},
 		{
-			name: "silence", w: pgsql.Settings{Silence: 15 * time.Second, Nonce: "N"},
+			name: "silence", w: pgsql.Settings{IdleTimeout: 15 * time.Second, Nonce: "N"},
 			first: "SELECT " + nonce + idle + "; ", again: "SELECT " + idle + "; ", reset: undo,
 			tryWith: "SELECT " + nonce + idle + try,
 		},
 		{
-			name: "silence, exposed", w: pgsql.Settings{Silence: 15 * time.Second, Nonce: "N", Exposed: true},
+			name: "silence, exposed", w: pgsql.Settings{IdleTimeout: 15 * time.Second, Nonce: "N", Exposed: true},
 			first: "SELECT " + nonce + idle + ", " + idleTx + "; ", again: "SELECT " + idle + ", " + idleTx + "; ", reset: undo + undoBare,
 			tryWith: "SELECT " + nonce + idle + ", " + idleTx + try,
 		},
@@ -203,7 +203,7 @@ func TestSettings(t *testing.T) {
 			tryWith: "SELECT " + connCheck + try,
 		},
 		{
-			name: "all", w: pgsql.Settings{Silence: 15 * time.Second, Nonce: "N", Exposed: true, Check: true},
+			name: "all", w: pgsql.Settings{IdleTimeout: 15 * time.Second, Nonce: "N", Exposed: true, Check: true},
 			first: "SELECT " + nonce + idle + ", " + idleTx + ", " + connCheck + "; ",
 			again: "SELECT " + idle + ", " + idleTx + ", " + connCheck + "; ",
 			reset: undo + undoBare + unCheck, inTx: "SELECT " + connCheckTx + "; ",

@@ -85,7 +85,7 @@ func TestDiscardFreesTheLocksAndClosesTheConnection(t *testing.T) {
 		took   time.Duration
 	}{
 		{"as it is", nil, func(*session.Session) []string { return []string{pgsql.UnlockAll} }, 0},
-		{"with settings", func(s *session.Session, _ *server) { s.ChangeSilence(time.Minute) }, func(s *session.Session) []string {
+		{"with settings", func(s *session.Session, _ *server) { s.ChangeIdleTimeout(time.Minute) }, func(s *session.Session) []string {
 			return []string{s.Reset() + pgsql.UnlockAll}
 		}, 0},
 		{"gone", func(s *session.Session, srv *server) {
@@ -217,7 +217,7 @@ func TestReleaseIsOfALockThatWasHeld(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				pool, srv := newPool(t)
 				s := open(t, pool, test.use)
-				s.SetSilence(time.Minute)
+				s.SetIdleTimeout(time.Minute)
 				var ends atomic.Int32
 				s.OnEnd = func() { ends.Add(1) }
 				wantError(t, s.Lock(t.Context(), key, false, time.Now()), nil)
@@ -267,7 +267,7 @@ func TestReclaimDoesNotWaitForLong(t *testing.T) {
 // closed, with what the caller had on it.
 func TestTheCallersConnectionIsLeftAlone(t *testing.T) {
 	t.Parallel()
-	tryCalled := pgsql.TryCalled(key, false)
+	tryCallers := pgsql.TryCallers(key, false)
 	held := pgsql.UnlockHeld([]pgsql.Key{key}, false)
 	acquire := func(ctx context.Context, s *session.Session) error {
 		err := s.Lock(ctx, key, true, time.Now())
@@ -285,13 +285,13 @@ func TestTheCallersConnectionIsLeftAlone(t *testing.T) {
 		sent []string
 		want error
 	}{
-		{"granted", acquire, 1, nil, []string{tryCalled}, nil},
-		{"refused", acquire, 0, nil, []string{tryCalled}, session.ErrRefused},
-		{"in a transaction", acquire, pgsql.CalledInTx, nil, []string{tryCalled}, session.ErrInTransaction},
-		{"in a failed transaction", acquire, 0, serverError("25P02"), []string{tryCalled}, session.ErrInTransaction},
-		{"held already", acquire, pgsql.CalledHeld, nil, []string{tryCalled}, session.ErrReentrant},
-		{"the server's error", acquire, 0, serverError("53200"), []string{tryCalled, pgsql.UnlockAll, "close"}, serverError("53200")},
-		{"gone", acquire, 0, died, []string{tryCalled, "close"}, died},
+		{"granted", acquire, 1, nil, []string{tryCallers}, nil},
+		{"refused", acquire, 0, nil, []string{tryCallers}, session.ErrRefused},
+		{"in a transaction", acquire, pgsql.CallersInTx, nil, []string{tryCallers}, session.ErrInTransaction},
+		{"in a failed transaction", acquire, 0, serverError("25P02"), []string{tryCallers}, session.ErrInTransaction},
+		{"held already", acquire, pgsql.CallersHeld, nil, []string{tryCallers}, session.ErrReentrant},
+		{"the server's error", acquire, 0, serverError("53200"), []string{tryCallers, pgsql.UnlockAll, "close"}, serverError("53200")},
+		{"gone", acquire, 0, died, []string{tryCallers, "close"}, died},
 		{"released", release, 1, nil, []string{held}, nil},
 		{"not held", release, 0, nil, []string{held}, session.ErrNotHeld},
 		{"the release fails", release, 0, serverError("XX000"), []string{held, pgsql.UnlockAll, "close"}, serverError("XX000")},

@@ -129,8 +129,8 @@ func (p Pool) conn(ctx context.Context) (*sql.Conn, error) {
 	}
 }
 
-// errFull is the error of one who has waited for others, within a bound that is for the driver: when he looked,
-// there was a place in the pool.
+// errFull says that there was a place in the pool at first, and that others took it. So the bound, which is for
+// the driver, ran out in a wait for them.
 var errFull = errors.New("the pool is full")
 
 func (p Pool) boundedConn(ctx context.Context) (*sql.Conn, error) {

@@ -112,7 +112,8 @@ func (s *Sender) give() {
 }
 
 // Exec sends one statement, when nobody else sends. It returns at most Grace and abandonAfter past
-// the end of ctx, or abandonAfter past bound, even if the driver does not. A bound of 0 is none.
+// the end of ctx, or abandonAfter past bound, even if the driver does not; a driver that driver.go knows is
+// made to return. A bound of 0 is none. On a connection of the caller's, Grace is longer: see OnConn.
 // After an error that is not the server's, the session can only be given up.
 func (s *Session) Exec(ctx context.Context, bound time.Duration, query string, args ...int64) (rows int64, err error) {
 	return Run(ctx, &s.Sender, bound, len(query), func(ctx context.Context) (int64, error) { return s.send(ctx, direct, query, args) })

@@ -32,7 +32,7 @@ const (
 )
 
 // A Session is one connection, and the locks on it. What sends (Exec, ExecQuiet, Do, Run), Hasten, Interrupt,
-// Discard, and the settings (Silence, ChangeSilence, Reset, WasReset) are safe to call from several
+// Discard, and the settings (IdleTimeout, ChangeIdleTimeout, Reset, WasReset) are safe to call from several
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 //
 // These are all kinds of sessions that there are:
@@ -42,7 +42,7 @@ const (
 //	WithConnLock             ForConn   OnOwn     set
 //	WithTxLock               ForTx     InTx      set
 //	  above READ COMMITTED   ForTx     OnOwn     set
-//	AcquireConn              ForConn   OnCalled  nil
+//	AcquireConn              ForConn   OnCallers  nil
 type Session struct {
 	Sender
 	Shared bool // the lock is shared
@@ -64,21 +64,21 @@ type Session struct {
 	settings   pgsql.Settings
 	made       bool // the settings may have been made
 
-	place     pgsql.Place
-	txSilence string      // in a transaction: put before its first statement
-	held      []pgsql.Key // what Lock or Wait has taken
-	refused   bool        // the server has refused the lock: another has it
-	sent      time.Time   // when the last statement that takes a lock went out
-	left      bool        // the caller has left a statement that takes the lock
-	rowsOpen  bool        // fn has left rows open
-	unwind    func()      // ends what was begun before the lock was asked for; nil: nothing was
+	place         pgsql.Place
+	txIdleTimeout string      // in a transaction: put before its first statement
+	held          []pgsql.Key // what Lock or Wait has taken
+	refused       bool        // the server has refused the lock: another has it
+	sent          time.Time   // when the last statement that takes a lock went out
+	left          bool        // the caller has left a statement that takes the lock
+	rowsOpen      bool        // fn has left rows open
+	unwind        func()      // ends what was begun before the lock was asked for; nil: nothing was
 }
 
 // OnConn returns the session of a connection of the caller's.
 func OnConn(conn *sql.Conn, log *slog.Logger, shared bool) *Session {
 	s := newSession(conn, Pool{Facts: new(Facts)}, log, ForConn)
-	s.place, s.Shared = pgsql.OnCalled, shared
-	s.grace += sliceMin // its waits are not left
+	s.place, s.Shared = pgsql.OnCallers, shared
+	s.grace += sliceMin // its waits are not left, and most end within their slice
 	return s
 }
 
@@ -103,7 +103,7 @@ func newSession(conn *sql.Conn, pool Pool, log *slog.Logger, use Use) *Session {
 }
 
 // callers tells whether the connection is the caller's.
-func (s *Session) callers() bool { return s.place == pgsql.OnCalled }
+func (s *Session) callers() bool { return s.place == pgsql.OnCallers }
 
 // Conn returns the connection.
 func (s *Session) Conn() *sql.Conn { return s.conn }
@@ -114,34 +114,34 @@ func (s *Session) Nonce() string { return s.settings.Nonce }
 // Caches tells whether the driver keeps statements that have arguments prepared.
 func (s *Session) Caches() bool { return s.caches }
 
-// SetSilence has the server end the session once it has heard nothing for d, when the next lock is
+// SetIdleTimeout has the server end the session once it has heard nothing for d, when the next lock is
 // granted. 0 is never.
-func (s *Session) SetSilence(d time.Duration) { s.settings.Silence = d }
+func (s *Session) SetIdleTimeout(d time.Duration) { s.settings.IdleTimeout = d }
 
-// Silence returns how long the server waits for the next statement. 0 is for ever.
-func (s *Session) Silence() time.Duration {
+// IdleTimeout returns how long the server waits for the next statement. 0 is for ever.
+func (s *Session) IdleTimeout() time.Duration {
 	s.settingsMu.Lock()
 	defer s.settingsMu.Unlock()
-	return s.silenceLocked()
+	return s.idleTimeoutLocked()
 }
 
-func (s *Session) silenceLocked() time.Duration {
+func (s *Session) idleTimeoutLocked() time.Duration {
 	if !s.made {
 		return 0
 	}
-	return s.settings.Silence
+	return s.settings.IdleTimeout
 }
 
-// ChangeSilence returns the statement that makes the server wait for d, which the caller is to send, or
+// ChangeIdleTimeout returns the statement that makes the server wait for d, which the caller is to send, or
 // "" if the server does so already.
-func (s *Session) ChangeSilence(d time.Duration) (set string) {
+func (s *Session) ChangeIdleTimeout(d time.Duration) (set string) {
 	s.settingsMu.Lock()
 	defer s.settingsMu.Unlock()
-	if d == s.silenceLocked() {
+	if d == s.idleTimeoutLocked() {
 		return ""
 	}
 	first := !s.made
-	s.settings.Silence, s.made = d, true
+	s.settings.IdleTimeout, s.made = d, true
 	return s.settings.Set(first)
 }
 
@@ -176,7 +176,8 @@ func (s *Session) HandBack() {
 	s.ended()
 }
 
-// End ends a session that clean cleans. If that returns false, or panics, the connection is discarded.
+// End runs clean. It hands the connection back if clean returns true, and otherwise, or if clean panics,
+// discards it.
 func (s *Session) End(clean func() bool) {
 	cleaned := false
 	defer func() {

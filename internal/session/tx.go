@@ -13,9 +13,9 @@ import (
 
 // A Tx is a transaction on a session that is borrowed for it, and the lock that it holds.
 type Tx struct {
-	s       *Session
-	opts    *sql.TxOptions
-	silence string // put before a statement; "": HolderTimeout is not given
+	s           *Session
+	opts        *sql.TxOptions
+	idleTimeout string // put before a statement; "": HolderTimeout is not given
 
 	// OneSnapshot: at REPEATABLE READ and above the lock is the session's. The lock statement would
 	// otherwise fix the snapshot before the lock is granted.
@@ -35,7 +35,7 @@ type Tx struct {
 func NewTx(s *Session, opts *sql.TxOptions, oneSnapshot bool, holderTimeout time.Duration) *Tx {
 	t := &Tx{s: s, opts: opts, OneSnapshot: oneSnapshot}
 	if holderTimeout > 0 {
-		t.silence = pgsql.TxSilence(holderTimeout)
+		t.idleTimeout = pgsql.TxIdleTimeout(holderTimeout)
 	}
 	s.unwind = func() { _ = t.Rollback() }
 	return t
@@ -48,7 +48,7 @@ func (t *Tx) Tx() *sql.Tx { return t.tx }
 // up, which rolls back.
 func (t *Tx) Begin(ctx context.Context, k pgsql.Key, noWait bool, since time.Time) error {
 	if !t.OneSnapshot {
-		t.s.place, t.s.txSilence = pgsql.InTx, t.silence
+		t.s.place, t.s.txIdleTimeout = pgsql.InTx, t.idleTimeout
 		if err := t.begin(ctx); err != nil {
 			return err
 		}
@@ -66,8 +66,8 @@ func (t *Tx) Begin(ctx context.Context, k pgsql.Key, noWait bool, since time.Tim
 	if err := t.begin(ctx); err != nil {
 		return err
 	}
-	if t.silence != "" {
-		if _, err := t.s.Exec(ctx, AnswerBound, t.silence); err != nil {
+	if t.idleTimeout != "" {
+		if _, err := t.s.Exec(ctx, AnswerBound, t.idleTimeout); err != nil {
 			return err
 		}
 	}

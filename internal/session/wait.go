@@ -135,14 +135,14 @@ func (s *Session) try(ctx context.Context, k pgsql.Key) (granted bool, err error
 	made := s.made
 	s.sent = time.Now()
 	switch s.place {
-	case pgsql.OnCalled:
-		return s.tryCalled(ctx, k)
+	case pgsql.OnCallers:
+		return s.tryCallers(ctx, k)
 	case pgsql.InTx:
 		granted, err = s.tryTx(ctx, k)
 	default:
 		granted, err = s.tryOwn(ctx, k)
 	}
-	if s.refusesCheck(err) { // after it has granted the lock
+	if s.dropCheck(err) { // after it has granted the lock
 		s.made = made
 		if _, err := s.Exec(ctx, AnswerBound, s.undo(k)); err != nil {
 			return false, err
@@ -170,12 +170,12 @@ func (s *Session) tryTx(ctx context.Context, k pgsql.Key) (granted bool, err err
 	return rows > 0, err
 }
 
-func (s *Session) tryCalled(ctx context.Context, k pgsql.Key) (granted bool, err error) {
-	rows, err := s.Exec(ctx, AnswerBound, pgsql.TryCalled(k, s.Shared))
+func (s *Session) tryCallers(ctx context.Context, k pgsql.Key) (granted bool, err error) {
+	rows, err := s.Exec(ctx, AnswerBound, pgsql.TryCallers(k, s.Shared))
 	switch {
-	case rows == pgsql.CalledInTx, pgsql.State(err) == pgsql.InFailedTransaction:
+	case rows == pgsql.CallersInTx, pgsql.State(err) == pgsql.InFailedTransaction:
 		return false, ErrInTransaction
-	case rows == pgsql.CalledHeld:
+	case rows == pgsql.CallersHeld:
 		return false, ErrReentrant
 	case rows == pgsql.OnStandby:
 		return false, ErrStandby
@@ -190,9 +190,9 @@ func (s *Session) restart() string {
 	case s.place != pgsql.InTx:
 		return ""
 	case !s.refused:
-		return s.txSilence
+		return s.txIdleTimeout
 	default:
-		return pgsql.Restart + "; " + s.txSilence
+		return pgsql.Restart + "; " + s.txIdleTimeout
 	}
 }
 
@@ -260,7 +260,7 @@ func (s *Session) slice(ctx context.Context, k pgsql.Key, bound time.Duration) (
 	}
 	s.sent = time.Now()
 	rows, err := s.execLeavable(ctx, bound+AnswerBound, s.comment(k)+pgsql.Wait(s.place, s.restart(), k, s.Shared, bound, settings))
-	checkRefused := s.refusesCheck(err)
+	checkRefused := s.dropCheck(err)
 	switch {
 	case err == nil && rows == pgsql.OnStandby:
 		return false, ErrStandby
@@ -306,9 +306,9 @@ func (s *Session) undo(k pgsql.Key) string {
 	}
 }
 
-// refusesCheck tells whether the server has refused the setting of pgsql.Settings.Check. Then the
-// session does without.
-func (s *Session) refusesCheck(err error) bool {
+// dropCheck has the session do without the setting of pgsql.Settings.Check if the server has refused that by
+// err. It tells whether it has.
+func (s *Session) dropCheck(err error) bool {
 	if !s.settings.Check || !pgsql.RefusesCheck(err) {
 		return false
 	}
