@@ -115,11 +115,8 @@ func (h *hold) starved(err error) error {
 // release ends the hold, once.
 func (h *hold) release() error {
 	h.once.Do(func() {
-		err, kept, begun := session.ErrPanicked, false, false
-		defer func() {
-			if !begun && h.locks != nil { // the driver has panicked before the release
-				go func() { _ = h.locks.Release() }()
-			}
+		err, kept := session.ErrPanicked, false
+		defer func() { // also if the driver panics
 			if !kept {
 				h.err = h.releaseError(err)
 				h.observed.holdEnd(h.err)
@@ -132,7 +129,6 @@ func (h *hold) release() error {
 		h.ended.Store(true)
 		h.cancel(nil)
 		kept = h.keep()
-		begun = true
 		switch {
 		case kept:
 		case h.session != nil:
@@ -147,7 +143,18 @@ func (h *hold) release() error {
 // keep keeps the locks until AtLeast is over, and then releases them, by a timer. It returns false
 // if AtLeast is over already, or a lock is lost.
 func (h *hold) keep() bool {
-	if time.Until(h.until) <= 0 || h.locks.Ping() != nil {
+	if time.Until(h.until) <= 0 {
+		return false
+	}
+	pinged := false
+	defer func() {
+		if !pinged { // the driver has panicked
+			go func() { _ = h.locks.Release() }()
+		}
+	}()
+	err := h.locks.Ping()
+	pinged = true
+	if err != nil {
 		return false
 	}
 	// The caller has its result, so that a loss is for the Logger and the Observer. They are told on
