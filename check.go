@@ -124,11 +124,23 @@ func checkOther(ctx context.Context, pool session.Pool, cfg *config, patience ti
 	return err
 }
 
-// openMarked opens a session, marks it, and checks that it leads to a primary.
+// openMarked opens a session, marks it, and checks that it leads to a primary. The mark, its first
+// statement, also finds the dead connections of the pool.
 func openMarked(ctx context.Context, pool session.Pool, cfg *config) (*session.Session, error) {
-	return pool.OpenLive(ctx, cfg.logger, func(s *session.Session) error {
-		return step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes)
-	})
+	for dead := pool.DB.Stats().OpenConnections; ; dead-- { // others may be about to hand back dead ones
+		s, err := pool.Open(ctx, cfg.logger, session.ForLocks)
+		if err != nil {
+			return nil, err
+		}
+		err = s.Attempt(func(s *session.Session) error { return step(ctx, s, pgsql.Mark(s.Nonce()), 1, changes) })
+		if err == nil {
+			return s, nil
+		}
+		s.Discard()
+		if dead <= 0 || ctx.Err() != nil || !pgsql.Gone(err) {
+			return nil, err
+		}
+	}
 }
 
 // step sends a statement, and returns an error if its answer does not have as many rows as wanted.

@@ -70,7 +70,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 	if err != nil {
 		return err
 	}
-	if cfg.logger == silent {
+	if cfg.logger == session.Silent {
 		cfg.logger = slog.Default()
 	}
 	pauses := session.NewBackoff(leadPauseMin, leadPauseMax)

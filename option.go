@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/manager"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 const (
@@ -188,8 +189,6 @@ type config struct {
 
 var defaultTx sql.TxOptions
 
-var silent = slog.New(slog.DiscardHandler)
-
 // newConfig reads opts for the function called fn, which takes those in allowed.
 func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 	c := config{heartbeat: defaultHeartbeat, holderTimeout: defaultHolderTimeout}
@@ -200,7 +199,7 @@ func newConfig(fn string, allowed optionSet, opts []Option) (config, error) {
 		o(&c)
 	}
 	if c.logger == nil {
-		c.logger = silent
+		c.logger = session.Silent
 	}
 	for i, name := range optionNames {
 		if c.given&^allowed&(1<<i) != 0 {

@@ -23,9 +23,9 @@ import (
 // newConn returns a Conn that holds the lock of key.
 func newConn(t *testing.T, db *sql.DB) *lockconn.Conn {
 	t.Helper()
-	s, err := manager.For(db).Pool(db).Open(t.Context(), silent, session.ForLocks)
+	s, err := manager.For(db).Pool(db).Open(t.Context(), session.Silent, session.ForLocks)
 	wantError(t, err)
-	c := lockconn.New(s, silent, nil, false, func(*lockconn.Conn) {})
+	c := lockconn.New(s, session.Silent, nil, false, func(*lockconn.Conn) {})
 	r := &lockconn.Request{Op: lockconn.Try, Keys: []pgsql.Key{key.key}}
 	wantError(t, c.Ask(t.Context(), r))
 	if !r.OK {
@@ -123,7 +123,7 @@ func TestATimeoutBeforeTheStatementIsGuarded(t *testing.T) {
 			}
 			return 1, nil
 		}
-		s, err := manager.For(db).Pool(db).Open(t.Context(), silent, session.ForLocks)
+		s, err := manager.For(db).Pool(db).Open(t.Context(), session.Silent, session.ForLocks)
 		wantError(t, err)
 		ctx, cancel := context.WithCancelCause(t.Context())
 		cancel(session.ErrTimeout)

@@ -82,7 +82,7 @@ func guard() {
 	signal.Ignore() // every signal: who ends a whole service ends its members one by one
 	in := bufio.NewReader(os.Stdin)
 	line, err := in.ReadString('\n')
-	if err != nil { // the command was not started
+	if err != nil { // the command was not started, or in this moment
 		return
 	}
 	group, err := strconv.Atoi(strings.TrimSpace(line))

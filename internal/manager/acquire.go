@@ -178,10 +178,11 @@ func (a *acquisition) one(k pgsql.Key) error {
 func (a *acquisition) prove() error {
 	var err error
 	for i := 0; err == nil && i < len(a.got.held); i++ {
-		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.Heartbeat)
-	}
-	if err == nil && a.Lead {
-		err = a.got.held[0].grant.On.Prove(a.ctx)
+		if c := a.got.held[i].grant.On; a.Lead {
+			err = c.Prove(a.ctx)
+		} else {
+			err = c.ProveFresh(a.ctx, a.Heartbeat)
+		}
 	}
 	cause := a.got.holder.Lost()
 	if err != nil && session.Ended(a.ctx) == nil {

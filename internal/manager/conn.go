@@ -36,7 +36,7 @@ func (a *acquisition) openCounted(ctx context.Context) (*session.Session, error)
 // An opening is one caller's opening of the common session, for which others wait.
 type opening struct {
 	done chan struct{}
-	err  error // not that of the by's own ctx
+	err  error // not that of the opener's own ctx
 }
 
 // openedLocked tells those who wait for o.

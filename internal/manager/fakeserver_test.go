@@ -104,6 +104,12 @@ func taken(k pgsql.Key, slice time.Duration) func(context.Context, int, string) 
 	}
 }
 
+// A serverError is the server's, with that SQLSTATE.
+type serverError string
+
+func (e serverError) Error() string    { return "server error " + string(e) }
+func (e serverError) SQLState() string { return string(e) }
+
 func key(n int64) pgsql.Key { return pgsql.Key{Space: pgsql.Bigint, ID: n} }
 
 // request is what a caller wants who wants the locks of keys.

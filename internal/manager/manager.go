@@ -151,8 +151,8 @@ func (m *Manager) takeWait(pool session.Pool) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	sessions := m.sessions
-	if m.conn == nil && m.opening == nil {
-		sessions++ // there is always room for the common one
+	if m.conn == nil {
+		sessions++ // there is always room for the common one; while it is opened, it counts twice
 	}
 	if pool.RefusesWaits() || pool.Exhausted() || sessions >= limit {
 		return false

@@ -18,7 +18,8 @@ const (
 	outagePauseMin = 50 * time.Millisecond
 	outagePauseMax = 2 * time.Second
 
-	// probeBound is how long one attempt takes at most: it may hang where the next one would succeed.
+	// probeBound is how long a connection may take to be made, and how long its answer: it may hang where the next
+	// one would succeed.
 	probeBound = 2 * time.Second
 )
 
@@ -147,7 +148,7 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, noOut
 			m.endOutage(o, nil) // a wait for the pool is each wait's own
 			return
 		}
-		err := pool.Probe(ctx, probeBound)
+		err := probe(ctx, pool)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -162,6 +163,30 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, noOut
 			return
 		}
 		m.missServer(o, err)
+	}
+}
+
+// probe returns nil if the server answers, and is a primary. It passes over dead connections of the
+// pool.
+func probe(ctx context.Context, pool session.Pool) error {
+	for idle := pool.DB.Stats().Idle; ; idle-- {
+		soon, cancel := context.WithTimeoutCause(ctx, probeBound, pgsql.NoAnswer{After: probeBound})
+		s, err := pool.Open(soon, session.Silent, session.ForLocks)
+		cancel()
+		if err != nil {
+			return err
+		}
+		var rows int64
+		s.End(func() bool {
+			rows, err = s.ExecQuiet(ctx, probeBound, pgsql.Probe)
+			return err == nil
+		})
+		switch {
+		case err == nil && rows == pgsql.OnStandby:
+			return session.ErrStandby
+		case err == nil || idle <= 0 || ctx.Err() != nil:
+			return err
+		}
 	}
 }
 

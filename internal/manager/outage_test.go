@@ -13,6 +13,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/pgadvisory/advisory/internal/pgsql"
 )
 
 // errDown is that of a server that is away.
@@ -191,6 +193,79 @@ func TestAnOutageIsNotWaitedOutForEver(t *testing.T) {
 		synctest.Wait()
 		wantState(t, db, 0, 0)
 	})
+}
+
+// A wait that loses its session goes on, without an outage, though connections that lie in the pool do not
+// answer, or answer with an error, and though the server is slow.
+func TestWhatIsNoOutage(t *testing.T) {
+	t.Parallel()
+	const hang, refuse = 2, 5 // from which connection on: the first one is the wait's
+	for name, test := range map[string]struct {
+		idle   int
+		dial   time.Duration
+		answer time.Duration
+	}{
+		"connections that hang and refuse": {idle: 6},
+		"a slow server":                    {dial: 1900 * time.Millisecond, answer: 600 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				db, srv := newDB(t)
+				db.SetMaxIdleConns(test.idle)
+				var failed atomic.Bool
+				var waits atomic.Int64 // which connection
+				srv.dial = func() error {
+					if failed.Load() {
+						time.Sleep(test.dial)
+					}
+					return nil
+				}
+				elsewhere := taken(key(1), 100*time.Millisecond)
+				srv.answer = func(ctx context.Context, conn int, query string) (int64, error) {
+					switch {
+					case !failed.Load():
+						if isWait(query) {
+							waits.Store(int64(conn))
+						}
+						return elsewhere(ctx, conn, query)
+					case int64(conn) == waits.Load():
+						return 0, io.ErrUnexpectedEOF
+					case conn >= hang && conn < refuse && test.idle > 0:
+						<-ctx.Done()
+						return 0, ctx.Err()
+					case conn >= refuse && conn < hang+test.idle && query == pgsql.Probe:
+						return 0, serverError("25P02")
+					}
+					time.Sleep(test.answer)
+					return 1, nil
+				}
+				var log buffer
+				r := request(key(1))
+				r.Log = slog.New(slog.NewTextHandler(&log, nil))
+				waited := waitFor(t.Context(), db, r)
+				time.Sleep(time.Second)
+				var idle []*sql.Conn
+				for range test.idle {
+					conn, err := db.Conn(t.Context())
+					wantError(t, err, nil)
+					idle = append(idle, conn)
+				}
+				for _, conn := range idle {
+					wantError(t, conn.Close(), nil)
+				}
+				start := time.Now()
+				failed.Store(true)
+				wantError(t, <-waited, nil)
+				if d := time.Since(start); d > 10*time.Second {
+					t.Errorf("after %v", d)
+				}
+				if log := log.String(); strings.Count(log, "\n") != 1 || !strings.Contains(log, "connection failed while waiting") {
+					t.Errorf("log: %s", log)
+				}
+			})
+		})
+	}
 }
 
 // A buffer is what a Logger was given.

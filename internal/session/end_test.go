@@ -314,3 +314,24 @@ func TestTheCallersConnectionIsLeftAlone(t *testing.T) {
 		})
 	}
 }
+
+// A driver that panics while a session is discarded does not keep the session from being counted as ended.
+func TestADriverThatPanicsInADiscard(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		pool, srv := newPool(t)
+		s := open(t, pool, session.ForLocks)
+		var ends atomic.Int32
+		s.OnEnd = func() { ends.Add(1) }
+		srv.answer = func(context.Context, string) (int64, error) { panic("the driver's") }
+		func() {
+			defer func() {
+				if p := recover(); p != "the driver's" {
+					t.Errorf("panicked: %v", p)
+				}
+			}()
+			s.Discard()
+		}()
+		wantEnded(t, pool, &ends, false)
+	})
+}

@@ -84,7 +84,8 @@ func (h *Backend) scan(rows *sql.Rows, others ...any) error {
 	return err
 }
 
-var silent = slog.New(slog.DiscardHandler)
+// Silent is the Logger that says nothing.
+var Silent = slog.New(slog.DiscardHandler)
 
 // HeldBy says who holds the lock of k, for the message of a Timeout that ended ctx, or returns "" if that
 // cannot be told within Grace. A question that takes longer is left, and not broken off, which the server
@@ -109,7 +110,7 @@ func (p Pool) HeldBy(ctx context.Context, k pgsql.Key, done func()) string {
 func (p Pool) heldBy(k pgsql.Key) string {
 	soon, cancel := context.WithTimeout(context.Background(), Grace)
 	defer cancel()
-	s, err := p.Open(soon, silent, ForLocks)
+	s, err := p.Open(soon, Silent, ForLocks)
 	if err != nil {
 		return ""
 	}
@@ -161,7 +162,7 @@ func (s *Session) waits(ctx context.Context, comment string) ([]Statement, error
 func (p Pool) Waits(ctx context.Context) (all []Statement, err error) {
 	soon, cancel := context.WithTimeout(ctx, Grace)
 	defer cancel()
-	s, err := p.Open(soon, silent, ForLocks)
+	s, err := p.Open(soon, Silent, ForLocks)
 	if err != nil {
 		return nil, err
 	}

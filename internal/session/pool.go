@@ -77,44 +77,6 @@ func (p Pool) Open(ctx context.Context, log *slog.Logger, use Use) (*Session, er
 	return borrowed(conn, p, log, use), nil
 }
 
-// OpenLive borrows a connection on which first, which sends its first statement, succeeds. It passes over
-// connections that have died in the pool.
-func (p Pool) OpenLive(ctx context.Context, log *slog.Logger, first func(*Session) error) (*Session, error) {
-	for idle := p.DB.Stats().Idle; ; idle-- {
-		s, err := p.Open(ctx, log, ForLocks)
-		if err != nil {
-			return nil, err
-		}
-		if err = s.Attempt(first); err == nil {
-			return s, nil
-		}
-		s.Discard()
-		if idle <= 0 || ctx.Err() != nil || !pgsql.Gone(err) {
-			return nil, err
-		}
-	}
-}
-
-// Probe returns nil if the server answers within bound, and is a primary.
-func (p Pool) Probe(ctx context.Context, bound time.Duration) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, bound, pgsql.NoAnswer{After: bound})
-	defer cancel()
-	standby := false
-	s, err := p.OpenLive(ctx, silent, func(s *Session) error {
-		rows, err := s.ExecQuiet(ctx, bound, pgsql.Probe)
-		standby = rows == pgsql.OnStandby
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	s.HandBack()
-	if standby {
-		return ErrStandby
-	}
-	return nil
-}
-
 // conn borrows a connection. It returns when ctx ends, even if a driver that is making a connection,
 // or asks whether one that lies ready still lives, does not: hooks of the program's may be what it waits for.
 func (p Pool) conn(ctx context.Context) (*sql.Conn, error) {

@@ -187,7 +187,7 @@ func aside[T any](ctx context.Context, s *Sender, bound time.Duration, f func(co
 		return t, context.Cause(inner)
 	}
 	t, err = o.result()
-	if err != nil && inner.Err() != nil { // if inner has not ended, the connection is sound
+	if err != nil && inner.Err() != nil { // otherwise the driver has not cancelled the statement
 		// Whatever the driver makes of it: it may report a statement that it has cancelled as the
 		// server's error, on a connection that it has closed.
 		err = context.Cause(inner)

@@ -35,14 +35,14 @@ const (
 // Discard, and the settings (IdleTimeout, ChangeIdleTimeout, Reset, WasReset) are safe to call from several
 // goroutines. The rest is for the goroutine that takes or releases the lock.
 //
-// These are all kinds of sessions that there are:
+// These are all kinds of sessions:
 //
-//	taken by                 use       place     pool.DB
-//	lock connections, Check  ForLocks  OnOwn     set
-//	WithConnLock             ForConn   OnOwn     set
-//	WithTxLock               ForTx     InTx      set
-//	  above READ COMMITTED   ForTx     OnOwn     set
-//	AcquireConn              ForConn   OnCallers  nil
+//	for                        use       place      pool.DB
+//	locks, waits, questions    ForLocks  OnOwn      set
+//	WithConnLock               ForConn   OnOwn      set
+//	WithTxLock                 ForTx     InTx       set
+//	  above READ COMMITTED     ForTx     OnOwn      set
+//	AcquireConn, ReleaseConn   ForConn   OnCallers  nil
 type Session struct {
 	Sender
 	Shared bool // the lock is shared
@@ -203,16 +203,18 @@ func (s *Session) ended() {
 func (s *Session) Discard() {
 	Soon(func() {
 		s.sending <- struct{}{} // not given back: nothing is sent any more
+		if !s.callers() {
+			defer func() { // also if the driver panics
+				_ = s.conn.Close() // sql.ErrConnDone by now
+				s.ended()
+			}()
+		}
 		err := raw(s.conn, func(dc any) error {
 			s.clear(dc)
 			return driver.ErrBadConn // database/sql's word for "do not use it again"
 		})
 		if !errors.Is(err, driver.ErrBadConn) && !errors.Is(err, sql.ErrConnDone) {
 			s.log.Warn("advisory: connection not discarded", "error", err)
-		}
-		if !s.callers() {
-			_ = s.conn.Close() // sql.ErrConnDone by now
-			s.ended()
 		}
 	})
 }
