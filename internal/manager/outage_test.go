@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pgadvisory/advisory/internal/pgsql"
+	"github.com/pgadvisory/advisory/internal/session"
 )
 
 // errDown is that of a server that is away.
@@ -237,8 +238,8 @@ func TestWhatIsNoOutage(t *testing.T) {
 					case conn >= refuse && conn < hang+test.idle && query == pgsql.Probe:
 						return 0, serverError("25P02")
 					}
-					time.Sleep(test.answer)
-					return 1, nil
+					session.Sleep(ctx, test.answer)
+					return 1, ctx.Err()
 				}
 				var log buffer
 				r := request(key(1))
