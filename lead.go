@@ -80,7 +80,7 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 		h := &hold{cfg: cfg}
 		began := time.Now()
 		err := h.acquire(ctx, c, keys)
-		acquired := time.Now()
+		ended := time.Now()
 		switch {
 		case err == nil:
 			failed = nil
@@ -90,12 +90,12 @@ func Lead(ctx context.Context, db *sql.DB, key Key, fn func(context.Context) err
 				return heldErr
 			case ctx.Err() != nil:
 				return join(fnErr, ctx.Err())
-			case time.Since(acquired) > leadPauseMax:
+			case time.Since(ended) > leadPauseMax:
 				pauses = session.NewBackoff(leadPauseMin, leadPauseMax)
 				continue
 			}
-		case ctx.Err() != nil && acquired.Sub(began) < leadPauseMax:
-			return join(err, failed) // a longer campaign was not kept from leading by what had failed before
+		case ctx.Err() != nil && ended.Sub(began) < leadPauseMax:
+			return join(err, failed) // after a short campaign, what failed before it may be why this process did not lead
 		case ctx.Err() != nil || pgsql.PoolClosed(err) || errors.As(err, new(manager.Deadlock)):
 			return err
 		default:

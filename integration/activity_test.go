@@ -174,7 +174,7 @@ func TestEveryHeartbeatNamesTheLock(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		sent := newWire(t)
 		db := d.open(t, sent.dsn)
-		lock, err := advisory.Acquire(t.Context(), db, advisory.Name("nightly-report"), advisory.Heartbeat(50*time.Millisecond))
+		lock, err := advisory.Acquire(t.Context(), db, advisory.Name("nightly-report"), advisory.Heartbeat(300*time.Millisecond))
 		if err != nil {
 			t.Fatal(err)
 		}

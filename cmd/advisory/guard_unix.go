@@ -17,30 +17,42 @@ import (
 // this process is killed. On Linux, the kernel kills the command itself then, but not what that has started.
 const guardName = "advisory-guard"
 
-// A guardPipe leads to the guard's standard input. nil: there is no guard.
-type guardPipe struct{ *os.File }
+// A guardPipe leads to the guard's standard input.
+type guardPipe struct {
+	*os.File // nil: there is no guard
+	log      *slog.Logger
+}
 
 // startGuard starts the guard. It does so before the command is started, because a kill between that and
 // begin leaves alive what the command has started by then.
-func startGuard(log *slog.Logger) (g guardPipe) {
+func startGuard(log *slog.Logger) guardPipe {
+	g := guardPipe{log: log}
 	in, out, err := os.Pipe()
 	if err == nil {
 		defer in.Close()
 		if err = runGuard(in); err == nil {
-			return guardPipe{out}
+			g.File = out
+			return g
 		}
 		out.Close()
 	}
-	soon(func() {
-		log.Warn("there is no guard: if this process is killed, what the command has started goes on", "error", err)
-	})
+	g.warn(err)
 	return g
+}
+
+func (g guardPipe) warn(err error) {
+	soon(func() {
+		g.log.Warn("there is no guard: if this process is killed, what the command has started goes on", "error", err)
+	})
 }
 
 // begin tells the guard which group to kill.
 func (g guardPipe) begin(group int) {
-	if g.File != nil {
-		fmt.Fprintln(g, group)
+	if g.File == nil {
+		return
+	}
+	if _, err := fmt.Fprintln(g, group); err != nil {
+		g.warn(err)
 	}
 }
 
@@ -53,9 +65,11 @@ func (g guardPipe) end() {
 }
 
 func runGuard(in *os.File) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
+	self := "/proc/self/exe" // this very program, though another may lie in its place by now
+	if _, err := os.Stat(self); err != nil {
+		if self, err = os.Executable(); err != nil {
+			return err
+		}
 	}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {

@@ -10,7 +10,8 @@ import (
 
 // HandOffFor is for how long a lock is handed on within the process before it goes back to the server,
 // in whose queue other processes wait. It counts from when the lock was asked for, by a try, or granted,
-// after a wait; and anew from a look that has found nobody there.
+// after a wait; and anew from a look that has found nobody there. Whoever has come to the server's queue since
+// a try went out waits for as long. So a lock whose try was answered only after that time is not handed on.
 const HandOffFor = 20 * time.Millisecond
 
 // A Queue is what this process knows of one key: who holds it, and who waits. One waiter at a
@@ -40,7 +41,7 @@ type Queue[S comparable] struct {
 	dedicated int // those who hold the lock, or ask for it, on sessions of their own
 	owners    int // of these, those who hold it
 
-	exclusive bool // those inside (holders, requester, dedicated) hold or want an exclusive lock
+	exclusive bool // those inside (holders, requester, dedicated) hold or want an exclusive lock; or it is the grant's
 	waiters   []*Waiter[S]
 }
 
@@ -76,7 +77,7 @@ type Action uint8
 const (
 	Await  Action = iota // wait for Turns
 	Hold                 // it holds the grant
-	Ask                  // ask the server for the lock, and call Granted, GrantedDedicated, Refused or Done
+	Ask                  // ask the server for the lock: see Granted
 	Look                 // look whether others wait in the server's queue, and call Looked or Done
 	Refuse               // another holds the lock, and the waiter does not wait
 )
@@ -108,7 +109,7 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 	await, ask := Turn[S]{To: Await}, Turn[S]{To: Ask}
 	inside := q.holders > 0 || q.dedicated > 0 || q.requester != nil
 	fits := !inside || w.Shared && !q.exclusive
-	otherMode := q.exclusive == w.Shared // the grant, if there is one, is not of w's mode
+	sameMode := q.exclusive != w.Shared // w's mode is that of the grant, if there is one
 	switch {
 	case q.releases:
 		return await
@@ -125,7 +126,7 @@ func (q *Queue[S]) start(w *Waiter[S], now time.Time) Turn[S] {
 	case !q.granted:
 		q.requester, q.exclusive = w, !w.Shared
 		return ask
-	case q.closed, otherMode:
+	case q.closed, !sameMode:
 		return await // the grant goes back first
 	case now.Before(q.until):
 		q.holders++
@@ -153,6 +154,9 @@ func (q *Queue[S]) advance(now time.Time) {
 
 // Granted is the server's grant to the requester, who holds it from then on. HandOffFor counts from
 // since: when the lock was asked for, or, after a wait, granted.
+//
+// Who was told to Ask calls either Granted or Done; before that, Refused may come. One that is dedicated calls
+// GrantedDedicated if it has the lock, and Done at the end in any case.
 func (q *Queue[S]) Granted(on S, since, now time.Time) Grant[S] {
 	q.requester, q.refused = nil, false
 	q.grant = Grant[S]{on, q.grant.No + 1}
@@ -167,7 +171,8 @@ func (q *Queue[S]) Refused() {
 	q.Refuse(nil)
 }
 
-// Refuse refuses all who do not wait. why is nil if another holds the lock.
+// Refuse refuses all in line who do not wait: they are there for the requester's answer alone. why is nil if
+// another holds the lock.
 func (q *Queue[S]) Refuse(why error) {
 	q.waiters = slices.DeleteFunc(q.waiters, func(w *Waiter[S]) bool {
 		if w.NoWait {

@@ -98,9 +98,9 @@ func bound(reqs ...*Request) time.Duration {
 }
 
 // answerAll answers requests. Pings have no answer of their own, unless there are no others. If it returns
-// refused, the tries have no answer yet: each is to be answered alone. If it returns an error, the session is
+// apart, the tries have no answer yet: each is to be answered alone. If it returns an error, the session is
 // lost.
-func (c *Conn) answerAll(reqs []*Request) (refused bool, err error) {
+func (c *Conn) answerAll(reqs []*Request) (apart bool, err error) {
 	ctx, bound, asks := context.Background(), bound(reqs...), asks(reqs)
 	if len(asks) == 0 {
 		asks = reqs[:1]
@@ -145,7 +145,7 @@ func (c *Conn) unprepare() error {
 }
 
 // answerTogether answers requests in one statement, if the server does not refuse that.
-func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.Duration) (refused bool, err error) {
+func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.Duration) (apart bool, err error) {
 	var args pgsql.BatchArgs
 	for _, r := range reqs {
 		op := pgsql.OpTry
@@ -161,7 +161,8 @@ func (c *Conn) answerTogether(ctx context.Context, reqs []*Request, bound time.D
 		return answer, err
 	})
 	if err != nil {
-		return true, c.afterFailure(ctx, reqs, err)
+		err = c.afterFailure(ctx, reqs, err)
+		return err == nil, err
 	}
 	c.alive(sent)
 	for _, r := range reqs {

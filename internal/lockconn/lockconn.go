@@ -92,7 +92,7 @@ func (c *Conn) leave(uses int) {
 	last := !c.closed && c.users == 0 && !c.serving && len(c.locks) == 0
 	if last {
 		c.closed = true
-		c.watch.stop()
+		c.watch.stopLocked()
 	}
 	c.mu.Unlock()
 	switch {
@@ -138,7 +138,7 @@ func (c *Conn) lose(cause error) {
 		return
 	}
 	c.closed, c.lost = true, cause
-	c.watch.stop()
+	c.watch.stopLocked()
 	holders, pending := c.holders, c.pending
 	c.holders, c.pending, c.first = nil, nil, 0
 	c.mu.Unlock()
@@ -211,8 +211,9 @@ const (
 // leavable tells whether the caller of r may leave it. A release is waited for.
 func (r *Request) leavable() bool { return r.Op == Try || r.Op == Look || r.Op == prove }
 
-// Ask has r answered. Its caller is between Use and Leave, or has a lock on the session. If ctx ends before, and others have locks on the session, it returns the cause of
-// that, and what r gets is given back: to break r off would cost them their locks.
+// Ask has r answered. Its caller is between Use and Leave, or has a lock on the session. If ctx ends while
+// another goroutine serves r, and r is leavable, Ask returns the cause of that, and what r gets is given back:
+// to break r off would cost others their locks.
 func (c *Conn) Ask(ctx context.Context, r *Request) error {
 	c.mu.Lock()
 	switch {
@@ -317,11 +318,11 @@ func (c *Conn) serveAll() {
 // serve answers requests, or puts them back. If it cannot, the session is lost. A panic of the driver's
 // propagates on the goroutines of their callers.
 func (c *Conn) serve(reqs []*Request) {
-	refused, err := false, session.ErrPanicked
+	apart, err := false, session.ErrPanicked
 	defer func() {
 		panicked := recover()
 		c.mu.Lock()
-		if refused {
+		if apart {
 			reqs = c.putBackLocked(reqs)
 		}
 		for _, r := range reqs {
@@ -344,7 +345,7 @@ func (c *Conn) serve(reqs []*Request) {
 			close(r.done)
 		}
 	}()
-	refused, err = c.answerAll(reqs)
+	apart, err = c.answerAll(reqs)
 }
 
 // putBackLocked has the tries of reqs, which the server has refused together, answered alone, and later: others

@@ -179,8 +179,8 @@ func (c *Conn) setTimerLocked() {
 	}
 }
 
-// stop stops the timer. One that runs would keep its Conn in memory.
-func (w *watch) stop() {
+// stopLocked stops the timer. One that runs would keep its Conn in memory.
+func (w *watch) stopLocked() {
 	if w.timer != nil {
 		w.timer.Stop()
 	}
@@ -226,7 +226,7 @@ func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	return nil
 }
 
-// heartbeatStatement returns the statement of a heartbeat and how long its answer may take, or "" if there is
+// heartbeatStatement returns the statement of a heartbeat, which its caller is to send, and how long its answer may take, or "" if there is
 // nothing to ask for: a release may have come first, and have undone the settings.
 func (c *Conn) heartbeatStatement() (query string, bound time.Duration) {
 	c.mu.Lock()

@@ -63,15 +63,15 @@ type acquisition struct {
 	waited  bool        // it has begun to wait: another has the lock, or asks for it
 	nested  *nestedWait // nil: it does not wait, or its caller holds nothing
 
-	stale       int       // connections in the pool that may be dead; -1: none has been taken yet
-	lives       int       // how often a common session, or a lock just granted, may still be lost
+	deadLeft    int       // connections in the pool that may still be dead; -1: none has been taken yet
+	lossesLeft  int       // how often a common session, or a lock just granted, may still be lost
 	missedSince time.Time // when the server was first missed, while waiting
 	away        error     // why it cannot be reached; nil: it can, as far as is known
 	hint        string    // what to add to the error
 }
 
 func newAcquisition(ctx context.Context, r *Request) *acquisition {
-	end := func(error) {}
+	end := func(error) {} // only who holds a key, or takes several, can be ended for a deadlock
 	if len(r.CallerHolds) > 0 || len(r.Keys) > 1 {
 		ctx, end = context.WithCancelCause(ctx)
 	}
@@ -82,7 +82,7 @@ func newAcquisition(ctx context.Context, r *Request) *acquisition {
 		end = func(err error) { cause(err); cancel() }
 	}
 	m := For(r.DB)
-	return &acquisition{Request: r, ctx: ctx, end: end, m: m, pool: m.Pool(r.DB), began: time.Now(), stale: -1, lives: 3}
+	return &acquisition{Request: r, ctx: ctx, end: end, m: m, pool: m.Pool(r.DB), began: time.Now(), deadLeft: -1, lossesLeft: 3}
 }
 
 // Acquire acquires the locks that r asks for. After an error, which is a *Failure, none is held.
@@ -106,7 +106,7 @@ func Acquire(ctx context.Context, r *Request) (l *Locks, err error) {
 		if !errors.As(err, &lost) {
 			return nil, a.failure(err)
 		}
-		if a.lives--; a.lives < 0 || errors.Is(err, session.ErrStandby) {
+		if a.lossesLeft--; a.lossesLeft < 0 || errors.Is(err, session.ErrStandby) {
 			return nil, a.failure(lost.Cause)
 		}
 	}
@@ -178,11 +178,10 @@ func (a *acquisition) one(k pgsql.Key) error {
 func (a *acquisition) prove() error {
 	var err error
 	for i := 0; err == nil && i < len(a.got.held); i++ {
-		if c := a.got.held[i].grant.On; a.Lead {
-			err = c.Prove(a.ctx)
-		} else {
-			err = c.ProveFresh(a.ctx, a.Heartbeat)
-		}
+		err = a.got.held[i].grant.On.ProveFresh(a.ctx, a.Heartbeat)
+	}
+	if err == nil && a.Lead {
+		err = a.got.held[0].grant.On.Prove(a.ctx)
 	}
 	cause := a.got.holder.Lost()
 	if err != nil && session.Ended(a.ctx) == nil {
@@ -205,7 +204,7 @@ func (a *acquisition) failure(err error) error {
 		if !errors.Is(err, a.away) {
 			f.Hint, f.Cause = a.away.Error(), errors.Join(err, a.away)
 		}
-	case f.Hint != "" || a.at.Space == pgsql.NoSpace:
+	case f.Hint != "" || a.at.Space == pgsql.NoSpace: // no holder is to blame
 	case timeout:
 		f.Holder = a.who()
 	case refused || session.Ended(a.ctx) != nil:

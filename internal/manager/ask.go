@@ -11,7 +11,8 @@ import (
 )
 
 // tryAll acquires all the locks in one statement. Their queues have told waiters to ask. If the server
-// refuses one of them, it gets none, which is an error for NoWait alone: all goes on one by one.
+// refuses one of them, none is taken: that is ErrRefused with NoWait, and otherwise the caller goes on key by
+// key.
 func (a *acquisition) tryAll(waiters []waiter) error {
 	var why error
 	defer func() {
@@ -22,7 +23,7 @@ func (a *acquisition) tryAll(waiters []waiter) error {
 		}
 	}()
 	refused, err := a.try(a.Keys)
-	why = a.news(err) // never a refusal: it may be about another key
+	why = a.sharedError(err) // never a refusal: it may be about another key
 	if refused && a.NoWait {
 		return session.ErrRefused
 	}
@@ -35,7 +36,7 @@ func (a *acquisition) ask(w *waiter) (err error) {
 	defer func() {
 		a.forgetWait()
 		if len(a.got.held) == before { // also if the driver panics, or the Logger
-			a.m.done(a.at, w, a.news(err))
+			a.m.done(a.at, w, a.sharedError(err))
 		}
 	}()
 	keys := []pgsql.Key{a.at}

@@ -15,7 +15,7 @@ import (
 )
 
 const (
-	// detectEvery is how often the waits of other processes are read, from the time when a wait is that old. A
+	// detectEvery is how often the waits of other processes are read, once a nested wait is that old. A
 	// cycle that lasts as long is a deadlock. A wait that has ended may still be read for up to 650 ms: until its
 	// slice of 400 ms is over, and for 250 ms after that (pgsql.Waits).
 	detectEvery = time.Second
@@ -62,7 +62,7 @@ func (a *acquisition) noteWait() {
 	if !a.nested.counts() {
 		return
 	}
-	if cycle := waitgraph.New(m.waitsLocked((*nestedWait).counts)).Cycle(a.nested.current()); cycle != nil {
+	if cycle := waitgraph.New(m.waitsLocked((*nestedWait).counts)).Cycle(a.nested.currentLocked()); cycle != nil {
 		a.end(a.nested.deadlock(cycle))
 	}
 }
@@ -108,15 +108,15 @@ func (a *acquisition) forgetWait() {
 // waitsLocked returns those waits of this process that count, except one that is about to end.
 func (m *Manager) waitsLocked(counts func(*nestedWait) bool) (waits []waitgraph.Wait) {
 	for s := range m.nested {
-		if w := s.current(); s.of.ctx.Err() == nil && len(w.Held) > 0 && counts(s) {
+		if w := s.currentLocked(); s.of.ctx.Err() == nil && len(w.Held) > 0 && counts(s) {
 			waits = append(waits, w)
 		}
 	}
 	return waits
 }
 
-// current returns the wait, without what the acquisition has lost since it began.
-func (s *nestedWait) current() waitgraph.Wait {
+// currentLocked returns the wait, without what the acquisition has lost since it began.
+func (s *nestedWait) currentLocked() waitgraph.Wait {
 	w, a := s.Wait, s.of
 	if a.got != nil && a.got.holder.Lost() != nil {
 		w.Held = w.Held[:len(a.CallerHolds)]
@@ -180,7 +180,7 @@ func (a *acquisition) edges() string {
 	var edges []waitgraph.Wait
 	w := waitgraph.Wait{Held: []string{a.at.Text()}} // others of this process may wait for that, too
 	if a.nested != nil {
-		mine := a.nested.current()
+		mine := a.nested.currentLocked()
 		w.ID, w.Held = mine.ID, append(w.Held, mine.Held...)
 		if len(mine.Held) > 0 {
 			edges = append(edges, mine)
@@ -237,7 +237,7 @@ func (m *Manager) endCyclesLocked(statements []session.Statement, asked time.Tim
 		if s.of.ctx.Err() != nil {
 			continue
 		}
-		switch cycle := graph.Cycle(s.current()); {
+		switch cycle := graph.Cycle(s.currentLocked()); {
 		case cycle == nil:
 		case !waitgraph.Same(cycle, s.cycle):
 			s.cycle, s.seen = cycle, time.Now()

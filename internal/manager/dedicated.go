@@ -104,12 +104,12 @@ func (d *dedicated) open(ctx context.Context, use session.Use) (*session.Session
 // openInTurn opens a session, and leaves the turn after turnBound.
 func (d *dedicated) openInTurn(ctx context.Context, use session.Use) (s *session.Session, inTurn bool, err error) {
 	left := make(chan struct{})
-	leave := time.AfterFunc(turnBound, func() {
+	late := time.AfterFunc(turnBound, func() {
 		defer close(left)
 		d.leave()
 	})
 	defer func() { // also if the driver panics
-		if inTurn = leave.Stop(); !inTurn {
+		if inTurn = late.Stop(); !inTurn {
 			<-left
 		}
 	}()

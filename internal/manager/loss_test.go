@@ -95,3 +95,26 @@ func TestAHeartbeatUnderWayMakesNoLeader(t *testing.T) {
 		wantState(t, db, 0, 0)
 	})
 }
+
+// A leader whose grant was long on its way has the full time for the answer that makes it one.
+func TestALeaderWhoseGrantWasSlow(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		srv.answer = func(_ context.Context, _ int, query string) (int64, error) {
+			if isTry(query) {
+				time.Sleep(2500 * time.Millisecond)
+			} else {
+				time.Sleep(900 * time.Millisecond)
+			}
+			return 1, nil
+		}
+		r := watched(db, request(key(1)), time.Second)
+		r.IdleTimeout, r.Lead = 3*time.Second, true
+		start := time.Now()
+		locks, err := manager.Acquire(t.Context(), r)
+		wantError(t, err, nil)
+		wantTook(t, start, 3400*time.Millisecond)
+		wantError(t, locks.Release(), nil)
+	})
+}

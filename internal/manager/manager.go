@@ -138,7 +138,8 @@ func (m *Manager) ended(s *session.Session) {
 	}
 }
 
-// maxWaits is how many sessions wait in the server's queue at a time where the pool has no limit.
+// maxWaits is how many sessions at most wait in the server's queue, or hold what they waited for. A limited
+// pool may allow fewer.
 const maxWaits = 8
 
 // takeWait counts one more session that waits in the server's queue, if there may be one more. All

@@ -99,6 +99,7 @@ func (m *Manager) missedLocked() error {
 func (a *acquisition) joinOutage(err error) (*outage, error) {
 	m, log := a.m, a.Log
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	o := m.outage
 	if o == nil {
 		ctx, stop := context.WithCancel(context.Background())
@@ -109,7 +110,6 @@ func (a *acquisition) joinOutage(err error) (*outage, error) {
 		})
 	}
 	o.waits++
-	defer m.mu.Unlock()
 	if o.loggers[log] {
 		return o, nil
 	}
@@ -166,8 +166,8 @@ func (m *Manager) reach(ctx context.Context, o *outage, pool session.Pool, noOut
 	}
 }
 
-// probe returns nil if the server answers, and is a primary. It passes over dead connections of the
-// pool.
+// probe returns nil if the server answers, and is a primary. It passes over the connections of the pool that are
+// dead, or lead to a standby: those that are made from now on may lead elsewhere.
 func probe(ctx context.Context, pool session.Pool) error {
 	for idle := pool.DB.Stats().Idle; ; idle-- {
 		soon, cancel := context.WithTimeoutCause(ctx, probeBound, pgsql.NoAnswer{After: probeBound})
@@ -179,12 +179,12 @@ func probe(ctx context.Context, pool session.Pool) error {
 		var rows int64
 		s.End(func() bool {
 			rows, err = s.ExecQuiet(ctx, probeBound, pgsql.Probe)
+			if err == nil && rows == pgsql.OnStandby {
+				err = session.ErrStandby
+			}
 			return err == nil
 		})
-		switch {
-		case err == nil && rows == pgsql.OnStandby:
-			return session.ErrStandby
-		case err == nil || idle <= 0 || ctx.Err() != nil:
+		if err == nil || idle <= 0 || ctx.Err() != nil {
 			return err
 		}
 	}

@@ -269,6 +269,40 @@ func TestWhatIsNoOutage(t *testing.T) {
 	}
 }
 
+// After a switch-over, the way may lead to a standby for a while. The connections that were made then are not
+// asked again and again.
+func TestAnOutageEndsThoughThePoolHasAConnectionToAStandby(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db, srv := newDB(t)
+		var failed atomic.Bool
+		var toStandby atomic.Int64 // the last connection that led there
+		elsewhere := taken(key(1), 100*time.Millisecond)
+		srv.answer = func(ctx context.Context, conn int, query string) (int64, error) {
+			switch {
+			case !failed.Load():
+				return elsewhere(ctx, conn, query)
+			case conn == 1:
+				return 0, io.ErrUnexpectedEOF
+			case int64(conn) <= toStandby.Load():
+				return pgsql.OnStandby, nil
+			}
+			return 1, nil
+		}
+		waited := waitFor(t.Context(), db, request(key(1)))
+		time.Sleep(time.Second)
+		toStandby.Store(1000)
+		failed.Store(true)
+		time.Sleep(5 * time.Second)
+		toStandby.Store(int64(srv.opened.Load()))
+		start := time.Now()
+		wantError(t, <-waited, nil)
+		if d := time.Since(start); d > 3*time.Second {
+			t.Errorf("after %v", d)
+		}
+	})
+}
+
 // A buffer is what a Logger was given.
 type buffer struct {
 	mu sync.Mutex

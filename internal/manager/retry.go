@@ -50,8 +50,8 @@ func (a *acquisition) ready() error {
 	if err := session.Ended(a.ctx); err != nil {
 		return err
 	}
-	if a.stale < 0 {
-		a.stale = a.pool.DB.Stats().Idle
+	if a.deadLeft < 0 {
+		a.deadLeft = a.pool.DB.Stats().Idle
 	}
 	return a.joinUnderWay()
 }
@@ -60,9 +60,9 @@ func (a *acquisition) ready() error {
 // failed with err.
 //
 //   - A wait outlives a restart or a failover of the server: see outage.
-//   - A session of several callers that dies is replaced.
+//   - A session of several callers that dies is replaced, three times at most (lossesLeft).
 //   - Connections in the pool may be dead, after a restart of the server, say: as database/sql
-//     does, such a one is dropped and the next one tried.
+//     does, such a one is dropped and the next one tried, for as many as there were (deadLeft).
 //   - Anything else is final. So is a server that cannot be reached at first, except for Lead.
 func (a *acquisition) again(err error, by opener) error {
 	if err == errNoPlace || errors.Is(err, session.ErrYield) { // the caller goes on, and finds the end of ctx itself
@@ -83,11 +83,11 @@ func (a *acquisition) again(err error, by opener) error {
 		return err
 	case a.waited:
 		return a.outlive(err)
-	case (lost || by == others) && a.lives > 0:
-		a.lives--
+	case (lost || by == others) && a.lossesLeft > 0:
+		a.lossesLeft--
 		return nil
-	case a.stale > 0 && (by != nobody || pgsql.IsNoAnswer(err)):
-		a.stale--
+	case a.deadLeft > 0 && (by != nobody || pgsql.IsNoAnswer(err)):
+		a.deadLeft--
 		return nil
 	case a.Lead:
 		return a.outlive(err)

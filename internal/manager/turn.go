@@ -33,9 +33,9 @@ func (m *Manager) done(k pgsql.Key, w *waiter, why error) {
 	m.tidyLocked(k)
 }
 
-// news returns err if those who share the answer should have it, too: a refusal, or a time-out, which is not
+// sharedError returns err if those who share the answer should have it, too: a refusal, or a time-out, which is not
 // for each of them to sit out. Otherwise it returns nil, and the next one asks.
-func (a *acquisition) news(err error) error {
+func (a *acquisition) sharedError(err error) error {
 	var late interface{ Timeout() bool }
 	switch {
 	case session.Ended(a.ctx) != nil, errors.As(err, new(lockconn.LostError)): // its own affair

@@ -38,7 +38,7 @@ func (g *guard) begin(interrupt func(error)) (no uint64) {
 }
 
 // bound leaves no more than d to statement no, and breaks it off with why, or with NoAnswer if that is
-// nil. No 0 is the one under way.
+// nil. A no of 0 is the one under way.
 func (g *guard) bound(no uint64, d time.Duration, why error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -15,7 +15,7 @@ const (
 	// given up.
 	AnswerBound = 10 * time.Second
 
-	// ReleaseBound is how long a release may take, whatever happens.
+	// ReleaseBound is how long the statement of a release may take, and what may be left then of the one before it.
 	ReleaseBound = 5 * time.Second
 
 	// Grace is how long past the end of ctx a statement may go unanswered: to break it off costs the
@@ -44,8 +44,8 @@ const (
 // A Sender sends statements over one connection: one at a time, from any goroutine, and each of them
 // bounded. It knows nothing of what they are.
 type Sender struct {
-	// sending is filled by who may send (take), until give is called. An abandoned statement's is emptied when its
-	// driver returns (aside), and Discard's never. It is a channel, because a wait for it ends with a context.
+	// sending is full while somebody may send: take fills it, and give empties it. After an abandoned statement,
+	// aside empties it, and after Discard nobody does. It is a channel, because a wait for it ends with a context.
 	sending chan struct{}
 
 	cond    atomic.Int32 // a condition

@@ -60,7 +60,7 @@ type Session struct {
 	log    *slog.Logger
 	caches bool // the driver keeps statements that have arguments prepared
 
-	settingsMu sync.Mutex // guards settings and made on a lock connection, which has several users
+	settingsMu sync.Mutex // guards settings and made, once several use the session: on a lock connection
 	settings   pgsql.Settings
 	made       bool // the settings may have been made
 
@@ -132,8 +132,8 @@ func (s *Session) idleTimeoutLocked() time.Duration {
 	return s.settings.IdleTimeout
 }
 
-// ChangeIdleTimeout returns the statement that makes the server wait for d, which the caller is to send, or
-// "" if the server does so already.
+// ChangeIdleTimeout returns the statement that makes the server wait for d, or "" if the server does so already.
+// The caller is to send it: from now on, IdleTimeout returns d.
 func (s *Session) ChangeIdleTimeout(d time.Duration) (set string) {
 	s.settingsMu.Lock()
 	defer s.settingsMu.Unlock()
@@ -170,10 +170,10 @@ func (s *Session) HandBack() {
 		s.Discard()
 		return
 	}
+	defer s.ended() // also if the driver panics
 	if err := s.conn.Close(); err != nil && !errors.Is(err, sql.ErrConnDone) {
 		s.log.Warn("advisory: connection not handed back to the pool", "error", err)
 	}
-	s.ended()
 }
 
 // End runs clean. It hands the connection back if clean returns true, and otherwise, or if clean panics,

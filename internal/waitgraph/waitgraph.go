@@ -13,7 +13,7 @@ import (
 // A Wait is an edge from each key that a waiter holds to the one that it wants.
 type Wait struct {
 	Wanted string
-	Held   []string // not empty
+	Held   []string // not empty for Text
 
 	// Since is when the wait began, in milliseconds by the clock of the waiter's process, and ID tells
 	// it from every other.
