@@ -21,7 +21,8 @@ import (
 // If the lock is not acquired, fn does not run. The error matches [ErrHeld] (NoWait or Timeout
 // found that another holds the lock), ctx's error, [ErrReentrant], [ErrDeadlock], or the
 // driver's error. A wait outlives a restart and a failover of the server. A server that cannot
-// be reached at first is an error at once.
+// be reached at first is an error: WithLock does not wait for its return, but for 30 s at most
+// for a connection to be made.
 //
 // If fn panics or calls runtime.Goexit, the lock is released, and the panic propagates.
 //

@@ -31,9 +31,9 @@ const (
 // session-level lock on one connection excludes another, and a wait for it waits. Call it at
 // program start, and in tests of a deployment.
 //
-// Check uses two connections at a time, of four that it makes and closes again, and sends
-// about twenty statements. It leaves nothing behind. Several at a time, in one process or in
-// many, do not wait for each other's connections for ever: one that does not get its second
+// Check uses two connections at a time, of four that it takes from the pool, or makes, and closes,
+// and sends about twenty statements. It leaves nothing behind. Several at a time, in one process
+// or in many, do not wait for each other's connections for ever: one that does not get its second
 // gives back its first, and begins anew.
 //
 // It finds, and its error explains,

@@ -116,8 +116,8 @@
 // WithTxLock and WithConnLock take one connection each, on which fn works, when they hold the lock
 // or wait for another process.
 //
-// A connection goes back to the pool only if the server has said that its locks are released and
-// its settings are as they were. In doubt it is closed.
+// A connection goes back to the pool only if the server has said that its locks are released, and
+// the settings that were made for them RESET. In doubt it is closed.
 //
 // # Observing
 //

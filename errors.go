@@ -24,7 +24,8 @@ var (
 	// ErrHeld means that another holds the lock: NoWait was refused, or Timeout was over. It is a
 	// kind of ErrNotAcquired. The end of ctx is never ErrHeld, so that "another does the work" and
 	// "this process shuts down" cannot be mixed up. Nor is a Timeout that was over before the
-	// server had answered, or while it could not be reached.
+	// server had answered, or while it could not be reached. To NoWait, another caller of this
+	// process that has just asked for the lock counts as one that holds it.
 	ErrHeld = fmt.Errorf("%w: another holds it", ErrNotAcquired)
 
 	// ErrLost means that the lock was acquired, and cannot be shown to have been held to the end.
@@ -55,10 +56,9 @@ var (
 	//     has no connection to spare, and on a server without PL/pgSQL;
 	//   - between processes, while other holders in its own process keep a wait in the queue there.
 	//
-	// A function that waits on another goroutine with its ctx, and itself goes on to return, is
-	// the exception: the wait may be ended although that return would have freed the lock.
-	// AcquireConn and AcquireTx assume that conn and tx are of the database of the locks that ctx
-	// carries.
+	// One wait may be ended that is in no deadlock: that of a goroutine which a function has started
+	// with its ctx, if the function itself would have returned and freed the lock. AcquireConn
+	// and AcquireTx assume that conn and tx are of the database of the locks that ctx carries.
 	//
 	// The server's own error (SQLSTATE 40P01) is ErrDeadlock, too. So is the end of an AcquireTx
 	// whose transaction the holder is found to wait for.
@@ -68,7 +68,7 @@ var (
 // An Error is a failed operation on the locks of keys. Where locks are nested, its Keys tell which
 // of them was refused. What fn returns is not made an Error; it is returned as it is.
 type Error struct {
-	Op     string // "acquire", "hold" (a loss), "release", "commit", "token of", "look up", "look up locks" or "check"
+	Op     string // "acquire", "hold" (a loss, or a fn that had no connection), "release", "commit", "token of", "look up", "look up locks" or "check"
 	Keys   []Key  // all keys of the operation; none for Check and Locks, and for Token without a lock
 	Holder string // who holds the lock, for people: "pid 4711", "this process"; "" if that is not known
 

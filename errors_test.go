@@ -9,7 +9,9 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -108,6 +110,34 @@ func TestATimeoutBeforeTheServerAnswersIsNotErrHeld(t *testing.T) {
 				return 0, ctx.Err()
 			}
 			wantError(t, c.run(t.Context(), db, key, neverRuns(t), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s")
+			time.Sleep(time.Minute)
+		})
+	}
+}
+
+// The same holds for a server that has refused the lock, and then falls silent.
+func TestATimeoutOfAServerThatFallsSilentIsNotErrHeld(t *testing.T) {
+	t.Parallel()
+	for _, c := range waiters() {
+		bubble(t, c.name, func(t *testing.T) {
+			db, srv := newServer(t)
+			var refused atomic.Bool
+			srv.script = func(ctx context.Context, _ int, query string) (int64, error) {
+				switch {
+				case strings.Contains(query, "pg_try_advisory") && !refused.Swap(true):
+					return 0, nil
+				case !refused.Load():
+					return 1, nil
+				case ctx.Done() == nil: // ROLLBACK
+					return 0, driver.ErrBadConn
+				}
+				<-ctx.Done()
+				return 0, ctx.Err()
+			}
+			wantError(t, c.run(t.Context(), db, key, neverRuns(t), Timeout(time.Second)), ErrNotAcquired, "not acquired within 1s", "no answer from the server")
+			if !refused.Load() {
+				t.Error("the server has not refused")
+			}
 			time.Sleep(time.Minute)
 		})
 	}

@@ -11,7 +11,9 @@ import (
 // [Name], [HashText]) and two ints ([Pair]). Locks of one key exclude each other within one
 // database of one server (PostgreSQL manual, section "Advisory Locks").
 //
-// Keys are comparable. The zero Key is invalid: every function refuses it rather than lock 0.
+// Keys are comparable, but a [Name] is another Key than the [ID] of the same number, though the
+// two are one lock: SQL is the same for both. The zero Key is invalid: every function refuses it
+// rather than lock 0.
 type Key struct{ key pgsql.Key }
 
 // ID is the key id of the bigint key space: pg_advisory_lock(id).

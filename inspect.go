@@ -82,8 +82,8 @@ type LockState struct {
 // begin with a comment that has the names of the keys. Locks takes a name from there if the
 // name makes that number. So the name of a held lock is known after its first heartbeat, or
 // while another waits for it. It is not known if it is long (over 64 bytes, percent-encoded),
-// if more than four locks are on the session, or if this role may not see the statements of
-// others: that needs pg_read_all_stats.
+// if it is not among the first four on its session, or if this role may not see the statements
+// of others: that needs pg_read_all_stats.
 //
 // As with [Holders], callers who wait behind another caller of their own process, or who try
 // with pauses, are not in the server's queue, and are not seen.

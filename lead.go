@@ -35,8 +35,10 @@ const (
 // # What ends the ctx of fn
 //
 // If the lock is lost, the ctx of fn ends, with a cause that matches [ErrLost]. After fn has
-// returned, Lead campaigns again: in one process, fn never runs twice at a time. If fn goes on
-// after a loss, Lead waits for it, and warns the Logger once every HolderTimeout.
+// returned, Lead campaigns again: in one process, fn never runs twice at a time. A loss that is
+// not noticed before fn returns ends Lead: with fn's error, say of a statement that has met the
+// same failure, or with ErrLost. If fn goes on after a loss, Lead waits for it, and warns the
+// Logger once every HolderTimeout.
 //
 // Lead campaigns until its ctx ends. If that happens while fn runs, the ctx of fn ends, too,
 // and Lead returns fn's error. Otherwise the error matches ctx's, and also that of the database

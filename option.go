@@ -61,8 +61,8 @@ func NoWait() Option {
 //
 // Everything counts: the wait for a pooled connection, BEGIN, an outage. If the server does
 // not answer, Timeout is at most a second late. The error names who holds the lock, if one
-// more query can tell in that time. With [AcquireConn] and [AcquireTx] it does not, because a
-// query that takes long would cost the caller's session.
+// more query on an idle connection can tell in that time. With [AcquireConn] and [AcquireTx] it
+// does not, because a query that takes long would cost the caller's session.
 func Timeout(d time.Duration) Option {
 	return func(c *config) { c.given |= optTimeout; c.timeout = d }
 }

@@ -24,7 +24,9 @@ import (
 // (pg_current_xact_id, PostgreSQL manual, section "System Information Functions and
 // Operators"), and returns the same number for as long as that lock is held. The question uses
 // up one transaction ID, and waits for the disk as a commit does, so that numbers grow over a
-// crash, too; in [WithTxLock], its COMMIT waits. A standby that is promoted without having
+// crash, too. Inside a transaction, that of [WithTxLock] or one that fn of [WithConnLock] has
+// begun, it is the COMMIT that waits: until then, use the number in that transaction alone. A
+// standby that is promoted without having
 // received the last transactions may give out some numbers again.
 //
 // If that takes longer than two heartbeats, because a synchronous standby is away, say, the

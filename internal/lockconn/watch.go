@@ -226,8 +226,8 @@ func (c *Conn) ProveFresh(ctx context.Context, every time.Duration) error {
 	return nil
 }
 
-// heartbeatStatement returns the statement of a heartbeat, which its caller is to send, and how long its answer may take, or "" if there is
-// nothing to ask for: a release may have come first, and have undone the settings.
+// heartbeatStatement returns the statement of a heartbeat, and how long its answer may take; or "" if a release
+// has left nothing to ask for. It notes the new IdleTimeout, so that the caller must send it.
 func (c *Conn) heartbeatStatement() (query string, bound time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -68,6 +68,7 @@ type acquisition struct {
 	missedSince time.Time // when the server was first missed, while waiting
 	away        error     // why it cannot be reached; nil: it can, as far as is known
 	hint        string    // what to add to the error
+	unanswered  bool      // the server did not answer before ctx ended
 }
 
 func newAcquisition(ctx context.Context, r *Request) *acquisition {
@@ -197,7 +198,7 @@ func (a *acquisition) prove() error {
 func (a *acquisition) failure(err error) error {
 	f := &Failure{Cause: err, Hint: a.hint}
 	refused, timeout := errors.Is(err, session.ErrRefused), errors.Is(err, session.ErrTimeout)
-	f.Held = refused || timeout && a.waited && a.heldByAnother() && a.away == nil
+	f.Held = refused || timeout && a.waited && a.heldByAnother() && a.away == nil && !a.unanswered
 	switch {
 	case a.away != nil:
 		f.Hint = ""

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 
+	"github.com/pgadvisory/advisory/internal/pgsql"
 	"github.com/pgadvisory/advisory/internal/session"
 )
 
@@ -55,9 +56,11 @@ func (a *acquisition) endCallers(lock func() error) error {
 	if err == nil {
 		return nil
 	}
+	f := &Failure{Cause: err}
 	if cause := session.Ended(a.ctx); cause != nil && !errors.Is(err, cause) {
-		err = errors.Join(cause, err)
+		f.Cause, f.Hint = errors.Join(cause, err), err.Error()
+		a.unanswered = pgsql.Gone(err)
 	}
-	held := errors.Is(err, session.ErrRefused) || errors.Is(err, session.ErrTimeout) && a.waited
-	return &Failure{Cause: err, Held: held}
+	f.Held = errors.Is(err, session.ErrRefused) || errors.Is(f.Cause, session.ErrTimeout) && a.waited && !a.unanswered
+	return f
 }

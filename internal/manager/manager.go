@@ -45,7 +45,7 @@ type Manager struct {
 	outage    *outage                  // that waits are in; nil: none are
 	nested    map[*nestedWait]struct{} // waits whose callers hold keys
 	detecting bool                     // somebody asks others for their waits
-	detected  time.Time                // when they had last answered
+	detected  time.Time                // when that last ended
 }
 
 // managers has the Manager of each *sql.DB. It does not keep the *sql.DB in memory. A Manager that

@@ -148,6 +148,27 @@ func TestLeadJoinsAnOutage(t *testing.T) {
 	})
 }
 
+// One who does not wait is told of the outage, and not that another holds the lock: others only wait for it.
+func TestNoWaitInAnOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := goDown(t)
+		time.Sleep(10 * time.Second)
+		for _, shared := range []bool{false, true} {
+			r := request(key(0))
+			r.NoWait, r.Shared = true, shared
+			start := time.Now()
+			_, err := acquire(t.Context(), o.db, r)
+			wantError(t, err, errDown)
+			wantTook(t, start, 0)
+		}
+		for _, cancel := range o.cancels {
+			cancel()
+		}
+		o.waits.Wait()
+	})
+}
+
 // Nobody tries to reach the server any more when the last one has left who waits for it.
 func TestAnOutageEndsWithTheLastWait(t *testing.T) {
 	t.Parallel()

@@ -96,14 +96,15 @@ func (a *acquisition) again(err error, by opener) error {
 	}
 }
 
-// late returns the error of an attempt that has failed with err, after the end of ctx, and sets hint.
+// late returns the error of an attempt that has failed with err, after the end of ctx, and sets hint and
+// unanswered.
 func (a *acquisition) late(err error, by opener) error {
 	cause := context.Cause(a.ctx)
 	switch {
 	case by == nobody && a.pool.Exhausted():
 		a.hint = a.m.busy(a.pool)
 	case !errors.Is(err, cause) && (pgsql.Gone(err) || by == nobody):
-		a.hint = err.Error() // why not even the server has answered
+		a.hint, a.unanswered = err.Error(), true // why not even the server has answered
 	}
 	if errors.Is(err, cause) {
 		return err

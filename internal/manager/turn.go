@@ -17,9 +17,14 @@ func (m *Manager) enter(k pgsql.Key, w *waiter) (*queue, turn) {
 	defer m.mu.Unlock()
 	q, now := m.queueLocked(k), time.Now()
 	t := q.Enter(w, now)
-	if missed := m.missedLocked(); missed != nil && w.NoWait && t.To == keyqueue.Await {
+	missed := m.missedLocked()
+	switch {
+	case missed == nil || !w.NoWait:
+	case t.To == keyqueue.Await:
 		q.Cancel(w, now) // who does not wait does not wait for the server
-		t = turn{To: keyqueue.Refuse, Why: missed}
+		return q, turn{To: keyqueue.Refuse, Why: missed}
+	case t.To == keyqueue.Refuse && !q.Held(): // by others who wait for the server
+		t.Why = missed
 	}
 	return q, t
 }
