@@ -48,8 +48,8 @@ func (m *Manager) openedLocked(o *opening, err error) {
 	}
 }
 
-// lockConn returns the common session, which the caller is to Leave, and whether the caller has opened it
-// (itself) or others have (others). If there is none, it opens one, or waits for another who does.
+// lockConn returns the common session, which the caller is to Leave, and who has opened it. If there is none, it
+// opens one, or waits for another who does.
 func (a *acquisition) lockConn() (*lockconn.Conn, opener, error) {
 	m := a.m
 	for {
