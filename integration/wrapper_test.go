@@ -131,7 +131,8 @@ func traceWaitAndHeartbeat(t *testing.T, w way, db *sql.DB) {
 	release := hold(t, adminDB(t), key)
 	var opts []advisory.Option
 	if w.beats {
-		opts = append(opts, advisory.Heartbeat(200*time.Millisecond))
+		// Not shorter: a machine that stands still for so long loses the lock.
+		opts = append(opts, advisory.Heartbeat(600*time.Millisecond))
 	}
 	go func() {
 		waitForWaiters(t, adminDB(t), key, 1)
