@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -70,8 +69,6 @@ func TestActivityNamesTheLocksThatAreHeld(t *testing.T) {
 		dsn := inDatabase(t)
 		app := appName(t)
 		db := d.open(t, withParams(t, dsn, "application_name", app))
-		// The first heartbeat is after a second. With shorter ones, a machine that stands still for
-		// a moment loses the lock, and there is no session to look at.
 		wantComment := func(comment string) func(context.Context) error {
 			return func(context.Context) error {
 				waitForQuery(t, app, "state = 'idle'", "/* advisory: "+comment+" */ SELECT FROM ")
@@ -86,13 +83,13 @@ func TestActivityNamesTheLocksThatAreHeld(t *testing.T) {
 			one[n.comment] = advisory.Name(n.name)
 		}
 		for comment, key := range one {
-			if err := advisory.WithLock(t.Context(), db, key, wantComment(comment)); err != nil {
+			if err := advisory.WithLock(t.Context(), db, key, wantComment(comment), advisory.Heartbeat(shortHeartbeat)); err != nil {
 				t.Error(err)
 			}
 		}
 		for _, count := range []int{2, 4, 5, 16} {
 			keys, comment := jobKeys(t, count)
-			if err := advisory.WithLocks(t.Context(), db, keys, wantComment(comment)); err != nil {
+			if err := advisory.WithLocks(t.Context(), db, keys, wantComment(comment), advisory.Heartbeat(shortHeartbeat)); err != nil {
 				t.Error(err)
 			}
 		}
@@ -174,7 +171,7 @@ func TestEveryHeartbeatNamesTheLock(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
 		sent := newWire(t)
 		db := d.open(t, sent.dsn)
-		lock, err := advisory.Acquire(t.Context(), db, advisory.Name("nightly-report"), advisory.Heartbeat(300*time.Millisecond))
+		lock, err := advisory.Acquire(t.Context(), db, advisory.Name("nightly-report"), advisory.Heartbeat(shortHeartbeat))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -157,7 +157,7 @@ func TestAPoolIsClosedWhileALockStays(t *testing.T) {
 		log := newLogbook()
 		db := driver.open(t, withParams(t, server.DSN(), "application_name", appName(t)))
 		began := time.Now()
-		if !tick(t, withLock, db, advisory.AtLeast(d), log.option(), advisory.Heartbeat(200*time.Millisecond)) {
+		if !tick(t, withLock, db, advisory.AtLeast(d), log.option(), advisory.Heartbeat(shortHeartbeat)) {
 			t.Fatal("the lock is not free")
 		}
 		if err := db.Close(); err != nil {

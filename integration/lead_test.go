@@ -92,7 +92,7 @@ func (c *campaign) wantStandby(t testing.TB) {
 }
 
 // quick is a leader whose loss is noticed soon.
-var quick = []advisory.Option{advisory.Heartbeat(100 * time.Millisecond), advisory.HolderTimeout(300 * time.Millisecond)}
+var quick = []advisory.Option{advisory.Heartbeat(shortHeartbeat), advisory.HolderTimeout(shortTimeout)}
 
 // A logbook is a Logger that remembers.
 type logbook struct {
@@ -378,7 +378,7 @@ func TestAnObserverTellsWhoLeads(t *testing.T) {
 
 func TestLeaderThatIgnoresItsLossIsWarnedAboutAndNeverDoubled(t *testing.T) {
 	t.Parallel()
-	const every = 300 * time.Millisecond // quick's HolderTimeout
+	const every = shortTimeout // quick's
 	bothDrivers(t, func(t *testing.T, d driver) {
 		t.Parallel()
 		key, log := testKey(t), newLogbook()

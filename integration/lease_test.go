@@ -263,7 +263,7 @@ type leaseTest struct {
 
 var (
 	leaseTimeout = advisory.HolderTimeout(10 * time.Second)
-	leaseOptions = []advisory.Option{advisory.Heartbeat(500 * time.Millisecond), leaseTimeout}
+	leaseOptions = []advisory.Option{advisory.Heartbeat(shortHeartbeat), leaseTimeout}
 	errInLease   = errors.New("fn's error")
 )
 
@@ -488,10 +488,9 @@ func TestShortSectionsSendTwoStatements(t *testing.T) {
 
 func TestHeartbeatsEndWithTheRelease(t *testing.T) {
 	bothDrivers(t, func(t *testing.T, d driver) {
-		const heartbeat = 100 * time.Millisecond
 		w := newWire(t)
 		db := d.open(t, w.dsn)
-		lock, err := advisory.Acquire(t.Context(), db, testKey(t), advisory.Heartbeat(heartbeat))
+		lock, err := advisory.Acquire(t.Context(), db, testKey(t), advisory.Heartbeat(shortHeartbeat))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -514,7 +513,7 @@ func TestHeartbeatsEndWithTheRelease(t *testing.T) {
 		if last := sent[len(sent)-1]; !strings.Contains(last, "RESET idle_session_timeout") || !strings.Contains(last, "pg_advisory_unlock") {
 			t.Errorf("released with %q, want the reset in the same round trip", last)
 		}
-		time.Sleep(4 * heartbeat) // for what must not happen, there is no condition
+		time.Sleep(2 * shortHeartbeat) // for what must not happen, there is no condition
 		if sent := w.take(); len(sent) > 0 {
 			t.Errorf("sent after the release: %q", sent)
 		}
@@ -589,7 +588,7 @@ func TestAbandonedLockIsReleasedWithAWarning(t *testing.T) {
 		var log syncBuffer
 		key := testKey(t)
 		acquire := func() context.Context {
-			lock, err := advisory.Acquire(t.Context(), db, key, advisory.Heartbeat(300*time.Millisecond),
+			lock, err := advisory.Acquire(t.Context(), db, key, advisory.Heartbeat(shortHeartbeat),
 				advisory.Logger(slog.New(slog.NewTextHandler(&log, nil))))
 			if err != nil {
 				t.Fatal(err)

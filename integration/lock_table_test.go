@@ -26,7 +26,7 @@ func TestLockTableIsFull(t *testing.T) {
 		keys := keysNumbered(t, before+asked)
 		held := make([]*advisory.Lock, len(keys))
 		acquire := func(i int) (err error) {
-			held[i], err = advisory.Acquire(soon(t), db, keys[i], advisory.Heartbeat(600*time.Millisecond))
+			held[i], err = advisory.Acquire(soon(t), db, keys[i], advisory.Heartbeat(shortHeartbeat))
 			return err
 		}
 		for i := range before {

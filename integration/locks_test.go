@@ -94,7 +94,6 @@ func TestLocksListsEveryLockOfTheDatabase(t *testing.T) {
 // A name is known when a heartbeat has told it, or as long as somebody waits.
 func TestLocksKnowsNamesThatStatementsTell(t *testing.T) {
 	t.Parallel()
-	const heartbeat = 100 * time.Millisecond
 	bothDrivers(t, func(t *testing.T, d driver) {
 		t.Parallel()
 		for _, n := range named {
@@ -118,10 +117,10 @@ func TestLocksKnowsNamesThatStatementsTell(t *testing.T) {
 					})
 				}
 				err := advisory.WithLock(soon(t), db, key, func(context.Context) error {
-					time.Sleep(2 * heartbeat)
+					time.Sleep(2 * shortHeartbeat)
 					knows(1, 0)
 					return nil
-				}, advisory.Heartbeat(heartbeat))
+				}, advisory.Heartbeat(shortHeartbeat))
 				if err != nil {
 					t.Error(err)
 				}

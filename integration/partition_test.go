@@ -151,7 +151,7 @@ func TestPartitionedHolderGivesUpBeforeItsSuccessorBegins(t *testing.T) {
 		allowLog(t, silent)
 		a := holderArgs{
 			Driver: d.name, DSN: watchLog(t, withParams(t, s.DSN(), "application_name", appName(t))), Sessions: each,
-			Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond, Stagger: 53 * time.Millisecond,
+			Heartbeat: shortHeartbeat, HolderTimeout: shortTimeout, Stagger: 53 * time.Millisecond,
 		}
 		t.Cleanup(n.heal)
 		var p partitions

@@ -327,7 +327,7 @@ func startHolder(t testing.TB, d driver, n, sessions int) (*child, holderArgs, *
 	a := holderArgs{
 		Driver: d.name, DSN: watchLog(t, withParams(t, server.DSN(), "application_name", appName(t))),
 		Keys: keysOf(t, n), Sessions: sessions, Stagger: 31 * time.Millisecond,
-		Heartbeat: 300 * time.Millisecond, HolderTimeout: 1200 * time.Millisecond,
+		Heartbeat: shortHeartbeat, HolderTimeout: shortTimeout,
 	}
 	c := startChild(t, "holder", a)
 	for _, key := range a.Keys {

@@ -21,7 +21,7 @@ func TestRestartLosesEveryLockAndTheProgramGoesOn(t *testing.T) {
 		const n, waiters = 50, 10
 		db := d.open(t, s.DSN())
 		db.SetMaxIdleConns(n + waiters)
-		opts := []advisory.Option{advisory.Heartbeat(500 * time.Millisecond)}
+		opts := []advisory.Option{advisory.Heartbeat(shortHeartbeat)}
 		var keys []advisory.Key
 		for i := range n {
 			keys = append(keys, advisory.Name(fmt.Sprint(t.Name(), i)))

@@ -337,13 +337,13 @@ func (p *hostilePool) askInVain(ctx context.Context, w way, key advisory.Key) er
 // beat holds locks for several heartbeats.
 func (p *hostilePool) beat(ctx context.Context, t *testing.T) error {
 	db := p.another(t)
-	lock, err := advisory.Acquire(ctx, db, advisory.Name(t.Name()+"beat"), advisory.Heartbeat(500*time.Millisecond), advisory.HolderTimeout(20*time.Second), p.log.option())
+	lock, err := advisory.Acquire(ctx, db, advisory.Name(t.Name()+"beat"), advisory.Heartbeat(shortHeartbeat), advisory.HolderTimeout(20*time.Second), p.log.option())
 	if err != nil {
 		return err
 	}
 	select {
 	case <-lock.Context().Done():
-	case <-time.After(1200 * time.Millisecond):
+	case <-time.After(5 * shortHeartbeat / 2):
 	}
 	return errors.Join(context.Cause(lock.Context()), lock.Release())
 }

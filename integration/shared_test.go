@@ -341,7 +341,7 @@ func TestNoSettingIsLeftByReleasesThatGoTogether(t *testing.T) {
 		for range 3 {
 			var locks []*advisory.Lock
 			for _, key := range keysNumbered(t, n) {
-				lock, err := advisory.Acquire(soon(t), db, key, advisory.Heartbeat(200*time.Millisecond), advisory.HolderTimeout(20*time.Second))
+				lock, err := advisory.Acquire(soon(t), db, key, advisory.Heartbeat(shortHeartbeat), advisory.HolderTimeout(20*time.Second))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -365,7 +365,7 @@ func TestLossOfTheSharedSession(t *testing.T) {
 		keys := keysNumbered(t, n)
 		held := make([]*advisory.Lock, n)
 		if err := concurrently(n, 1, func(i int) (err error) {
-			held[i], err = advisory.Acquire(soon(t), db, keys[i], advisory.Heartbeat(500*time.Millisecond))
+			held[i], err = advisory.Acquire(soon(t), db, keys[i], advisory.Heartbeat(shortHeartbeat))
 			return err
 		}); err != nil {
 			t.Fatal(err)
@@ -485,7 +485,7 @@ func TestStrictestOfTheHoldersCounts(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		strict, err := advisory.Acquire(soon(t), db, keys[1], advisory.Heartbeat(300*time.Millisecond), advisory.HolderTimeout(20*time.Second))
+		strict, err := advisory.Acquire(soon(t), db, keys[1], advisory.Heartbeat(shortHeartbeat), advisory.HolderTimeout(20*time.Second))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -32,6 +32,10 @@ type way struct {
 	run     func(ctx context.Context, db *sql.DB, key advisory.Key, fn work, o options) error
 }
 
+// What a lock has whose heartbeat, or whose loss, a test waits for. With a shorter heartbeat, a
+// machine that stands still for half a second would lose the lock.
+const shortHeartbeat, shortTimeout = 800 * time.Millisecond, 3 * shortHeartbeat
+
 type options struct{ acquire, release []advisory.Option }
 
 // with does fn under the lock of key, in this way.

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/XSAM/otelsql"
 	"github.com/jackc/pgx/v5"
@@ -131,8 +130,7 @@ func traceWaitAndHeartbeat(t *testing.T, w way, db *sql.DB) {
 	release := hold(t, adminDB(t), key)
 	var opts []advisory.Option
 	if w.beats {
-		// Not shorter: a machine that stands still for so long loses the lock.
-		opts = append(opts, advisory.Heartbeat(600*time.Millisecond))
+		opts = append(opts, advisory.Heartbeat(shortHeartbeat))
 	}
 	go func() {
 		waitForWaiters(t, adminDB(t), key, 1)
