@@ -460,7 +460,7 @@ func TestCommandIsDeadBeforeItsSuccessorBegins(t *testing.T) {
 	name := func(i int) string { return fmt.Sprintf("%s-%d", t.Name(), i) }
 	var holders, successors []*advisoryRun
 	for i := range events {
-		holders = append(holders, startAdvisory(t, cutOff, "run", "--heartbeat", "3s", "--holder-timeout", "12s", "--grace", "5900ms",
+		holders = append(holders, startAdvisory(t, cutOff, "run", "--heartbeat", "3s", "--holder-timeout", "12s", "--grace", "5400ms",
 			name(i), "--", "sh", "-c", "trap '' TERM; echo $$ >"+filepath.Join(dir, name(i))+"; echo ready; exec sleep 60"))
 	}
 	for i, h := range holders {

@@ -293,16 +293,27 @@ func TestTimeoutNamesTheHolder(t *testing.T) {
 		eachWay(t, openers, func(t *testing.T, w way) {
 			key := testKey(t)
 			holder.take(t, key, "")
-			err := w.with(t.Context(), db, key, noWork, advisory.Timeout(100*time.Millisecond))
-			wantHolder(t, err, held)
+			wantHolder(t, tooLate(t, w, db, key), held)
 			shared := advisory.Name("shared " + t.Name())
 			holder.take(t, shared, "_shared")
 			another.take(t, shared, "_shared")
-			err = w.with(t.Context(), db, shared, noWork, advisory.Timeout(100*time.Millisecond))
-			wantHolder(t, err, held+" and 1 other")
+			wantHolder(t, tooLate(t, w, db, shared), held+" and 1 other")
 		})
 		wantClean(t, db)
 	})
+}
+
+// tooLate waits for the lock of key in vain. The holder is asked for within 400 ms, which is too short
+// for a machine that stands still: there is another try then.
+func tooLate(t *testing.T, w way, db *sql.DB, key advisory.Key) (err error) {
+	t.Helper()
+	for range 3 {
+		err = w.with(t.Context(), db, key, noWork, advisory.Timeout(100*time.Millisecond))
+		if !errors.Is(err, advisory.ErrNotAcquired) || strings.Contains(err.Error(), "held by") {
+			break
+		}
+	}
+	return err
 }
 
 // events are what an Observer is told.

@@ -23,9 +23,12 @@ import (
 )
 
 const (
-	candidateEnv       = "ADVISORY_TEST_CANDIDATE"
-	candidateHeartbeat = 100 * time.Millisecond
-	candidateTimeout   = 400 * time.Millisecond // HolderTimeout
+	candidateEnv = "ADVISORY_TEST_CANDIDATE"
+
+	// From the end of a leader's ctx to its successor is more than half a second, so that a machine
+	// that stands still for so long does not make two leaders.
+	candidateHeartbeat = 200 * time.Millisecond
+	candidateTimeout   = time.Second // HolderTimeout
 )
 
 // A stamp is what a candidate process reports of its leadership, which is known by its
