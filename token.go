@@ -26,8 +26,8 @@ import (
 // up one transaction ID, and waits for the disk as a commit does, so that numbers grow over a
 // crash, too. Inside a transaction, that of [WithTxLock] or one that fn of [WithConnLock] has
 // begun, it is the COMMIT that waits: until then, use the number in that transaction alone. A
-// standby that is promoted without having
-// received the last transactions may give out some numbers again.
+// standby that is promoted without having received the last transactions may give out some
+// numbers again.
 //
 // If that takes longer than two heartbeats, because a synchronous standby is away, say, the
 // session cannot be shown to live meanwhile, and its locks are lost.

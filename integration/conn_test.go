@@ -41,9 +41,7 @@ func (s *storm) String() string {
 // process that keeps its connections.
 func (s *storm) blow(t testing.TB, pools []*sql.DB, n int) {
 	const goroutines = 8
-	allowLog(t,
-		"STATEMENT:  SELECT pg_sleep(",                    // the work, which ends with its ctx
-		"ERROR:  canceling statement due to user request") // a try that a stalling machine answers long after the end of its ctx
+	allowLog(t, brokenOff, "STATEMENT:  SELECT pg_sleep(") // the latter is the work, which ends with its ctx
 	for _, db := range pools {
 		db.SetMaxOpenConns(goroutines + 1) // one for each lock, and some for the work
 		db.SetMaxIdleConns(goroutines + 1)

@@ -40,6 +40,10 @@ const (
 	clientGone = "FATAL:  connection to client lost"
 )
 
+// brokenOff is what the server says of a statement that the package, or its driver, breaks off
+// because the answer is late. A machine that stands still for half a second makes it so.
+const brokenOff = "ERROR:  canceling statement due to user request"
+
 // appName is an application_name that no other test's pools have.
 func appName(t testing.TB) string { return "test " + testKey(t).SQL() }
 

@@ -146,7 +146,7 @@ func TestNobodyIsLateWhateverDoesNotAnswer(t *testing.T) {
 	const atATime = 16 // more would be late by themselves
 	const most = 40
 	// The server finds its clients gone, in whatever they were.
-	allowLog(t, clientGone, "canceling statement due to user request")
+	allowLog(t, clientGone, brokenOff)
 	watched := watchLog(t, server.DSN())
 	var mu sync.Mutex
 	all, reached := 0, 0
